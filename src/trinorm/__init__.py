@@ -1,0 +1,13 @@
+"""trinorm: normalization for PyTorch, written in Triton.
+
+- ``trinorm.functional``  layer_norm and rms_norm, with torch.nn.functional's signatures
+- ``trinorm.nn``          LayerNorm and RMSNorm, subclasses of torch's
+- ``trinorm.replace``     swap a model's torch norms for these, in place
+"""
+
+from . import functional, nn
+from .convert import Report, replace
+
+__version__ = "0.1.0"
+
+__all__ = ["Report", "functional", "nn", "replace"]

@@ -1,0 +1,127 @@
+"""``replace(model)``: a model's torch norms become trinorm's, in place, and a report says what was and was not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from . import nn
+from .ops.road import KERNEL_DTYPES
+
+_REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.LayerNorm: nn.LayerNorm,
+    torch.nn.RMSNorm: nn.RMSNorm,
+}
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A norm that was swapped. path is its name in the model ("" for the model itself)."""
+
+    path: str
+    module: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """A norm that was left as it was, and why."""
+
+    path: str
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``replace`` did. A module that the model holds under several names appears under each of them."""
+
+    replaced: tuple[Replaced, ...] = field(default_factory=tuple)
+    left: tuple[Left, ...] = field(default_factory=tuple)
+
+    def __str__(self) -> str:
+        lines = [f"trinorm.replace: {len(self.replaced)} replaced, {len(self.left)} left"]
+        lines += [f"  {entry.path or '(model)'}: {entry.module} -> trinorm" for entry in self.replaced]
+        lines += [f"  {entry.path or '(model)'}: {entry.module} left: {entry.reason}" for entry in self.left]
+        return "\n".join(lines)
+
+
+def replace(model: torch.nn.Module) -> Report:
+    """Make every ``torch.nn.LayerNorm`` and ``torch.nn.RMSNorm`` inside ``model`` a trinorm one, in place.
+
+    The module object stays the same one and only its class changes: parameters, buffers, hooks, names, optimizers that
+    hold its parameters, and every other place that refers to it are untouched, so shared modules and tied weights stay
+    shared. Norms of any other kind are left, and the report says why.
+
+    Args:
+        model: any module; it may itself be a norm.
+
+    Returns:
+        A :class:`Report`; ``print`` it.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"replace(): model must be a torch.nn.Module, not {type(model).__name__}")
+    replaced: list[Replaced] = []
+    left: list[Left] = []
+    swap: list[torch.nn.Module] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        kind = _name(type(module))
+        if type(module) in _REPLACEMENTS and (reason := _obstacle(module)) is None:
+            replaced.append(Replaced(path, kind))
+            swap.append(module)
+        elif _is_norm(module):
+            left.append(Left(path, kind, _why_left(module)))
+    for module in swap:
+        # A module held under two names comes by twice, the second time already swapped.
+        module.__class__ = _REPLACEMENTS.get(type(module), type(module))
+    return Report(tuple(replaced), tuple(left))
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__.removesuffix('.normalization').removesuffix('.batchnorm')}.{kind.__qualname__}"
+
+
+def _is_norm(module: torch.nn.Module) -> bool:
+    """Whether a module is some norm: by torch's own classes, else by its class's name, which is all there is to go by."""
+    return isinstance(module, _TORCH_NORMS) or "norm" in type(module).__name__.lower()
+
+
+_TORCH_NORMS = (
+    torch.nn.LayerNorm,
+    torch.nn.RMSNorm,
+    torch.nn.GroupNorm,
+    torch.nn.LocalResponseNorm,
+    torch.nn.modules.batchnorm._NormBase,
+)
+
+
+def _obstacle(module: torch.nn.Module) -> str | None:
+    """What keeps a torch norm of a known class from being swapped."""
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dtype not in KERNEL_DTYPES:
+            return f"its {name} is {parameter.dtype}, which no kernel serves"
+    return None
+
+
+def _why_left(module: torch.nn.Module) -> str:
+    kind = type(module)
+    if isinstance(module, tuple(_REPLACEMENTS.values())):
+        return "already trinorm's"
+    if kind in _REPLACEMENTS:
+        return _obstacle(module) or "unknown"
+    if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
+        return "lazy: its kind is not settled before its first call; run the model once, then replace"
+    if ".quantized" in kind.__module__ or ".quantizable" in kind.__module__:
+        return "quantized: its input is not a floating tensor"
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return "parametrized: its class is made by torch.nn.utils.parametrize; replace before parametrizing"
+    if isinstance(module, tuple(_REPLACEMENTS)):
+        return "a subclass of torch's norm, whose forward may compute something else"
+    if isinstance(module, _TORCH_NORMS):
+        return "trinorm has no kernel for this norm yet"
+    return "not a torch.nn norm: what its forward computes is unknown"

@@ -1,0 +1,143 @@
+"""The norms as functions, with torch.nn.functional's own signatures and defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .ops import row_norm
+from .ops.road import KERNEL_DTYPES
+from .spec import LAYER_NORM, RMS_NORM
+
+__all__ = ["layer_norm", "rms_norm"]
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Layer normalization over the last ``len(normalized_shape)`` dims.
+
+    .. math::
+        y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \cdot w + b
+
+    with the biased variance. The signature, defaults and meaning are :func:`torch.nn.functional.layer_norm`'s.
+
+    Args:
+        input: ``(*, *normalized_shape)``; float16, bfloat16, float32 or float64, any strides.
+        normalized_shape: the sizes of the dims that share statistics.
+        weight: ``normalized_shape``, any of the dtypes above, not necessarily the input's; None is 1.
+        bias: as weight; None is 0.
+        eps: added to the variance, so in the input's units squared; >= 0.
+
+    Returns:
+        A contiguous tensor of the input's shape and dtype. Statistics, products and sums are fp32 (fp64 for float64).
+
+    Raises:
+        RuntimeError: a shape does not fit ``normalized_shape``, or the tensors are on different devices.
+        NotImplementedError: a dtype other than the four.
+        TypeError: an argument of the wrong kind.
+        ValueError: eps is negative or NaN.
+
+    Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
+    """
+    shape = _check("layer_norm", input, normalized_shape, weight, bias, eps)
+    return row_norm(LAYER_NORM, input, shape, weight, bias, eps)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    r"""Root mean square normalization over the last ``len(normalized_shape)`` dims.
+
+    .. math::
+        y = \frac{x}{\sqrt{\mathrm{E}[x^2] + \epsilon}} \cdot w
+
+    The signature, defaults and meaning are :func:`torch.nn.functional.rms_norm`'s.
+
+    Args:
+        input: ``(*, *normalized_shape)``; float16, bfloat16, float32 or float64, any strides.
+        normalized_shape: the sizes of the dims that share statistics.
+        weight: ``normalized_shape``, any of the dtypes above, not necessarily the input's; None is 1.
+        eps: added to the mean square, so in the input's units squared; >= 0. None is the epsilon of the dtype that the
+            statistics are computed in, as torch does it: 2^-23 for float16, bfloat16 and float32, 2^-52 for float64.
+
+    Returns:
+        A contiguous tensor of the input's shape and dtype. Statistics and products are fp32 (fp64 for float64).
+
+    Raises:
+        RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`layer_norm`.
+
+    Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+    """
+    if eps is None:
+        # torch's documentation says finfo(x.dtype).eps; its code, CPU and CUDA, uses the dtype it computes in (2.11, 2.13).
+        eps = 2.220446049250313e-16 if isinstance(input, Tensor) and input.dtype == torch.float64 else 1.1920928955078125e-07
+    shape = _check("rms_norm", input, normalized_shape, weight, None, eps)
+    return row_norm(RMS_NORM, input, shape, weight, None, eps)
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[int, ...]:
+    """normalized_shape as a tuple, or torch's own class of error with a message that names the argument."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}(): input must be a Tensor, not {type(x).__name__}")
+    try:
+        shape = tuple(normalized_shape)
+    except TypeError:
+        raise TypeError(
+            f"{op}(): normalized_shape must be a sequence of ints, not {type(normalized_shape).__name__}; "
+            f"for one dim write ({normalized_shape},)"
+        ) from None
+    dims = len(shape)
+    if x.shape[-dims:] != shape or dims == 0:
+        _refuse_shape(op, x, shape)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        if parameter.shape != shape:
+            raise RuntimeError(
+                f"{op}(): {name} has shape {tuple(parameter.shape)}, but normalized_shape is {shape}; they must be equal"
+            )
+        if parameter.device != x.device:
+            raise RuntimeError(
+                f"{op}(): {name} is on {parameter.device}, but input is on {x.device}; move one to the other's device"
+            )
+        if parameter.dtype not in KERNEL_DTYPES:
+            _refuse_dtype(op, name, parameter)
+    if x.dtype not in KERNEL_DTYPES:
+        _refuse_dtype(op, "input", x)
+    if not eps >= 0:
+        raise ValueError(f"{op}(): eps is {eps}; it must be a number >= 0")
+    return shape
+
+
+def _refuse_shape(op: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if not all(isinstance(size, int) for size in shape):
+        raise TypeError(f"{op}(): normalized_shape is {shape}; its elements must be ints")
+    if not shape:
+        raise RuntimeError(f"{op}(): normalized_shape is empty; it must name at least one dim")
+    raise RuntimeError(
+        f"{op}(): normalized_shape is {shape}, but input has shape {tuple(x.shape)}; "
+        f"the input's last {len(shape)} dim(s) must be equal to it"
+    )
+
+
+def _refuse_dtype(op: str, name: str, tensor: Tensor) -> None:
+    raise NotImplementedError(
+        f"{op}(): {name} has dtype {tensor.dtype}; it must be one of float16, bfloat16, float32, float64"
+    )

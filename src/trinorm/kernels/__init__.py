@@ -1,0 +1,10 @@
+"""The Triton kernels. Nothing here imports torch or knows anything of the host.
+
+Two launched families (DESIGN: row norms here; channel norms to come) over small jit helpers:
+
+- ``index``   which rows and columns a program owns, their offsets and masks
+- ``stats``   mean and rstd of a row, held in registers or streamed
+- ``affine``  y = x̂·w + b and its gradients
+- ``row``     the launched forward kernels
+- ``row_backward``  the launched backward kernels
+"""

@@ -1,0 +1,129 @@
+"""Which rows and columns a program owns: ids, 64-bit offsets, masks.
+
+Tiles are 2-D, ``[ROWS, CHUNK]``. A row of N columns is ``cdiv(N, CHUNK)`` chunks; only the last one can be ragged, so
+only it is masked, and when CHUNK divides N no column mask exists at all. Row numbers are int64 from the start: a row
+number times a stride passes 2^31 long before memory runs out.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def first_program():
+    """This program's number along the grid's first axis, as int64."""
+    return tl.program_id(0).to(tl.int64)
+
+
+@triton.jit
+def second_program():
+    """This program's number along the grid's second axis."""
+    return tl.program_id(1)
+
+
+@triton.jit
+def program_count():
+    """How many programs the grid's first axis has: the stride of a persistent loop."""
+    return tl.num_programs(0)
+
+
+@triton.jit
+def tile_rows(tile, ROWS: tl.constexpr):
+    """Row numbers of a tile, int64 ``[ROWS, 1]``."""
+    return tile * ROWS + tl.arange(0, ROWS)[:, None]
+
+
+@triton.jit
+def rows_live(rows, M, ROWS: tl.constexpr):
+    """Which rows of a tile exist. A tile of one row always does: that mask is constant, and folds away."""
+    if ROWS == 1:
+        return tl.full([1, 1], True, tl.int1)
+    else:
+        return rows < M
+
+
+@triton.jit
+def chunk_columns(start, CHUNK: tl.constexpr):
+    """Column numbers of the chunk that begins at column ``start``, ``[1, CHUNK]``."""
+    return tl.arange(0, CHUNK)[None, :] + start
+
+
+@triton.jit
+def columns_live(columns, END: tl.constexpr, N: tl.constexpr):
+    """Which columns of a chunk that ends before column END exist. When all do the mask is constant, and folds away."""
+    if END <= N:
+        return tl.full([1, columns.shape[1]], True, tl.int1)
+    else:
+        return columns < N
+
+
+@triton.constexpr_function
+def rounded_up(n, multiple):
+    """The least multiple of ``multiple`` that is >= n: where the last chunk of a row ends."""
+    return -(-n // multiple) * multiple
+
+
+@triton.jit
+def load(pointers, mask):
+    """A load whose masked lanes read 0."""
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_once(pointers, mask, STREAM: tl.constexpr):
+    """A load of what is not read again; with STREAM, L2 is told so."""
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first" if STREAM else "")
+
+
+@triton.jit
+def load_or(POINTER, columns, mask, absent: tl.constexpr, STREAM: tl.constexpr):
+    """Some columns of a vector that every row reads; the constant ``absent`` where POINTER is None.
+
+    With the operation's identity for ``absent`` the operation folds away: 1 for a product, -0.0 for a sum (x + 0.0 is
+    not x when x is -0.0, so the compiler keeps that one). A mask of ``[ROWS, CHUNK]`` reads the columns once for each
+    row: where rows lie in different warps that costs less than sharing one reading through shared memory.
+    """
+    if POINTER is None:
+        return tl.full([1, 1], absent, tl.float32)
+    else:
+        pointers = tl.broadcast_to(POINTER + columns, mask.shape)
+        return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_last" if STREAM else "")
+
+
+@triton.jit
+def load_row(pointers, live, N: tl.constexpr, CHUNK: tl.constexpr, STREAM: tl.constexpr):
+    """A tile of whole rows as a tuple of ``cdiv(N, CHUNK)`` chunks in their storage dtype.
+
+    Held as stored and converted at each use: fewer registers than holding fp32, and no waste on a power of two.
+    """
+    chunks = ()
+    for start in tl.static_range(0, N, CHUNK):
+        columns = chunk_columns(start, CHUNK)
+        mask = live & columns_live(columns, start + CHUNK, N)
+        chunks = chunks + (load_once(pointers + columns, mask, STREAM),)
+    return chunks
+
+
+@triton.jit
+def load_row_or(POINTER, live, N: tl.constexpr, CHUNK: tl.constexpr, absent: tl.constexpr):
+    """A whole vector as chunks, one reading for each row of ``live``; constants where POINTER is None (load_or)."""
+    chunks = ()
+    for start in tl.static_range(0, N, CHUNK):
+        columns = chunk_columns(start, CHUNK)
+        mask = live & columns_live(columns, start + CHUNK, N)
+        chunks = chunks + (load_or(POINTER, columns, mask, absent, False),)
+    return chunks
+
+
+@triton.jit
+def row_offsets(rows, sizes, strides):
+    """Element offset of each row of a tensor whose leading dims are ``(?, *sizes)`` with ``strides`` (in elements).
+
+    The outermost size is never needed. A tensor whose leading dims collapse to one, which is almost every tensor, has
+    ``sizes == ()`` and pays one multiplication.
+    """
+    offsets = rows * 0
+    for level in tl.static_range(len(sizes) - 1, -1, -1):
+        offsets += rows % sizes[level] * strides[level + 1]
+        rows = rows // sizes[level]
+    return offsets + rows * strides[0]

@@ -1,0 +1,121 @@
+"""Mean and rstd of rows: centred, fp32 (fp64 for fp64), and right where a square overflows or underflows.
+
+``rstd = (power + eps)^-1/2``, with ``power`` the variance about the mean (CENTER, LayerNorm) or the mean square
+(RMSNorm). A power that fp32 cannot hold (x beyond 1e19, or below 1e-15 with eps 0) is taken again over the row times a
+power of two that brings its largest element to 1..2: exact, and off the common path behind one comparison.
+"""
+
+import triton
+import triton.language as tl
+
+from .index import chunk_columns, columns_live, load, rounded_up
+
+# Squares sum safely inside these: far from fp32's overflow, and far enough from its denormals that no digit is lost.
+TRUSTED_MIN: tl.constexpr = tl.constexpr(1e-30)
+TRUSTED_MAX: tl.constexpr = tl.constexpr(3e38)
+
+
+@triton.jit
+def over_n(total, N: tl.constexpr):
+    """total / N by its reciprocal: at most one more rounding than a division, and no slow path in the machine code."""
+    return total * (1.0 / N)
+
+
+@triton.jit
+def mean_of(total, N: tl.constexpr):
+    """total / N correctly rounded: a row's mean is subtracted from its elements, so its last bit shows."""
+    quotient = over_n(total, N)
+    residual = tl.fma(quotient, tl.full(total.shape, -N, total.dtype), total)
+    return tl.fma(residual, tl.full(total.shape, 1.0 / N, total.dtype), quotient)
+
+
+@triton.jit
+def trusted(power):
+    """Where fp32 held ``power`` (eps included) to full precision. False for NaN."""
+    return (power >= TRUSTED_MIN) & (power <= TRUSTED_MAX)
+
+
+@triton.jit
+def power_of_two_below(largest):
+    """The power of two under ``largest`` (fp32, >= 0), within 2^±126 so that its reciprocal is normal too."""
+    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+    unit = exponent.to(tl.float32, bitcast=True)
+    return tl.minimum(tl.maximum(unit, 1.1754943508222875e-38), 8.507059173023462e37)
+
+
+@triton.jit
+def held_moments(xs, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr):
+    """(mean, power), each ``[ROWS, 1]``, of rows held as chunks. mean is 0 without CENTER."""
+    ROWS: tl.constexpr = xs[0].shape[0]
+    CHUNK: tl.constexpr = xs[0].shape[1]
+    mean = tl.zeros([ROWS, 1], ACC)
+    if CENTER:
+        total = tl.zeros([ROWS, CHUNK], ACC)
+        for i in tl.static_range(len(xs)):
+            total += xs[i].to(ACC)
+        mean = mean_of(tl.sum(total, axis=1, keep_dims=True), N)
+    squares = tl.zeros([ROWS, CHUNK], ACC)
+    for i in tl.static_range(len(xs)):
+        x = xs[i].to(ACC)
+        if CENTER:
+            live = columns_live(chunk_columns(i * CHUNK, CHUNK), (i + 1) * CHUNK, N)
+            x = tl.where(live, x - mean, 0.0)
+        squares += x * x
+    return mean, over_n(tl.sum(squares, axis=1, keep_dims=True), N)
+
+
+@triton.jit
+def streamed_moments(row, scale, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr):
+    """(mean, power), each ``[1, 1]``, of ``scale * x`` in one reading of the row at the pointer ``row``.
+
+    With CENTER each lane runs Welford's recurrence over its own columns, and the lanes are merged once at the end by
+    Chan's rule: no statistic crosses lanes inside the loop.
+    """
+    mean = tl.zeros([1, CHUNK], ACC)
+    squares = tl.zeros([1, CHUNK], ACC)
+    count = tl.zeros([1, CHUNK], ACC)
+    for start in tl.range(0, N, CHUNK):
+        columns = chunk_columns(start, CHUNK)
+        live = columns_live(columns, rounded_up(N, CHUNK), N)
+        x = load(row + columns, live).to(ACC) * scale
+        if CENTER:
+            count += tl.where(live, 1.0, tl.zeros([1, CHUNK], ACC))
+            delta = x - mean
+            mean += tl.where(live, delta / tl.maximum(count, 1.0), 0.0)
+            squares += tl.where(live, delta * (x - mean), 0.0)
+        else:
+            squares += x * x
+    return merged_lanes(mean, squares, count, N, CENTER)
+
+
+@triton.jit
+def merged_lanes(mean, squares, count, N: tl.constexpr, CENTER: tl.constexpr):
+    """Chan's rule over lanes: (mean, power) of a whole row from each lane's mean, sum of squares and count."""
+    row_mean = tl.zeros([1, 1], mean.dtype)
+    if CENTER:
+        row_mean = mean_of(tl.sum(mean * count, axis=1, keep_dims=True), N)
+        # What rounding left in row_mean is the weighted mean of the lanes' distances from it.
+        row_mean += over_n(tl.sum((mean - row_mean) * count, axis=1, keep_dims=True), N)
+        shift = mean - row_mean
+        squares += shift * shift * count
+    return row_mean, over_n(tl.sum(squares, axis=1, keep_dims=True), N)
+
+
+@triton.jit
+def largest_of(row, N: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr):
+    """max |x|, ``[1, 1]``, of the row at the pointer ``row``."""
+    largest = tl.zeros([1, CHUNK], ACC)
+    for start in tl.range(0, N, CHUNK):
+        columns = chunk_columns(start, CHUNK)
+        live = columns_live(columns, rounded_up(N, CHUNK), N)
+        largest = tl.maximum(largest, tl.abs(load(row + columns, live).to(ACC)))
+    return tl.max(largest, axis=1, keep_dims=True)
+
+
+@triton.jit
+def rescued_stats(row, eps, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr):
+    """(mean, rstd) of a row whose squares leave fp32's range: of the row scaled by a power of two, scaled back."""
+    unit = power_of_two_below(largest_of(row, N, ACC, CHUNK))
+    scale = 1.0 / unit
+    mean, power = streamed_moments(row, scale, N, CENTER, ACC, CHUNK)
+    return mean * unit, tl.rsqrt(power + eps * scale * scale) * scale

@@ -1,0 +1,38 @@
+"""Modules: torch.nn's own norms, computed by trinorm.
+
+Each is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so checkpoints load both
+ways and ``isinstance`` keeps working; only ``forward`` differs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import functional
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    r"""Layer normalization, :math:`y = (x - \mathrm{E}[x]) / \sqrt{\mathrm{Var}[x] + \epsilon} \cdot w + b`.
+
+    Constructor, parameters and ``state_dict`` are :class:`torch.nn.LayerNorm`'s; see
+    :func:`trinorm.functional.layer_norm` for shapes, dtypes and errors.
+
+    Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    r"""Root mean square normalization, :math:`y = x / \sqrt{\mathrm{E}[x^2] + \epsilon} \cdot w`.
+
+    Constructor, parameters and ``state_dict`` are :class:`torch.nn.RMSNorm`'s; see
+    :func:`trinorm.functional.rms_norm` for shapes, dtypes and errors.
+
+    Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)

@@ -1,0 +1,54 @@
+"""A tensor seen as rows: how its leading dims collapse, with no copy wherever that is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """The leading dims of a tensor after collapsing: their sizes but the outermost's, and their strides in elements."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def readable(x: Tensor, dims: int) -> Tensor:
+    """x itself when the last ``dims`` dims of it are one contiguous run, else a contiguous copy."""
+    if x.is_contiguous():
+        return x
+    expected = 1
+    for size, stride in zip(reversed(x.shape[-dims:]), reversed(x.stride()[-dims:]), strict=True):
+        if size != 1 and stride != expected:
+            return x.contiguous()
+        expected *= size
+    return x
+
+
+def rows_of(x: Tensor, dims: int, n: int) -> Rows:
+    """The rows of a readable tensor whose last ``dims`` dims hold ``n`` elements."""
+    if x.is_contiguous():
+        return Rows((), (n,))
+    return collapse(x.shape[:-dims], x.stride()[:-dims])
+
+
+def collapse(shape: Sequence[int], strides: Sequence[int]) -> Rows:
+    """Merge neighbouring dims that step through memory as one, and drop dims of size 1.
+
+    >>> collapse((2, 3, 4), (48, 16, 4))  # the two outer dims are one of 6
+    Rows(sizes=(4,), strides=(16, 4))
+    """
+    sizes: list[int] = []
+    steps: list[int] = []
+    for size, stride in zip(shape, strides, strict=True):
+        if size == 1:
+            continue
+        if steps and steps[-1] == stride * size:
+            sizes[-1] *= size
+            steps[-1] = stride
+        else:
+            sizes.append(size)
+            steps.append(stride)
+    return Rows(tuple(sizes[1:]), tuple(steps)) if steps else Rows((), (0,))

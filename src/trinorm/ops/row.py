@@ -1,0 +1,75 @@
+"""The row family under autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..spec import RowNorm
+from . import road
+from .layout import readable
+
+
+def row_norm(
+    spec: RowNorm, x: Tensor, normalized_shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """The norm of checked arguments, by the road that serves them."""
+    if not road.kernels_serve(spec.name, x, weight, bias):
+        return reference.composite(spec, x, normalized_shape, weight, bias, eps)
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        # torch's policy for these ops: computed in, and returned as, fp32.
+        x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))  # type: ignore[assignment]
+    dims = len(normalized_shape)
+    x = readable(x, dims)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        return _RowNorm.apply(x, weight, bias, spec, dims, eps)
+    from . import rows
+
+    return rows.forward(spec, x, dims, weight, bias, eps, save=False).y
+
+
+class _RowNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: RowNorm, dims: int, eps: float
+    ) -> Tensor:
+        from . import rows
+
+        y, mean, rstd = rows.forward(spec, x, dims, weight, bias, eps, save=True)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.spec, ctx.dims, ctx.eps = spec, dims, eps
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, mean, rstd = ctx.saved_tensors
+        spec, dims = ctx.spec, ctx.dims
+        if torch.is_grad_enabled():
+            # Someone differentiates this backward: a kernel's result would be a constant to them, silently.
+            shape = x.shape[-dims:]
+            bias = None if ctx.bias_dtype is None else x.new_zeros(shape, dtype=ctx.bias_dtype)
+            return *reference.composite_gradients(spec, x, shape, weight, bias, ctx.eps, dy), None, None, None
+        from . import rows
+
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        gradients = rows.backward(
+            spec,
+            readable(dy, dims),
+            x,
+            dims,
+            weight,
+            mean,
+            rstd,
+            dx=need_x,
+            dw=weight.dtype if need_w else None,
+            db=ctx.bias_dtype if need_b else None,
+        )
+        return *gradients, None, None, None

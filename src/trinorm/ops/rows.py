@@ -1,0 +1,168 @@
+"""The row family's host side: shapes, outputs and scratch, and which kernels with what."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..kernels.row import row_forward, row_forward_streamed
+from ..kernels.row_backward import (
+    row_backward,
+    row_backward_apply,
+    row_backward_few,
+    row_backward_moments,
+    sum_partials,
+)
+from ..launch import launch, multiprocessors
+from ..spec import RowNorm
+from ..tuning import (
+    RowBackward,
+    RowBackwardFew,
+    RowForward,
+    choose_backward,
+    choose_forward,
+)
+from .layout import rows_of
+
+
+class Normalized(NamedTuple):
+    """y, and the statistics that a backward needs (None where none will come, or the spec has none)."""
+
+    y: Tensor
+    mean: Tensor | None
+    rstd: Tensor | None
+
+
+def forward(
+    spec: RowNorm, x: Tensor, dims: int, weight: Tensor | None, bias: Tensor | None, eps: float, *, save: bool
+) -> Normalized:
+    """Normalize the last ``dims`` dims of x, which is readable (layout.readable); y is contiguous."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    n = _elements(x, dims)
+    m = x.numel() // n if n else 0
+    stats = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean = torch.empty(m, dtype=stats, device=x.device) if save and spec.center else None
+    rstd = torch.empty(m, dtype=stats, device=x.device) if save else None
+    if m == 0:
+        return Normalized(y, mean, rstd)
+
+    plan = choose_forward(spec, m, n, x.element_size())
+    sizes, strides = rows_of(x, dims, n)
+    options = dict(
+        N=n,
+        CENTER=spec.center,
+        ACC=_ACCUMULATOR[stats],
+        RESCUE=x.dtype in _RESCUED,
+        CHUNK=plan.chunk,
+        num_warps=plan.warps,
+        enable_fp_fusion=True,
+    )
+    if isinstance(plan, RowForward):
+        options.update(ROWS=plan.rows, STREAM=plan.stream, PRELOAD=plan.preload)
+        args = (y, mean, rstd, x, weight, bias, m, sizes, strides, eps)
+        launch(row_forward, (-(-m // plan.rows),), x.device, args, options)
+    else:
+        launch(row_forward_streamed, (m,), x.device, (y, mean, rstd, x, weight, bias, sizes, strides, eps), options)
+    return Normalized(y, mean, rstd)
+
+
+def backward(
+    spec: RowNorm,
+    dy: Tensor,
+    x: Tensor,
+    dims: int,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    *,
+    dx: bool,
+    dw: torch.dtype | None,
+    db: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dw, db) for readable x and dy: dx where asked for, dw and db in the dtype asked for."""
+    n = _elements(x, dims)
+    m = x.numel() // n if n else 0
+    shape = x.shape[-dims:]
+    dx_out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx else None
+    make = torch.empty if m else torch.zeros
+    dw_out = None if dw is None else make(shape, dtype=dw, device=x.device)
+    db_out = None if db is None else make(shape, dtype=db, device=x.device)
+    if m == 0 or not (dx or dw or db):
+        return dx_out, dw_out, db_out
+
+    plan = choose_backward(spec, m, n, x.element_size(), sums=dw is not None or db is not None)
+    x_rows, dy_rows = rows_of(x, dims, n), rows_of(dy, dims, n)
+    tail = (*x_rows, *dy_rows)
+    options = dict(N=n, CENTER=spec.center, ACC=_ACCUMULATOR[rstd.dtype], enable_fp_fusion=True)
+
+    if isinstance(plan, RowBackwardFew):
+        row_tiles = -(-m // plan.rows) if dx else 0
+        column_tiles = -(-n // plan.sum_chunk) if dw or db else 0
+        launch(
+            row_backward_few,
+            (row_tiles + column_tiles,),
+            x.device,
+            (dx_out, dw_out, db_out, dy, x, weight, mean, rstd, m, row_tiles, *tail),
+            options
+            | dict(
+                ROWS=plan.rows,
+                CHUNK=plan.chunk,
+                SUM_ROWS=plan.sum_rows,
+                SUM_CHUNK=plan.sum_chunk,
+                num_warps=plan.warps,
+            ),
+        )
+        return dx_out, dw_out, db_out
+
+    programs = plan.programs(m, n, multiprocessors(x.device))
+    partials = [
+        None if out is None else torch.empty((programs, n), dtype=rstd.dtype, device=x.device) for out in (dw_out, db_out)
+    ]
+    if isinstance(plan, RowBackward):
+        launch(
+            row_backward,
+            (programs,),
+            x.device,
+            (dx_out, *partials, dy, x, weight, mean, rstd, m, *tail),
+            options
+            | dict(ROWS=plan.rows, CHUNK=plan.chunk, STAGES=plan.stages, STREAM=plan.stream, num_warps=plan.warps),
+        )
+    else:
+        c1 = torch.empty_like(rstd) if dx else None
+        c2 = torch.empty_like(rstd) if dx and spec.center else None
+        wide = options | dict(CHUNK=plan.chunk, num_warps=plan.warps)
+        if dx:
+            launch(row_backward_moments, (m,), x.device, (c1, c2, dy, x, weight, mean, rstd, *tail), wide)
+        launch(
+            row_backward_apply,
+            (programs, -(-n // plan.chunk)),
+            x.device,
+            (dx_out, *partials, dy, x, weight, mean, rstd, c1, c2, m, *tail),
+            wide | dict(STAGES=plan.stages),
+        )
+    if dw or db:
+        total = plan.total
+        launch(
+            sum_partials,
+            (-(-n // total.chunk),),
+            x.device,
+            (dw_out, db_out, *partials, programs),
+            dict(N=n, ACC=options["ACC"], ROWS=total.rows, CHUNK=total.chunk, num_warps=total.warps, enable_fp_fusion=True),
+        )
+    return dx_out, dw_out, db_out
+
+
+_ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+# Whose squares can leave fp32's range: fp16's never do (65504^2 = 4e9), and fp64 is accumulated in fp64.
+_RESCUED = (torch.bfloat16, torch.float32)
+
+
+def _elements(x: Tensor, dims: int) -> int:
+    n = 1
+    for size in x.shape[-dims:]:
+        n *= size
+    return n
