@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from .ops import rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -106,3 +110,33 @@ def _read_hip(kernel: str, target: str, warps: int, compiled: Any) -> Compiled:
         accesses=dict(accesses),
         instructions=len(re.findall(r"^\t[vs]_|^\t(?:global|buffer|ds)_", text, re.MULTILINE)),
     )
+
+
+class Call(NamedTuple):
+    """A launch that was asked for: the kernel, its grid, its run-time arguments and its options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """Inside, launches are listed and nothing runs: give the ops tensors on the meta device, and compile what they ask.
+
+    >>> with recorded() as calls:
+    ...     rows.forward(RMS_NORM, torch.empty(8192, 4096, device="meta"), 1, None, None, 1e-6, save=True)
+    >>> compile_call(calls[0].kernel, calls[0].args, calls[0].options, "sm_90").registers
+    """
+    calls: list[Call] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], device: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        calls.append(Call(kernel, grid, args, options))
+
+    actual = rows.launch
+    rows.launch = record
+    try:
+        yield calls
+    finally:
+        rows.launch = actual

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -21,12 +21,18 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, args: tuple
         kernel[grid](*args, **options)
 
 
-def interpreted() -> bool:
-    """Whether Triton runs kernels on the CPU, in its interpreter (TRITON_INTERPRET=1)."""
-    return bool(triton.knobs.runtime.interpret)
+@dataclass(frozen=True)
+class Device:
+    """What a launch is sized by. shared_memory: bytes that one program may have."""
+
+    multiprocessors: int
+    shared_memory: int
 
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors a device has: what a persistent grid is sized by. An H200's where there is no GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+def describe(device: torch.device) -> Device:
+    """The device's own figures; an H200's where there is no GPU (the interpreter, and compiling for a target)."""
+    if device.type != "cuda":
+        return Device(multiprocessors=132, shared_memory=227 << 10)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)

@@ -6,8 +6,9 @@ kernels do not: on CPU, under forward-mode AD, vmap and torch.compile, and for s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from .spec import RowNorm
 
 
 class Exact(NamedTuple):
-    """What the definition gives in float64. ``mean`` is zero for a spec that does not center."""
+    """What the definition gives, as float64. ``mean`` is zero for a spec that does not center."""
 
     y: Tensor
     mean: Tensor
@@ -40,18 +41,17 @@ def oracle(
     bias: Tensor | None,
     eps: float,
 ) -> Exact:
-    """The definition in float64: ``rstd = (mean((x - mean)^2) + eps)^-1/2``, ``y = (x - mean) * rstd * weight + bias``."""
-    dims = tuple(range(-len(normalized_shape), 0))
-    x = x.double()
-    mean = x.mean(dims, keepdim=True) if spec.center else torch.zeros_like(x.mean(dims, keepdim=True))
-    centered = x - mean if spec.center else x
-    rstd = (centered.square().mean(dims, keepdim=True) + eps).rsqrt()
-    y = centered * rstd
-    if weight is not None:
-        y = y * weight.double()
-    if bias is not None:
-        y = y + bias.double()
-    return Exact(y, mean.flatten(), rstd.flatten())
+    """The definition: ``rstd = (mean((x - mean)^2) + eps)^-1/2``, ``y = (x - mean) * rstd * weight + bias``.
+
+    Computed in float64; for float64 inputs in extended precision (numpy's longdouble), so that the error of a float64
+    result can be seen at all.
+    """
+    lift, lower = _precise(x)
+    with _quiet(x):
+        mean, rstd, xhat = _normalized(spec, lift(x), len(normalized_shape), eps)
+        y = xhat if weight is None else xhat * lift(weight)
+        y = y if bias is None else y + lift(bias)
+    return Exact(lower(y), lower(mean).flatten(), lower(rstd).flatten())
 
 
 def oracle_gradients(
@@ -63,11 +63,54 @@ def oracle_gradients(
     eps: float,
     dy: Tensor,
 ) -> Gradients:
-    """The oracle's gradients, by differentiating the definition in float64."""
-    inputs = [None if t is None else t.detach().double().requires_grad_() for t in (x, weight, bias)]
-    with torch.enable_grad():
-        y = oracle(spec, inputs[0], normalized_shape, inputs[1], inputs[2], eps).y  # type: ignore[arg-type]
-    return _gradients(y, inputs, dy.double())
+    """The gradients in closed form (docs/mathematics.md derives them), in the oracle's precision.
+
+    ``dx = rstd * (g - xhat * mean(g * xhat) - mean(g))`` with ``g = dy * weight``, the last term for a spec that centers.
+    """
+    lift, lower = _precise(x)
+    dims = tuple(range(-len(normalized_shape), 0))
+    rows = tuple(range(x.dim() - len(normalized_shape)))
+    with _quiet(x):
+        _, rstd, xhat = _normalized(spec, lift(x), len(normalized_shape), eps)
+        upstream = lift(dy)
+        g = upstream if weight is None else upstream * lift(weight)
+        dx = g - xhat * (g * xhat).mean(axis=dims, keepdims=True)
+        if spec.center:
+            dx = dx - g.mean(axis=dims, keepdims=True)
+        dw = None if weight is None else (upstream * xhat).sum(axis=rows) if rows else upstream * xhat
+        db = None if bias is None else upstream.sum(axis=rows) if rows else upstream
+        return Gradients(lower(rstd * dx), None if dw is None else lower(dw), None if db is None else lower(db))
+
+
+def _normalized(spec: RowNorm, x: Any, dims: int, eps: float) -> tuple[Any, Any, Any]:
+    """(mean, rstd, xhat), of a torch tensor or a numpy array alike."""
+    axes = tuple(range(-dims, 0))
+    mean = x.mean(axis=axes, keepdims=True)
+    mean = mean if spec.center else mean * 0
+    centered = x - mean if spec.center else x
+    rstd = 1 / ((centered * centered).mean(axis=axes, keepdims=True) + eps) ** 0.5
+    return mean, rstd, centered * rstd
+
+
+def _precise(x: Tensor) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+    """To the precision that the oracle computes in, and from it to float64 on x's device."""
+    if x.dtype != torch.float64:
+        return (lambda t: t.detach().double()), (lambda t: t)
+    import numpy as np
+
+    return (
+        lambda t: t.detach().cpu().numpy().astype(np.longdouble),
+        lambda a: torch.from_numpy(np.asarray(a, dtype=np.float64)).to(x.device),
+    )
+
+
+def _quiet(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """numpy warns of NaN and Inf, which are data here."""
+    if x.dtype != torch.float64:
+        return contextlib.nullcontext()
+    import numpy as np
+
+    return np.errstate(all="ignore")
 
 
 def composite(

@@ -16,15 +16,9 @@ from ..kernels.row_backward import (
     row_backward_moments,
     sum_partials,
 )
-from ..launch import launch, multiprocessors
+from ..launch import describe, launch
 from ..spec import RowNorm
-from ..tuning import (
-    RowBackward,
-    RowBackwardFew,
-    RowForward,
-    choose_backward,
-    choose_forward,
-)
+from ..tuning import TOTAL, RowBackward, RowBackwardFew, RowForward, choose_backward, choose_forward
 from .layout import rows_of
 
 
@@ -56,14 +50,14 @@ def forward(
         CENTER=spec.center,
         ACC=_ACCUMULATOR[stats],
         RESCUE=x.dtype in _RESCUED,
-        CHUNK=plan.chunk,
-        num_warps=plan.warps,
+        CHUNK=plan.tile.chunk,
+        num_warps=plan.tile.warps,
         enable_fp_fusion=True,
     )
     if isinstance(plan, RowForward):
-        options.update(ROWS=plan.rows, STREAM=plan.stream, PRELOAD=plan.preload)
+        options.update(ROWS=plan.tile.rows, STREAM=plan.stream, PRELOAD=plan.preload)
         args = (y, mean, rstd, x, weight, bias, m, sizes, strides, eps)
-        launch(row_forward, (-(-m // plan.rows),), x.device, args, options)
+        launch(row_forward, (-(-m // plan.tile.rows),), x.device, args, options)
     else:
         launch(row_forward_streamed, (m,), x.device, (y, mean, rstd, x, weight, bias, sizes, strides, eps), options)
     return Normalized(y, mean, rstd)
@@ -93,65 +87,40 @@ def backward(
     if m == 0 or not (dx or dw or db):
         return dx_out, dw_out, db_out
 
-    plan = choose_backward(spec, m, n, x.element_size(), sums=dw is not None or db is not None)
-    x_rows, dy_rows = rows_of(x, dims, n), rows_of(dy, dims, n)
-    tail = (*x_rows, *dy_rows)
-    options = dict(N=n, CENTER=spec.center, ACC=_ACCUMULATOR[rstd.dtype], enable_fp_fusion=True)
+    device = describe(x.device)
+    plan = choose_backward(spec, m, n, x.element_size(), device)
+    layout = (*rows_of(x, dims, n), *rows_of(dy, dims, n))
+    options = dict(N=n, ACC=_ACCUMULATOR[rstd.dtype], enable_fp_fusion=True)
+    tiled = options | dict(CENTER=spec.center, CHUNK=plan.tile.chunk, num_warps=plan.tile.warps)
 
     if isinstance(plan, RowBackwardFew):
-        row_tiles = -(-m // plan.rows) if dx else 0
-        column_tiles = -(-n // plan.sum_chunk) if dw or db else 0
-        launch(
-            row_backward_few,
-            (row_tiles + column_tiles,),
-            x.device,
-            (dx_out, dw_out, db_out, dy, x, weight, mean, rstd, m, row_tiles, *tail),
-            options
-            | dict(
-                ROWS=plan.rows,
-                CHUNK=plan.chunk,
-                SUM_ROWS=plan.sum_rows,
-                SUM_CHUNK=plan.sum_chunk,
-                num_warps=plan.warps,
-            ),
-        )
+        row_tiles = -(-m // plan.tile.rows) if dx else 0
+        column_tiles = -(-n // plan.sums.chunk) if dw or db else 0
+        args = (dx_out, dw_out, db_out, dy, x, weight, mean, rstd, m, row_tiles, *layout)
+        tiled.update(ROWS=plan.tile.rows, SUM_ROWS=plan.sums.rows, SUM_CHUNK=plan.sums.chunk)
+        launch(row_backward_few, (row_tiles + column_tiles,), x.device, args, tiled)
         return dx_out, dw_out, db_out
 
-    programs = plan.programs(m, n, multiprocessors(x.device))
-    partials = [
+    programs = plan.programs(m, n, device)
+    partials = tuple(
         None if out is None else torch.empty((programs, n), dtype=rstd.dtype, device=x.device) for out in (dw_out, db_out)
-    ]
+    )
     if isinstance(plan, RowBackward):
-        launch(
-            row_backward,
-            (programs,),
-            x.device,
-            (dx_out, *partials, dy, x, weight, mean, rstd, m, *tail),
-            options
-            | dict(ROWS=plan.rows, CHUNK=plan.chunk, STAGES=plan.stages, STREAM=plan.stream, num_warps=plan.warps),
-        )
+        args = (dx_out, *partials, dy, x, weight, mean, rstd, m, *layout)
+        tiled.update(ROWS=plan.tile.rows, STAGES=plan.stages, STREAM=plan.stream)
+        launch(row_backward, (programs,), x.device, args, tiled)
     else:
         c1 = torch.empty_like(rstd) if dx else None
         c2 = torch.empty_like(rstd) if dx and spec.center else None
-        wide = options | dict(CHUNK=plan.chunk, num_warps=plan.warps)
         if dx:
-            launch(row_backward_moments, (m,), x.device, (c1, c2, dy, x, weight, mean, rstd, *tail), wide)
-        launch(
-            row_backward_apply,
-            (programs, -(-n // plan.chunk)),
-            x.device,
-            (dx_out, *partials, dy, x, weight, mean, rstd, c1, c2, m, *tail),
-            wide | dict(STAGES=plan.stages),
-        )
+            launch(row_backward_moments, (m,), x.device, (c1, c2, dy, x, weight, mean, rstd, *layout), tiled)
+        args = (dx_out, *partials, dy, x, weight, mean, rstd, c1, c2, m, *layout)
+        grid = (programs, -(-n // plan.tile.chunk))
+        launch(row_backward_apply, grid, x.device, args, tiled | dict(STAGES=plan.stages))
     if dw or db:
-        total = plan.total
-        launch(
-            sum_partials,
-            (-(-n // total.chunk),),
-            x.device,
-            (dw_out, db_out, *partials, programs),
-            dict(N=n, ACC=options["ACC"], ROWS=total.rows, CHUNK=total.chunk, num_warps=total.warps, enable_fp_fusion=True),
-        )
+        args = (dw_out, db_out, *partials, programs)
+        options.update(ROWS=TOTAL.rows, CHUNK=TOTAL.chunk, num_warps=TOTAL.warps)
+        launch(sum_partials, (-(-n // TOTAL.chunk),), x.device, args, options)
     return dx_out, dw_out, db_out
 
 

@@ -1,13 +1,25 @@
 """How fast: which launch each problem gets, as ordered tables with the measurement beside each row."""
 
-from .row import RowBackward, RowBackwardFew, RowBackwardWide, RowForward, RowForwardWide, choose_backward, choose_forward
+from .row import (
+    TOTAL,
+    RowBackward,
+    RowBackwardFew,
+    RowBackwardWide,
+    RowForward,
+    RowForwardWide,
+    Tile,
+    choose_backward,
+    choose_forward,
+)
 
 __all__ = [
+    "TOTAL",
     "RowBackward",
     "RowBackwardFew",
     "RowBackwardWide",
     "RowForward",
     "RowForwardWide",
+    "Tile",
     "choose_backward",
     "choose_forward",
 ]
