@@ -92,17 +92,15 @@ def _check(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-) -> tuple[int, ...]:
-    """normalized_shape as a tuple, or torch's own class of error with a message that names the argument."""
+) -> torch.Size:
+    """normalized_shape as a Size, or torch's own class of error with a message that names the argument."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}(): input must be a Tensor, not {type(x).__name__}")
     try:
-        shape = tuple(normalized_shape)
+        shape = torch.Size(normalized_shape)
     except TypeError:
-        raise TypeError(
-            f"{op}(): normalized_shape must be a sequence of ints, not {type(normalized_shape).__name__}; "
-            f"for one dim write ({normalized_shape},)"
-        ) from None
+        hint = f"; for one dim write ({normalized_shape},)" if isinstance(normalized_shape, int) else ""
+        raise TypeError(f"{op}(): normalized_shape must be a sequence of ints, not {normalized_shape!r}{hint}") from None
     dims = len(shape)
     if x.shape[-dims:] != shape or dims == 0:
         _refuse_shape(op, x, shape)
@@ -111,7 +109,7 @@ def _check(
             continue
         if parameter.shape != shape:
             raise RuntimeError(
-                f"{op}(): {name} has shape {tuple(parameter.shape)}, but normalized_shape is {shape}; they must be equal"
+                f"{op}(): {name} has shape {tuple(parameter.shape)}, but normalized_shape is {tuple(shape)}; they must be equal"
             )
         if parameter.device != x.device:
             raise RuntimeError(
@@ -121,18 +119,20 @@ def _check(
             _refuse_dtype(op, name, parameter)
     if x.dtype not in KERNEL_DTYPES:
         _refuse_dtype(op, "input", x)
-    if not eps >= 0:
+    try:
+        usable = eps >= 0  # which NaN is not
+    except TypeError:
+        raise TypeError(f"{op}(): eps must be a float, not {eps!r}") from None
+    if not usable:
         raise ValueError(f"{op}(): eps is {eps}; it must be a number >= 0")
     return shape
 
 
-def _refuse_shape(op: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    if not all(isinstance(size, int) for size in shape):
-        raise TypeError(f"{op}(): normalized_shape is {shape}; its elements must be ints")
+def _refuse_shape(op: str, x: Tensor, shape: torch.Size) -> None:
     if not shape:
         raise RuntimeError(f"{op}(): normalized_shape is empty; it must name at least one dim")
     raise RuntimeError(
-        f"{op}(): normalized_shape is {shape}, but input has shape {tuple(x.shape)}; "
+        f"{op}(): normalized_shape is {tuple(shape)}, but input has shape {tuple(x.shape)}; "
         f"the input's last {len(shape)} dim(s) must be equal to it"
     )
 

@@ -43,11 +43,11 @@ def oracle(
 ) -> Exact:
     """The definition: ``rstd = (mean((x - mean)^2) + eps)^-1/2``, ``y = (x - mean) * rstd * weight + bias``.
 
-    Computed in float64; for float64 inputs in extended precision (numpy's longdouble), so that the error of a float64
+    Computed in float64; where an input is float64, in extended precision (numpy's longdouble), so that the error of a float64
     result can be seen at all.
     """
-    lift, lower = _precise(x)
-    with _quiet(x):
+    lift, lower, quiet = _precise(x, weight, bias)
+    with quiet:
         mean, rstd, xhat = _normalized(spec, lift(x), len(normalized_shape), eps)
         y = xhat if weight is None else xhat * lift(weight)
         y = y if bias is None else y + lift(bias)
@@ -67,10 +67,10 @@ def oracle_gradients(
 
     ``dx = rstd * (g - xhat * mean(g * xhat) - mean(g))`` with ``g = dy * weight``, the last term for a spec that centers.
     """
-    lift, lower = _precise(x)
+    lift, lower, quiet = _precise(x, weight, bias)
     dims = tuple(range(-len(normalized_shape), 0))
     rows = tuple(range(x.dim() - len(normalized_shape)))
-    with _quiet(x):
+    with quiet:
         _, rstd, xhat = _normalized(spec, lift(x), len(normalized_shape), eps)
         upstream = lift(dy)
         g = upstream if weight is None else upstream * lift(weight)
@@ -92,25 +92,20 @@ def _normalized(spec: RowNorm, x: Any, dims: int, eps: float) -> tuple[Any, Any,
     return mean, rstd, centered * rstd
 
 
-def _precise(x: Tensor) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
-    """To the precision that the oracle computes in, and from it to float64 on x's device."""
-    if x.dtype != torch.float64:
-        return (lambda t: t.detach().double()), (lambda t: t)
+def _precise(
+    x: Tensor, *parameters: Tensor | None
+) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor], contextlib.AbstractContextManager[Any]]:
+    """(to the precision that the oracle computes in, from it to float64 on x's device, a context to compute in)."""
+    if not any(t is not None and t.dtype == torch.float64 for t in (x, *parameters)):
+        return (lambda t: t.detach().double()), (lambda t: t), contextlib.nullcontext()
     import numpy as np
 
     return (
-        lambda t: t.detach().cpu().numpy().astype(np.longdouble),
+        lambda t: t.detach().double().cpu().numpy().astype(np.longdouble),
         lambda a: torch.from_numpy(np.asarray(a, dtype=np.float64)).to(x.device),
+        # numpy warns of NaN and Inf, which are data here.
+        np.errstate(all="ignore"),
     )
-
-
-def _quiet(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """numpy warns of NaN and Inf, which are data here."""
-    if x.dtype != torch.float64:
-        return contextlib.nullcontext()
-    import numpy as np
-
-    return np.errstate(all="ignore")
 
 
 def composite(

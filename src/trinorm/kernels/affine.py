@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
-# What an absent weight and an absent bias read as: the compiler folds both away (index.load_or).
-NO_WEIGHT: tl.constexpr = tl.constexpr(1.0)
-NO_BIAS: tl.constexpr = tl.constexpr(-0.0)
+# What an absent weight and bias read as (index.load_or), as fp32 bits: 1.0, and -0.0. The compiler folds both away; not so
+# 0.0, as x + 0.0 is not x when x is -0.0. Bits, because tl.full takes -0.0 for 0 and makes 0.0 of it.
+NO_WEIGHT: tl.constexpr = tl.constexpr(0x3F800000)
+NO_BIAS: tl.constexpr = tl.constexpr(-0x80000000)
 
 
 @triton.jit

@@ -77,14 +77,13 @@ def load_once(pointers, mask, STREAM: tl.constexpr):
 
 @triton.jit
 def load_or(POINTER, columns, mask, absent: tl.constexpr, STREAM: tl.constexpr):
-    """Some columns of a vector that every row reads; the constant ``absent`` where POINTER is None.
+    """Some columns of a vector that every row reads; the fp32 constant of bits ``absent`` where POINTER is None.
 
-    With the operation's identity for ``absent`` the operation folds away: 1 for a product, -0.0 for a sum (x + 0.0 is
-    not x when x is -0.0, so the compiler keeps that one). A mask of ``[ROWS, CHUNK]`` reads the columns once for each
+    With the operation's identity for ``absent`` the operation folds away (affine.NO_WEIGHT, NO_BIAS). A mask of ``[ROWS, CHUNK]`` reads the columns once for each
     row: where rows lie in different warps that costs less than sharing one reading through shared memory.
     """
     if POINTER is None:
-        return tl.full([1, 1], absent, tl.float32)
+        return tl.full([1, 1], absent, tl.int32).to(tl.float32, bitcast=True)
     else:
         pointers = tl.broadcast_to(POINTER + columns, mask.shape)
         return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_last" if STREAM else "")

@@ -37,19 +37,19 @@ def forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     n = _elements(x, dims)
     m = x.numel() // n if n else 0
-    stats = torch.float64 if x.dtype == torch.float64 else torch.float32
+    stats = _accumulator_dtype(x, weight, bias)
     mean = torch.empty(m, dtype=stats, device=x.device) if save and spec.center else None
     rstd = torch.empty(m, dtype=stats, device=x.device) if save else None
     if m == 0:
         return Normalized(y, mean, rstd)
 
-    plan = choose_forward(spec, m, n, x.element_size())
+    plan = choose_forward(spec, m, n, _widest(x, stats))
     sizes, strides = rows_of(x, dims, n)
     options = dict(
         N=n,
         CENTER=spec.center,
         ACC=_ACCUMULATOR[stats],
-        RESCUE=x.dtype in _RESCUED,
+        RESCUE=x.dtype in _RESCUED and stats == torch.float32,
         CHUNK=plan.tile.chunk,
         num_warps=plan.tile.warps,
         enable_fp_fusion=True,
@@ -88,7 +88,7 @@ def backward(
         return dx_out, dw_out, db_out
 
     device = describe(x.device)
-    plan = choose_backward(spec, m, n, x.element_size(), device)
+    plan = choose_backward(spec, m, n, _widest(x, rstd.dtype), device)
     layout = (*rows_of(x, dims, n), *rows_of(dy, dims, n))
     options = dict(N=n, ACC=_ACCUMULATOR[rstd.dtype], enable_fp_fusion=True)
     tiled = options | dict(CENTER=spec.center, CHUNK=plan.tile.chunk, num_warps=plan.tile.warps)
@@ -128,6 +128,16 @@ _ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 # Whose squares can leave fp32's range: fp16's never do (65504^2 = 4e9), and fp64 is accumulated in fp64.
 _RESCUED = (torch.bfloat16, torch.float32)
+
+
+def _accumulator_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What statistics, products and sums are computed in: fp32, or fp64 as soon as one tensor is."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _widest(x: Tensor, accumulator: torch.dtype) -> int:
+    """The bytes of an element where it takes the most room."""
+    return 8 if accumulator == torch.float64 else x.element_size()
 
 
 def _elements(x: Tensor, dims: int) -> int:

@@ -1,0 +1,123 @@
+"""convert.py: what replace() swaps, what it leaves, and that it says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import trinorm
+from trinorm import nn
+
+
+class Block(torch.nn.Module):
+    """A model with one norm under two names, and two norms of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.LayerNorm(8)
+        self.again = self.first
+        self.second = torch.nn.RMSNorm(8)
+        self.tied = torch.nn.RMSNorm(8)
+        self.tied.weight = self.second.weight
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tied(self.linear(self.second(self.again(self.first(x)))))
+
+
+def test_norms_are_swapped_in_place_and_shared_ones_stay_shared() -> None:
+    model = Block()
+    first, weight = model.first, model.second.weight
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    x = torch.randn(3, 8)
+    before = model(x)
+    report = trinorm.replace(model)
+    assert model.first is first
+    assert model.again is first
+    assert type(first) is nn.LayerNorm
+    assert type(model.second) is type(model.tied) is nn.RMSNorm
+    assert model.tied.weight is model.second.weight is weight
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert [entry.path for entry in report.replaced] == ["first", "again", "second", "tied"]
+    assert report.left == ()
+    torch.testing.assert_close(model(x), before)
+
+
+def test_a_norm_alone_and_a_model_without_norms() -> None:
+    norm = torch.nn.LayerNorm(8)
+    assert [entry.path for entry in trinorm.replace(norm).replaced] == [""]
+    assert type(norm) is nn.LayerNorm
+    report = trinorm.replace(torch.nn.Linear(2, 2))
+    assert (report.replaced, report.left) == ((), ())
+    assert str(report) == "trinorm.replace: 0 replaced, 0 left"
+
+
+def test_hooks_and_training_mode_survive(device: torch.device) -> None:
+    norm = torch.nn.LayerNorm(8, device=device).eval()
+    seen = []
+    norm.register_forward_hook(lambda *_: seen.append(True))
+    trinorm.replace(norm)
+    norm(torch.randn(2, 8, device=device))
+    assert seen == [True]
+    assert not norm.training
+
+
+class HouseNorm(torch.nn.Module):
+    """A norm that only its name betrays."""
+
+
+class MyLayerNorm(torch.nn.LayerNorm):
+    """A subclass, whose forward might be anything."""
+
+
+def _replaced_before() -> torch.nn.Module:
+    norm = torch.nn.RMSNorm(8)
+    trinorm.replace(norm)
+    return norm
+
+
+def _instance_forward() -> torch.nn.Module:
+    norm = torch.nn.LayerNorm(8)
+    norm.forward = lambda x: x  # type: ignore[method-assign]
+    return norm
+
+
+def _parametrized() -> torch.nn.Module:
+    norm = torch.nn.LayerNorm(8)
+    torch.nn.utils.parametrize.register_parametrization(norm, "weight", torch.nn.Identity())
+    return norm
+
+
+LEFT = {
+    "group norm": (lambda: torch.nn.GroupNorm(2, 8), "no kernel for this norm yet"),
+    "batch norm": (lambda: torch.nn.BatchNorm2d(8), "no kernel for this norm yet"),
+    "instance norm": (lambda: torch.nn.InstanceNorm1d(8), "no kernel for this norm yet"),
+    "lazy": (lambda: torch.nn.LazyBatchNorm1d(), "lazy"),
+    "quantized": (lambda: torch.ao.nn.quantized.LayerNorm(8, None, None, 1.0, 0), "quantized"),
+    "unknown": (HouseNorm, "what its forward computes is unknown"),
+    "a subclass": (lambda: MyLayerNorm(8), "subclass"),
+    "replaced already": (_replaced_before, "already trinorm's"),
+    "forward replaced": (_instance_forward, "forward was replaced"),
+    "parametrized": (_parametrized, "parametrize"),
+    "a weight of fp8": (lambda: torch.nn.RMSNorm(8, dtype=torch.float8_e4m3fn), "float8"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", LEFT)
+def test_what_is_left_is_untouched_and_reported(kind: str) -> None:
+    make, reason = LEFT[kind]
+    module = make()
+    cls, state = type(module), dict(module.__dict__)
+    report = trinorm.replace(torch.nn.ModuleDict({"norm": module}))
+    assert report.replaced == ()
+    assert [entry.path for entry in report.left] == ["norm"]
+    assert reason in report.left[0].reason
+    assert report.left[0].module in str(report)
+    assert type(module) is cls
+    assert module.__dict__ == state
+
+
+def test_not_a_module() -> None:
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
+        trinorm.replace(torch.ones(3))  # type: ignore[arg-type]

@@ -1,0 +1,207 @@
+"""Each jit helper of kernels/ alone, in the smallest kernel that calls it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from trinorm.kernels import affine, index, row_backward, stats
+
+ROWS, CHUNK = 4, 16
+
+
+@triton.jit
+def _tile_kernel(OUT, M, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """Which (row, column) pairs of a [M, N] matrix the tiles of a grid cover, counted."""
+    rows = index.tile_rows(index.first_program(), ROWS)
+    columns = index.chunk_columns(index.second_program() * CHUNK, CHUNK)
+    mask = index.rows_live(rows, M, ROWS) & index.columns_live(columns, index.rounded_up(N, CHUNK), N)
+    ones = tl.full([ROWS, CHUNK], 1, tl.int32)
+    tl.store(OUT + rows * N + columns, tl.load(OUT + rows * N + columns, mask=mask, other=0) + ones, mask=mask)
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (4, 16), (5, 17), (7, 33), (8, 32)])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_tiles_cover_every_element_once(m: int, n: int, rows: int, device: torch.device) -> None:
+    out = torch.zeros(m + rows, n, dtype=torch.int32, device=device)
+    _tile_kernel[(-(-m // rows), -(-n // CHUNK))](out, m, N=n, ROWS=rows, CHUNK=CHUNK)
+    assert torch.equal(out[:m], torch.ones_like(out[:m]))
+    assert torch.equal(out[m:], torch.zeros_like(out[m:]))
+
+
+@triton.jit
+def _offsets_kernel(OUT, sizes, strides, ROWS: tl.constexpr):
+    rows = index.tile_rows(index.first_program(), ROWS)
+    tl.store(OUT + rows, index.row_offsets(rows, sizes, strides))
+
+
+def test_row_offsets_of_a_permuted_tensor(device: torch.device) -> None:
+    x = torch.arange(2 * 4 * 8).reshape(2, 4, 8).permute(2, 0, 1)
+    out = torch.empty(64, dtype=torch.int64, device=device)
+    _offsets_kernel[(16,)](out, (2, 4), x.stride(), ROWS=4)
+    assert torch.equal(out.cpu(), x.flatten())
+
+
+def test_row_offsets_pass_2_to_the_31(device: torch.device) -> None:
+    out = torch.empty(4, dtype=torch.int64, device=device)
+    _offsets_kernel[(1,)](out, (), (1 << 31,), ROWS=4)
+    assert out.tolist() == [i << 31 for i in range(4)]
+
+
+@triton.jit
+def _load_kernel(OUT, X, N: tl.constexpr, CHUNK: tl.constexpr, ABSENT: tl.constexpr):
+    live = index.rows_live(index.tile_rows(0, 1), 1, 1)
+    chunks = index.load_row_or(X, live, N, CHUNK, ABSENT)
+    for i in tl.static_range(len(chunks)):
+        columns = index.chunk_columns(i * CHUNK, CHUNK)
+        tl.store(OUT + columns, tl.broadcast_to(chunks[i].to(tl.float32), [1, CHUNK]))
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 40])
+def test_lanes_outside_the_row_read_zero_and_absent_vectors_their_identity(n: int, device: torch.device) -> None:
+    x = torch.randn(n, device=device)
+    out = torch.full((48,), torch.nan, device=device)
+    _load_kernel[(1,)](out, x, N=n, CHUNK=CHUNK, ABSENT=0x3F800000)
+    end = -(-n // CHUNK) * CHUNK
+    assert torch.equal(out[:n], x)
+    assert torch.equal(out[n:end], torch.zeros(end - n, device=device))
+    _load_kernel[(1,)](out, None, N=n, CHUNK=CHUNK, ABSENT=0x3F800000)
+    assert torch.equal(out[:end], torch.ones(end, device=device))
+
+
+@triton.jit
+def _affine_kernel(Y, G, X, W, B, N: tl.constexpr):
+    columns = index.chunk_columns(0, N)
+    mask = index.columns_live(columns, N, N)
+    w = index.load_or(W, columns, mask, affine.NO_WEIGHT, False)
+    b = index.load_or(B, columns, mask, affine.NO_BIAS, False)
+    x = tl.load(X + columns)
+    tl.store(Y + columns, affine.affine(x, w, b))
+    tl.store(G + columns, affine.affine_backward(x, w))
+
+
+@pytest.mark.parametrize("has_weight", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_affine(has_weight: bool, has_bias: bool, device: torch.device) -> None:
+    x = torch.randn(32, device=device)
+    x[:4] = torch.tensor([-0.0, 0.0, torch.inf, torch.nan], device=device)
+    w = torch.randn(32, device=device) if has_weight else None
+    b = torch.randn(32, device=device).bfloat16() if has_bias else None
+    y, g = torch.empty_like(x), torch.empty_like(x)
+    _affine_kernel[(1,)](y, g, x, w, b, N=32)
+    product = x if w is None else x * w
+    assert torch.equal(g.view(torch.int32)[:3], product.view(torch.int32)[:3])
+    torch.testing.assert_close(g, product, rtol=0, atol=0, equal_nan=True)
+    # One multiply-add rounds once where torch rounds twice.
+    expected = product.double() if w is None else x.double() * w.double()
+    expected = expected if b is None else expected + b.double()
+    torch.testing.assert_close(y.double(), expected.float().double(), rtol=2**-23, atol=2**-23, equal_nan=True)
+    if w is None and b is None:
+        assert torch.equal(y.view(torch.int32)[:2], x.view(torch.int32)[:2]), "-0.0 and 0.0 pass unchanged"
+
+
+@triton.jit
+def _moments_kernel(MEAN, POWER, X, N: tl.constexpr, CENTER: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr):
+    row = index.tile_rows(index.first_program(), 1)
+    if HELD:
+        xs = index.load_row(X + row * N, index.rows_live(row, 0, 1), N, CHUNK, False)
+        mean, power = stats.held_moments(xs, N, CENTER, tl.float32)
+    else:
+        mean, power = stats.streamed_moments(X + row * N, 1.0, N, CENTER, tl.float32, CHUNK)
+    tl.store(MEAN + row, mean)
+    tl.store(POWER + row, power)
+
+
+@pytest.mark.parametrize("n", [1, 3, 16, 17, 100, 1000])
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("held", [False, True])
+def test_moments(n: int, center: bool, held: bool, device: torch.device) -> None:
+    """Masked lanes never enter, and a mean of 1e4 does not swallow a deviation of 1e-2."""
+    x = torch.randn(4, n, device=device) * 1e-2 + (1e4 if center else 0.0)
+    mean, power = torch.empty(4, device=device), torch.empty(4, device=device)
+    _moments_kernel[(4,)](mean, power, x, N=n, CENTER=center, CHUNK=16, HELD=held)
+    exact = x.double()
+    exact_mean = exact.mean(1) if center else torch.zeros(4, device=device).double()
+    # Each of the steps that a lane's and then the tree's sum take rounds by half a place of the mean at most.
+    shift = (n.bit_length() + n / CHUNK) * 2**-24 * exact_mean.abs()
+    assert ((mean.double() - exact_mean).abs() <= shift).all()
+    # The power is taken about the mean as it was rounded, which adds the square of that shift.
+    exact_power = (exact - exact_mean[:, None]).square().mean(1)
+    assert ((power.double() - exact_power).abs() <= shift**2 + exact_power * (n.bit_length() + n / CHUNK) * 2**-22).all()
+
+
+@triton.jit
+def _rescue_kernel(MEAN, RSTD, X, eps: tl.float64, N: tl.constexpr, CENTER: tl.constexpr, CHUNK: tl.constexpr):
+    row = index.tile_rows(index.first_program(), 1)
+    mean, rstd = stats.rescued_stats(X + row * N, tl.full([1, 1], eps, tl.float32), N, CENTER, tl.float32, CHUNK)
+    tl.store(MEAN + row, mean)
+    tl.store(RSTD + row, rstd)
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("scale", [1e30, 3e37, 1e-25, 1.0])
+def test_rescued_stats_where_squares_leave_fp32(center: bool, scale: float, device: torch.device) -> None:
+    x = (torch.rand(3, 50, device=device) + 0.5) * scale
+    mean, rstd = torch.empty(3, device=device), torch.empty(3, device=device)
+    _rescue_kernel[(3,)](mean, rstd, x, 0.0, N=50, CENTER=center, CHUNK=16)
+    exact = x.double()
+    exact_mean = exact.mean(1, keepdim=True) if center else torch.zeros(3, 1, device=device).double()
+    exact_rstd = (exact - exact_mean).square().mean(1).rsqrt()
+    torch.testing.assert_close(mean.double(), exact_mean.flatten(), rtol=2**-22, atol=0)
+    torch.testing.assert_close(rstd.double(), exact_rstd, rtol=2**-20, atol=0)
+
+
+@triton.jit
+def _power_kernel(OUT, X, N: tl.constexpr):
+    lanes = tl.arange(0, N)
+    tl.store(OUT + lanes, stats.power_of_two_below(tl.load(X + lanes)))
+
+
+def test_power_of_two_below(device: torch.device) -> None:
+    x = torch.tensor([1.0, 1.5, 2.0, 1e30, 3e38, torch.inf, 1e-42, 0.0], device=device)
+    out = torch.empty_like(x)
+    _power_kernel[(1,)](out, x, N=8)
+    assert out.tolist() == [1.0, 1.0, 2.0, 2.0**99, 2.0**126, 2.0**126, 2.0**-126, 2.0**-126]
+    assert torch.isfinite(1 / out).all()
+
+
+@triton.jit
+def _dx_kernel(OUT, G, XHAT, RSTD, C1, C2, N: tl.constexpr, CENTER: tl.constexpr):
+    lanes = tl.arange(0, N)
+    g, xhat, rstd = tl.load(G + lanes), tl.load(XHAT + lanes), tl.load(RSTD)
+    tl.store(OUT + lanes, row_backward.dx_of(g, xhat, rstd, tl.load(C1), tl.load(C2), CENTER))
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_dx(center: bool, device: torch.device) -> None:
+    g, xhat = torch.randn(64, device=device), torch.randn(64, device=device)
+    rstd, c1, c2 = (torch.rand(1, device=device) + 0.5 for _ in range(3))
+    out = torch.empty_like(g)
+    _dx_kernel[(1,)](out, g, xhat, rstd, c1, c2, N=64, CENTER=center)
+    exact = rstd.double() * (g.double() - xhat.double() * c1.double() - (c2.double() if center else 0.0))
+    terms = rstd.double() * (g.double().abs() + (xhat.double() * c1.double()).abs() + c2.double())
+    assert ((out.double() - exact).abs() <= 4 * 2**-24 * terms).all()
+
+
+@triton.jit
+def _sums_kernel(OUT, X, DY, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    live = tl.full([ROWS, 1], True, tl.int1)
+    rows = index.tile_rows(0, ROWS)
+    xs = index.load_row(X + rows * N, live, N, CHUNK, False)
+    dys = index.load_row(DY + rows * N, live, N, CHUNK, False)
+    mean = tl.zeros([ROWS, 1], tl.float32)
+    zero = row_backward.zero_chunks(N, ROWS, CHUNK, tl.float32)
+    dw = row_backward.add_dw(zero, xs, dys, mean, mean + 1.0, tl.float32)
+    dw = row_backward.add_dw(dw, xs, dys, mean, mean + 1.0, tl.float32)
+    row_backward.store_column_sums(OUT, 0, dw, N)
+    row_backward.store_column_sums(OUT, N, row_backward.add_db(zero, dys, tl.float32), N)
+
+
+def test_column_sums(device: torch.device) -> None:
+    x, dy = (torch.randint(-8, 8, (4, 40), device=device).float() for _ in range(2))
+    out = torch.empty(2, 40, device=device)
+    _sums_kernel[(1,)](out, x, dy, N=40, ROWS=4, CHUNK=16)
+    assert torch.equal(out[0], 2 * (x * dy).sum(0)), "small integers add exactly"
+    assert torch.equal(out[1], dy.sum(0))

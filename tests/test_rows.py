@@ -1,0 +1,192 @@
+"""Every kernel path of the row family, forced, over the sizes at its edges."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from trinorm import reference
+from trinorm.compare import assert_no_worse
+from trinorm.ops import rows
+from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
+from trinorm.tuning import RowBackward, RowBackwardFew, RowBackwardWide, RowForward, RowForwardWide, Tile
+
+SPECS = [pytest.param(LAYER_NORM, id="layer_norm"), pytest.param(RMS_NORM, id="rms_norm")]
+ON_GPU = torch.cuda.is_available()
+EDGES = [1, 2, 3, 5, 17, 127, 128, 129, 768, 1000, 1024, 4095, 4096, 4097]
+EDGES += [5120, 8192, 12288, 65536, 100003] if ON_GPU else [5120]
+HELD = [n for n in EDGES if n <= 12288]
+
+# Chunks that divide few of the sizes, so that the last one is ragged.
+PATHS = {
+    "row a program": (
+        RowForward(Tile(1, 1024, 4), stream=False, preload=False),
+        RowBackward(Tile(1, 1024, 4), stages=3, per_sm=1, stream=True),
+    ),
+    "rows a program": (
+        RowForward(Tile(4, 512, 4), stream=False, preload=True),
+        RowBackward(Tile(4, 512, 4), stages=1, per_sm=1, stream=False),
+    ),
+    "few": (
+        RowForward(Tile(2, 2048, 8), stream=True, preload=True),
+        RowBackwardFew(Tile(2, 2048, 8), sums=Tile(4, 1024, 8)),
+    ),
+}
+WIDE = (RowForwardWide(Tile(1, 1024, 4)), RowBackwardWide(Tile(1, 1024, 4), stages=2, per_sm=4))
+
+
+def _force(monkeypatch: pytest.MonkeyPatch, forward: object, backward: object) -> None:
+    """Make every call take these launches, whatever its size."""
+    monkeypatch.setattr(rows, "choose_forward", lambda *_: forward)
+    monkeypatch.setattr(rows, "choose_backward", lambda *_: backward)
+    monkeypatch.setattr(rows, "TOTAL", Tile(4, 1024, 4))
+
+
+def _check(spec: RowNorm, m: int, n: int, device: str, dtype: torch.dtype = torch.float32) -> None:
+    """Forward and backward against the oracle, with weight and bias.
+
+    Small problems are drawn several times and compared together: of a handful of sums torch's own error is chance.
+    """
+    results: defaultdict[str, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
+    for _ in range(min(12, 1 + 256 // (m * n))):
+        for what, *tensors in _results(spec, m, n, device, dtype):
+            results[what].append(tuple(t.flatten() for t in tensors))
+    for what, draws in results.items():
+        actual, exact, by_torch = (torch.cat(tensors) for tensors in zip(*draws, strict=True))
+        assert_no_worse(what, actual, exact, by_torch)
+
+
+def _results(
+    spec: RowNorm, m: int, n: int, device: str, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(name, ours, the oracle's, torch's) for y and every gradient of one draw."""
+    x, dy = (torch.randn(m, n, device=device).to(dtype) for _ in range(2))
+    weight, bias = (torch.randn(n, device=device).to(dtype) for _ in range(2))
+    inputs = [x, weight, bias] if spec.center else [x, weight]
+    arguments = (x, (n,), weight, bias if spec.center else None, 1e-5)
+
+    for t in inputs:
+        t.requires_grad_()
+    by_torch = reference.composite(spec, *arguments)
+    gradients_by_torch = torch.autograd.grad(by_torch, inputs, dy)
+    for t in inputs:
+        t.requires_grad_(False)
+
+    y, mean, rstd = rows.forward(spec, x, 1, *arguments[2:], save=True)
+    assert rstd is not None
+    db = dtype if spec.center else None
+    gradients = rows.backward(spec, dy, x, 1, weight, mean, rstd, dx=True, dw=dtype, db=db)
+    yield "y", y, reference.oracle(spec, *arguments).y, by_torch.detach()
+    exact = reference.oracle_gradients(spec, *arguments, dy)
+    for what, got, want, theirs in zip(("dx", "dw", "db"), gradients, exact, gradients_by_torch, strict=False):
+        assert got is not None
+        assert want is not None
+        yield what, got, want, theirs
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("n", HELD)
+@pytest.mark.parametrize("path", PATHS)
+def test_held(spec: RowNorm, n: int, path: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _force(monkeypatch, *PATHS[path])
+    _check(spec, 7, n, device)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("n", EDGES)
+def test_wide(spec: RowNorm, n: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _force(monkeypatch, *WIDE)
+    _check(spec, 3, n, device)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("n", EDGES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_as_tuned(spec: RowNorm, n: int, dtype: torch.dtype, device: str) -> None:
+    """The launches that users get; on a GPU with enough rows for the persistent programs to loop."""
+    m = max(5, min(600, (1 << 22) // n)) if ON_GPU else 3
+    _check(spec, m, n, device, dtype)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the largest rows and tensors need a GPU")
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_million_columns(spec: RowNorm, device: str) -> None:
+    _check(spec, 3, 1 << 20, device)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 31, 33])
+def test_row_counts_that_are_no_multiple_of_the_tile(spec: RowNorm, m: int, device: str) -> None:
+    _check(spec, m, 64, device)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("plan", [*(backward for _, backward in PATHS.values()), WIDE[1]], ids=lambda plan: type(plan).__name__)
+@pytest.mark.parametrize("want", ["dx", "dw", "db", "dw db", "dx dw", "dx db"])
+def test_only_what_is_asked_for(
+    spec: RowNorm, plan: RowBackward | RowBackwardFew | RowBackwardWide, want: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any subset of the gradients, each equal to the bit to its value when all are asked for."""
+    _force(monkeypatch, WIDE[0], plan)
+    x, dy = torch.randn(5, 96, device=device), torch.randn(5, 96, device=device)
+    weight = torch.randn(96, device=device)
+    _, mean, rstd = rows.forward(spec, x, 1, weight, None, 1e-5, save=True)
+    assert rstd is not None
+
+    def ask(names: str) -> dict[str, torch.Tensor | None]:
+        dtypes = {name: torch.float32 if name in names else None for name in ("dw", "db")}
+        found = rows.backward(spec, dy, x, 1, weight, mean, rstd, dx="dx" in names, **dtypes)
+        return dict(zip(("dx", "dw", "db"), found, strict=True))
+
+    everything, some = ask("dx dw db"), ask(want)
+    for name in ("dx", "dw", "db"):
+        if name in want.split():
+            assert torch.equal(some[name], everything[name]), name  # type: ignore[arg-type]
+        else:
+            assert some[name] is None
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_same_bits_on_every_run(spec: RowNorm, device: str) -> None:
+    x = torch.randn(40 if not ON_GPU else 5000, 300, device=device)
+    dy, weight = torch.randn_like(x), torch.randn(300, device=device)
+
+    def run() -> list[torch.Tensor]:
+        y, mean, rstd = rows.forward(spec, x, 1, weight, None, 1e-5, save=True)
+        assert rstd is not None
+        found = rows.backward(spec, dy, x, 1, weight, mean, rstd, dx=True, dw=x.dtype, db=x.dtype)
+        return [y, *(t for t in found if t is not None)]
+
+    first = run()
+    for _ in range(3):
+        for a, b in zip(first, run(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a tensor over 2^31 elements needs a GPU")
+@pytest.mark.parametrize("spec", SPECS)
+def test_over_two_billion_elements(spec: RowNorm, device: str) -> None:
+    """The rows past 2^31 elements are computed as the same rows alone are."""
+    m, n = (1 << 31) // 4096 + 9, 4096
+    x = torch.randn(m, n, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(n, device=device, dtype=torch.bfloat16)
+    y, mean, rstd = rows.forward(spec, x, 1, weight, None, 1e-5, save=True)
+    tail = x[-16:].clone()
+    alone = rows.forward(spec, tail, 1, weight, None, 1e-5, save=True)
+    assert torch.equal(y[-16:], alone.y)
+    assert rstd is not None and alone.rstd is not None
+    assert torch.equal(rstd[-16:], alone.rstd)
+    dx, _, _ = rows.backward(spec, x, x, 1, weight, mean, rstd, dx=True, dw=None, db=None)
+    dx_alone, _, _ = rows.backward(spec, tail, tail, 1, weight, alone.mean, alone.rstd, dx=True, dw=None, db=None)
+    by_torch = torch.nn.functional.rms_norm(tail, (n,), weight, 1e-5)
+    if spec is LAYER_NORM:
+        by_torch = torch.nn.functional.layer_norm(tail, (n,), weight, None, 1e-5)
+    assert_no_worse("y", y[-16:], reference.oracle(spec, tail, (n,), weight, None, 1e-5).y, by_torch)
+    assert dx is not None and dx_alone is not None
+    # Different launches for 16 rows and for many: equal to rounding, not to the bit.
+    exact = reference.oracle_gradients(spec, tail, (n,), weight, None, 1e-5, tail).dx
+    assert exact is not None
+    assert_no_worse("dx", dx[-16:], exact, dx_alone)
