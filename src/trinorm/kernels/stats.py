@@ -73,18 +73,21 @@ def streamed_moments(row, scale, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.
     """
     mean = tl.zeros([1, CHUNK], ACC)
     squares = tl.zeros([1, CHUNK], ACC)
-    count = tl.zeros([1, CHUNK], ACC)
+    step = tl.zeros([1, 1], ACC)
     for start in tl.range(0, N, CHUNK):
         columns = chunk_columns(start, CHUNK)
         live = columns_live(columns, rounded_up(N, CHUNK), N)
         x = load(row + columns, live).to(ACC) * scale
         if CENTER:
-            count += tl.where(live, 1.0, tl.zeros([1, CHUNK], ACC))
+            step += 1.0
             delta = x - mean
-            mean += tl.where(live, delta / tl.maximum(count, 1.0), 0.0)
+            mean += tl.where(live, delta * (1.0 / step), 0.0)
             squares += tl.where(live, delta * (x - mean), 0.0)
         else:
             squares += x * x
+    # How many columns each lane saw: all chunks have it, but perhaps the last.
+    last = columns_live(chunk_columns(rounded_up(N, CHUNK) - CHUNK, CHUNK), rounded_up(N, CHUNK), N)
+    count = step - tl.where(last, tl.zeros([1, CHUNK], ACC), 1.0)
     return merged_lanes(mean, squares, count, N, CENTER)
 
 

@@ -85,15 +85,15 @@ _FORWARD: tuple[tuple[int, Tile, Tile], ...] = (
     (768, Tile(4, 256, 4), Tile(4, 256, 4)),  #                0.94, 1.01
     (1024, Tile(1, 512, 2), Tile(1, 512, 2)),  #               0.98, 1.00
     (3072, Tile(1, 1024, 4), Tile(1, 1024, 4)),  #             2048: 0.99, 1.00; 3072: 0.97, 0.99
-    (4096, Tile(1, 512, 4), Tile(1, 1024, 8)),  #              0.96, 1.00
+    (4096, Tile(1, 512, 4), Tile(1, 1024, 8)),  #              0.96, 1.00 (one chunk wider: 0.95, 0.98)
     (7168, Tile(1, 1024, 8), Tile(1, 1024, 8)),  #             5120: 0.95, 1.00; 7168: 0.96, 0.99
     (8192, Tile(1, 2048, 8), Tile(1, 2048, 8)),  #             0.98, 0.98
     (12288, Tile(1, 2048, 8), Tile(1, 4096, 16)),  #           0.95, 0.98
     (16384, Tile(1, 4096, 16), Tile(1, 4096, 16)),  #          0.95, 0.99
 )
 
-# Rows that no tile holds: 0.82, 0.94 at 32768 columns (held: 0.81, 0.93), 0.76, 0.86 at 65536.
-_FORWARD_WIDE = (Tile(1, 8192, 16), Tile(1, 8192, 32))
+# Rows that no tile holds: 0.82, 0.94 at 32768 columns (held: 0.81, 0.93), 0.75, 0.86 at 65536.
+_FORWARD_WIDE = (Tile(1, 4096, 16), Tile(1, 8192, 32))
 
 # Above this much of x and y, half of an H200's L2, nothing stays there for the next op anyway.
 _STREAM_BYTES = 32 << 20
@@ -137,6 +137,9 @@ _BACKWARD_HELD_FP64 = 2048
 # against 22.
 _FEW_ROWS = 512
 
+# With fewer warps the columns' tile of 128 rows spills.
+_FEW_WARPS = 4
+
 # The last step over the partials.
 TOTAL = Tile(64, 32, 4)
 
@@ -151,7 +154,8 @@ def choose_backward(
     if m <= _FEW_ROWS:
         tile = next(row for row in _FORWARD if n <= row[0])[1]
         # The columns' tile as tall as the rows are many: 128x768 2.7 µs with 128 rows, 3.4 with 32; 16x4096 2.4 with 32.
-        return RowBackwardFew(_narrowed(tile, n), Tile(128 if m > 64 else 32, 32, tile.warps))
+        tile = _narrowed(_with_warps(tile, max(tile.warps, _FEW_WARPS)), n)
+        return RowBackwardFew(tile, sums=Tile(128 if m > 64 else 32, 32, tile.warps))
     _, layer_norm, rms_norm = next(row for row in _BACKWARD if n <= row[0])
     tile, stages, per_sm = layer_norm if spec.center else rms_norm
     tile = _narrowed(tile, n)
@@ -159,6 +163,11 @@ def choose_backward(
     if 2 * 2 * tile.rows * n * itemsize > device.shared_memory:
         stages = 1
     return RowBackward(tile, stages, per_sm, stream=3 * m * n * itemsize > _STREAM_BYTES)
+
+
+def _with_warps(tile: Tile, warps: int) -> Tile:
+    """The tile by more warps, with as many times the rows."""
+    return Tile(tile.rows * warps // tile.warps, tile.chunk, warps)
 
 
 def _narrowed(tile: Tile, n: int) -> Tile:
