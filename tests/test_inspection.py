@@ -46,7 +46,9 @@ def _compiled(target: str) -> list[dict[str, Any]]:
     script = Path(__file__).with_name("compile_guard.py")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    run = subprocess.run([sys.executable, str(script), target], env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, str(script), target], env=environment, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
@@ -81,7 +83,7 @@ def test_nothing_spills(target: str) -> None:
 
 @pytest.mark.parametrize("target", LANES)
 def test_rows_are_read_and_written_as_wide_as_their_tile_allows(target: str) -> None:
-    """128 bits at a time, or as many as a chunk of bf16 has for each thread; nothing wider than a row's tail is narrower."""
+    """128 bits at a time, or as many as a chunk of bf16 has for each thread."""
     for record in _compiled(target):
         if record["kernel"] == "sum_partials":
             continue

@@ -32,15 +32,15 @@ def test_tiles_cover_every_element_once(m: int, n: int, rows: int, device: torch
 
 
 @triton.jit
-def _offsets_kernel(OUT, sizes, strides, ROWS: tl.constexpr):
+def _offsets_kernel(OUT, odd_sizes, strides, ROWS: tl.constexpr):
     rows = index.tile_rows(index.first_program(), ROWS)
-    tl.store(OUT + rows, index.row_offsets(rows, sizes, strides))
+    tl.store(OUT + rows, index.row_offsets(rows, odd_sizes, strides))
 
 
 def test_row_offsets_of_a_permuted_tensor(device: torch.device) -> None:
     x = torch.arange(2 * 4 * 8).reshape(2, 4, 8).permute(2, 0, 1)
     out = torch.empty(64, dtype=torch.int64, device=device)
-    _offsets_kernel[(16,)](out, (2, 4), x.stride(), ROWS=4)
+    _offsets_kernel[(16,)](out, (5, 9), x.stride(), ROWS=4)
     assert torch.equal(out.cpu(), x.flatten())
 
 
@@ -109,7 +109,7 @@ def _moments_kernel(MEAN, POWER, X, N: tl.constexpr, CENTER: tl.constexpr, CHUNK
         xs = index.load_row(X + row * N, index.rows_live(row, 0, 1), N, CHUNK, False)
         mean, power = stats.held_moments(xs, N, CENTER, tl.float32)
     else:
-        mean, power = stats.streamed_moments(X + row * N, 1.0, N, CENTER, tl.float32, CHUNK)
+        mean, power = stats.streamed_moments(X + row * N, N, CENTER, tl.float32, CHUNK)
     tl.store(MEAN + row, mean)
     tl.store(POWER + row, power)
 

@@ -24,7 +24,8 @@ def test_collapsed_rows_visit_the_same_elements(shape: list[int], order: list[in
         strides[i] = step * steps[i]
         step = strides[i] * shape[i]
     x = base.as_strided([*shape, 1], [*strides, 1]) if step < 4000 else base[:1].reshape([1] * (dims + 1))
-    sizes, collapsed = collapse(x.shape[:-1], x.stride()[:-1])
+    odd_sizes, collapsed = collapse(x.shape[:-1], x.stride()[:-1])
+    sizes = [size // 2 for size in odd_sizes]
     expected = x.flatten().tolist()
     found = []
     for row in range(len(expected)):
@@ -41,7 +42,7 @@ def test_leading_dims_that_step_as_one_are_one() -> None:
     assert rows_of(torch.empty(2, 3, 4, 8), 2, 32) == Rows((), (32,))
     packed = torch.empty(2, 3, 5, 3 * 16)
     assert rows_of(packed[..., :16], 1, 16) == Rows((), (48,))
-    assert rows_of(torch.empty(2, 3, 8).transpose(0, 1), 1, 8) == Rows((2,), (8, 24))
+    assert rows_of(torch.empty(2, 3, 8).transpose(0, 1), 1, 8) == Rows((5,), (8, 24))
     assert rows_of(torch.empty(1, 8).expand(5, 8), 1, 8) == Rows((), (0,))
 
 

@@ -19,7 +19,13 @@ PAIRS = [(nn.LayerNorm, torch.nn.LayerNorm), (nn.RMSNorm, torch.nn.RMSNorm)]
 def test_torchs_module_with_another_forward(ours: type, theirs: type, device: torch.device) -> None:
     assert issubclass(ours, theirs)
     assert inspect.signature(ours) == inspect.signature(theirs)
-    assert set(vars(ours)) - set(vars(torch.nn.Module)) <= {"__module__", "__doc__", "forward", "__firstlineno__", "__static_attributes__"}
+    assert set(vars(ours)) - set(vars(torch.nn.Module)) <= {
+        "__module__",
+        "__doc__",
+        "forward",
+        "__firstlineno__",
+        "__static_attributes__",
+    }
     for arguments in (dict(normalized_shape=8), dict(normalized_shape=[2, 8], eps=1e-3, elementwise_affine=False)):
         mine, other = ours(**arguments, device=device), theirs(**arguments, device=device)
         assert repr(mine) == repr(other)

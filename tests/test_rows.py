@@ -124,10 +124,16 @@ def test_row_counts_that_are_no_multiple_of_the_tile(spec: RowNorm, m: int, devi
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("plan", [*(backward for _, backward in PATHS.values()), WIDE[1]], ids=lambda plan: type(plan).__name__)
+@pytest.mark.parametrize(
+    "plan", [*(backward for _, backward in PATHS.values()), WIDE[1]], ids=lambda plan: type(plan).__name__
+)
 @pytest.mark.parametrize("want", ["dx", "dw", "db", "dw db", "dx dw", "dx db"])
 def test_only_what_is_asked_for(
-    spec: RowNorm, plan: RowBackward | RowBackwardFew | RowBackwardWide, want: str, device: str, monkeypatch: pytest.MonkeyPatch
+    spec: RowNorm,
+    plan: RowBackward | RowBackwardFew | RowBackwardWide,
+    want: str,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Any subset of the gradients, each equal to the bit to its value when all are asked for."""
     _force(monkeypatch, WIDE[0], plan)

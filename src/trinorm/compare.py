@@ -40,9 +40,7 @@ def compare(what: str, actual: Tensor, exact: Tensor, by_torch: Tensor) -> Compa
     # What the dtype can hold of the exact value decides where it is finite.
     expected = exact.to(actual.dtype)
     finite = expected.isfinite()
-    same_special = torch.where(
-        finite, actual.isfinite(), (actual == expected) | (actual.isnan() & expected.isnan())
-    )
+    same_special = torch.where(finite, actual.isfinite(), (actual == expected) | (actual.isnan() & expected.isnan()))
     distance = torch.where(finite, (actual.double() - exact.double()).abs(), 0.0).nan_to_num(nan=float("inf"))
     torch_finite = finite & by_torch.isfinite()
     torch_distance = torch.where(torch_finite, (by_torch.double() - exact.double()).abs(), 0.0)

@@ -69,7 +69,7 @@ def replace(model: torch.nn.Module) -> Report:
     swap: list[torch.nn.Module] = []
     for path, module in model.named_modules(remove_duplicate=False):
         kind = _name(type(module))
-        if type(module) in _REPLACEMENTS and (reason := _obstacle(module)) is None:
+        if type(module) in _REPLACEMENTS and _obstacle(module) is None:
             replaced.append(Replaced(path, kind))
             swap.append(module)
         elif _is_norm(module):

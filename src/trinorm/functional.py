@@ -80,7 +80,9 @@ def rms_norm(
     """
     if eps is None:
         # torch's documentation says finfo(x.dtype).eps; its code, CPU and CUDA, uses the dtype it computes in (2.11, 2.13).
-        eps = 2.220446049250313e-16 if isinstance(input, Tensor) and input.dtype == torch.float64 else 1.1920928955078125e-07
+        eps = (
+            2.220446049250313e-16 if isinstance(input, Tensor) and input.dtype == torch.float64 else 1.1920928955078125e-07
+        )
     shape = _check("rms_norm", input, normalized_shape, weight, None, eps)
     return row_norm(RMS_NORM, input, shape, weight, None, eps)
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
     """Run ``kernel`` over ``grid`` on the current stream of ``device``.
 
     args are the kernel's run-time arguments in order; options its constexprs by name and Triton's own (num_warps).
@@ -35,4 +37,4 @@ def describe(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(multiprocessors=132, shared_memory=227 << 10)
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]

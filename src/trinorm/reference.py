@@ -43,8 +43,8 @@ def oracle(
 ) -> Exact:
     """The definition: ``rstd = (mean((x - mean)^2) + eps)^-1/2``, ``y = (x - mean) * rstd * weight + bias``.
 
-    Computed in float64; where an input is float64, in extended precision (numpy's longdouble), so that the error of a float64
-    result can be seen at all.
+    Computed in float64; where an input is float64, in extended precision (numpy's longdouble), so that the error of a
+    float64 result can be seen at all.
     """
     lift, lower, quiet = _precise(x, weight, bias)
     with quiet:

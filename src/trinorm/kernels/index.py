@@ -115,14 +115,15 @@ def load_row_or(POINTER, live, N: tl.constexpr, CHUNK: tl.constexpr, absent: tl.
 
 
 @triton.jit
-def row_offsets(rows, sizes, strides):
+def row_offsets(rows, odd_sizes, strides):
     """Element offset of each row of a tensor whose leading dims are ``(?, *sizes)`` with ``strides`` (in elements).
 
-    The outermost size is never needed. A tensor whose leading dims collapse to one, which is almost every tensor, has
-    ``sizes == ()`` and pays one multiplication.
+    odd_sizes: ``2 * size + 1`` of each (ops/layout.py says why). The outermost size is never needed. A tensor whose leading
+    dims collapse to one, which is almost every tensor, has none and pays one multiplication.
     """
     offsets = rows * 0
-    for level in tl.static_range(len(sizes) - 1, -1, -1):
-        offsets += rows % sizes[level] * strides[level + 1]
-        rows = rows // sizes[level]
+    for level in tl.static_range(len(odd_sizes) - 1, -1, -1):
+        size = odd_sizes[level] >> 1
+        offsets += rows % size * strides[level + 1]
+        rows = rows // size
     return offsets + rows * strides[0]

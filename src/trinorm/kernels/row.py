@@ -92,7 +92,7 @@ def rescue(
             normalize_streamed(Y, x_row, W, B, row, mean, rstd, bad, N, ACC, CHUNK, False)
 
 
-@triton.jit(do_not_specialize=["M", "x_sizes"])
+@triton.jit(do_not_specialize=["M"])
 def row_forward(
     Y,
     MEAN,
@@ -149,7 +149,7 @@ def row_forward(
             rescue(Y, MEAN, RSTD, X, W, B, good, tile * ROWS, x_sizes, x_strides, eps, N, CENTER, ACC, ROWS, CHUNK)
 
 
-@triton.jit(do_not_specialize=["x_sizes"])
+@triton.jit
 def row_forward_streamed(
     Y,
     MEAN,
@@ -170,7 +170,7 @@ def row_forward_streamed(
     eps = tl.full([1, 1], eps, ACC)
     row = tile_rows(first_program(), 1)
     x_row = X + row_offsets(row, x_sizes, x_strides)
-    mean, power = streamed_moments(x_row, 1.0, N, CENTER, ACC, CHUNK)
+    mean, power = streamed_moments(x_row, N, CENTER, ACC, CHUNK)
     good = trusted(power + eps) if RESCUE else row >= 0
     rstd = tl.rsqrt(power + eps)
     store_stats(MEAN, RSTD, row, mean, rstd, good, CENTER)

@@ -33,7 +33,7 @@ from .index import (
     second_program,
     tile_rows,
 )
-from .stats import over_n
+from .stats import mean_of, row_sum, row_sums
 
 
 @triton.jit
@@ -54,11 +54,11 @@ def normalized(x, mean, rstd, ACC: tl.constexpr):
 
 @triton.jit
 def dx_of(g, xhat, rstd, c1, c2, CENTER: tl.constexpr):
-    """rstd·(g - x̂·c1 - c2), as two multiply-adds: this loop is bound by instructions as much as by memory."""
+    """rstd·(g - c2 - x̂·c1), in the order that cancels exactly where g is its own mean."""
     if CENTER:
-        return rstd * g - (xhat * (rstd * c1) + rstd * c2)
+        return rstd * (g - c2 - xhat * c1)
     else:
-        return rstd * g - xhat * (rstd * c1)
+        return rstd * (g - xhat * c1)
 
 
 @triton.jit
@@ -75,10 +75,13 @@ def store_dx(
         g_xhat += g * normalized(xs[i], mean, rstd, ACC)
         if CENTER:
             g_sum += g
-    c1 = over_n(tl.sum(g_xhat, axis=1, keep_dims=True), N)
-    c2 = c1
+    c2 = tl.zeros([ROWS, 1], ACC)
     if CENTER:
-        c2 = over_n(tl.sum(g_sum, axis=1, keep_dims=True), N)
+        total, c2 = row_sums(g_xhat, g_sum)
+        c2 = mean_of(c2, N)
+    else:
+        total = row_sum(g_xhat)
+    c1 = mean_of(total, N)
     for i in tl.static_range(len(xs)):
         columns = chunk_columns(i * CHUNK, CHUNK)
         mask = live & columns_live(columns, (i + 1) * CHUNK, N)
@@ -124,7 +127,7 @@ def store_column_sums(OUT, offset, sums, N: tl.constexpr):
         tl.store(OUT + offset + columns, total, mask=columns_live(columns, (i + 1) * CHUNK, N))
 
 
-@triton.jit(do_not_specialize=["M", "x_sizes", "dy_sizes"])
+@triton.jit(do_not_specialize=["M"])
 def row_backward(
     DX,
     DW,
@@ -172,7 +175,7 @@ def row_backward(
         store_column_sums(DB, first_program() * N, db, N)
 
 
-@triton.jit(do_not_specialize=["M", "x_sizes", "dy_sizes"])
+@triton.jit(do_not_specialize=["M", "row_tiles"])
 def row_backward_few(
     DX,
     DW,
@@ -233,7 +236,7 @@ def row_backward_few(
             tl.store(DB + columns, total, mask=in_row)
 
 
-@triton.jit(do_not_specialize=["x_sizes", "dy_sizes"])
+@triton.jit
 def row_backward_moments(
     C1,
     C2,
@@ -267,12 +270,12 @@ def row_backward_moments(
         if CENTER:
             g_sum += g
 
-    tl.store(C1 + row, over_n(tl.sum(g_xhat, axis=1, keep_dims=True), N))
+    tl.store(C1 + row, mean_of(row_sum(g_xhat), N))
     if CENTER:
-        tl.store(C2 + row, over_n(tl.sum(g_sum, axis=1, keep_dims=True), N))
+        tl.store(C2 + row, mean_of(row_sum(g_sum), N))
 
 
-@triton.jit(do_not_specialize=["M", "x_sizes", "dy_sizes"])
+@triton.jit(do_not_specialize=["M"])
 def row_backward_apply(
     DX,
     DW,

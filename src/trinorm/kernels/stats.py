@@ -16,17 +16,28 @@ TRUSTED_MAX: tl.constexpr = tl.constexpr(3e38)
 
 
 @triton.jit
-def over_n(total, N: tl.constexpr):
-    """total / N by its reciprocal: at most one more rounding than a division, and no slow path in the machine code."""
-    return total * (1.0 / N)
+def mean_of(total, N: tl.constexpr):
+    """total / N correctly rounded: a product with the rounded 1/N, and one step of correction.
+
+    ``/`` on fp32 is an approximation, and an exact division a slow path in the machine code.
+    """
+    quotient = total * (1.0 / N)
+    residual = tl.fma(quotient, tl.full(total.shape, -N, total.dtype), total)
+    mean = tl.fma(residual, tl.full(total.shape, 1.0 / N, total.dtype), quotient)
+    return tl.where(mean == mean, mean, quotient)  # an infinite quotient leaves no residual but NaN
 
 
 @triton.jit
-def mean_of(total, N: tl.constexpr):
-    """total / N correctly rounded: a row's mean is subtracted from its elements, so its last bit shows."""
-    quotient = over_n(total, N)
-    residual = tl.fma(quotient, tl.full(total.shape, -N, total.dtype), total)
-    return tl.fma(residual, tl.full(total.shape, 1.0 / N, total.dtype), quotient)
+def row_sum(x):
+    """The sum of each row of a tile, ``[ROWS, 1]``."""
+    return tl.sum(x, axis=1, keep_dims=True)
+
+
+@triton.jit
+def row_sums(x, y):
+    """``row_sum`` of two tiles at once: one exchange between warps where two calls take two."""
+    sums = tl.sum(tl.join(x, y), axis=1, keep_dims=True)
+    return tl.split(sums)
 
 
 @triton.jit
@@ -53,20 +64,29 @@ def held_moments(xs, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr):
         total = tl.zeros([ROWS, CHUNK], ACC)
         for i in tl.static_range(len(xs)):
             total += xs[i].to(ACC)
-        mean = mean_of(tl.sum(total, axis=1, keep_dims=True), N)
+        mean = mean_of(row_sum(total), N)
     squares = tl.zeros([ROWS, CHUNK], ACC)
+    drift = tl.zeros([ROWS, CHUNK], ACC)
     for i in tl.static_range(len(xs)):
         x = xs[i].to(ACC)
         if CENTER:
             live = columns_live(chunk_columns(i * CHUNK, CHUNK), (i + 1) * CHUNK, N)
             x = tl.where(live, x - mean, 0.0)
+            drift += x
         squares += x * x
-    return mean, over_n(tl.sum(squares, axis=1, keep_dims=True), N)
+    if CENTER:
+        # What rounding left in the mean is the mean of the distances from it. Without this a row of equal values has a
+        # deviation, which a small eps blows up.
+        squared, moved = row_sums(squares, drift)
+        shift = mean_of(moved, N)
+        return mean + shift, mean_of(squared, N) - shift * shift
+    else:
+        return mean, mean_of(row_sum(squares), N)
 
 
 @triton.jit
-def streamed_moments(row, scale, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr):
-    """(mean, power), each ``[1, 1]``, of ``scale * x`` in one reading of the row at the pointer ``row``.
+def streamed_moments(row, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr):
+    """(mean, power), each ``[1, 1]``, in one reading of the row at the pointer ``row``.
 
     With CENTER each lane runs Welford's recurrence over its own columns, and the lanes are merged once at the end by
     Chan's rule: no statistic crosses lanes inside the loop.
@@ -77,7 +97,7 @@ def streamed_moments(row, scale, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.
     for start in tl.range(0, N, CHUNK):
         columns = chunk_columns(start, CHUNK)
         live = columns_live(columns, rounded_up(N, CHUNK), N)
-        x = load(row + columns, live).to(ACC) * scale
+        x = load(row + columns, live).to(ACC)
         if CENTER:
             step += 1.0
             delta = x - mean
@@ -96,12 +116,12 @@ def merged_lanes(mean, squares, count, N: tl.constexpr, CENTER: tl.constexpr):
     """Chan's rule over lanes: (mean, power) of a whole row from each lane's mean, sum of squares and count."""
     row_mean = tl.zeros([1, 1], mean.dtype)
     if CENTER:
-        row_mean = mean_of(tl.sum(mean * count, axis=1, keep_dims=True), N)
+        row_mean = mean_of(row_sum(mean * count), N)
         # What rounding left in row_mean is the weighted mean of the lanes' distances from it.
-        row_mean += over_n(tl.sum((mean - row_mean) * count, axis=1, keep_dims=True), N)
+        row_mean += mean_of(row_sum((mean - row_mean) * count), N)
         shift = mean - row_mean
         squares += shift * shift * count
-    return row_mean, over_n(tl.sum(squares, axis=1, keep_dims=True), N)
+    return row_mean, mean_of(row_sum(squares), N)
 
 
 @triton.jit
@@ -117,8 +137,26 @@ def largest_of(row, N: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def rescued_stats(row, eps, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr):
-    """(mean, rstd) of a row whose squares leave fp32's range: of the row scaled by a power of two, scaled back."""
-    unit = power_of_two_below(largest_of(row, N, ACC, CHUNK))
+    """(mean, rstd) of a row whose squares leave fp32's range: of the row scaled by a power of two, scaled back.
+
+    eps has a say in the scale, so that it stays within the range too.
+
+    It is rare, so it takes three plain readings: the largest element, the mean, the squares.
+    """
+    unit = power_of_two_below(tl.maximum(largest_of(row, N, ACC, CHUNK), tl.sqrt(eps)))
     scale = 1.0 / unit
-    mean, power = streamed_moments(row, scale, N, CENTER, ACC, CHUNK)
+    mean = tl.zeros([1, 1], ACC)
+    if CENTER:
+        total = tl.zeros([1, CHUNK], ACC)
+        for start in tl.range(0, N, CHUNK):
+            columns = chunk_columns(start, CHUNK)
+            total += load(row + columns, columns_live(columns, rounded_up(N, CHUNK), N)).to(ACC) * scale
+        mean = mean_of(row_sum(total), N)
+    squares = tl.zeros([1, CHUNK], ACC)
+    for start in tl.range(0, N, CHUNK):
+        columns = chunk_columns(start, CHUNK)
+        live = columns_live(columns, rounded_up(N, CHUNK), N)
+        x = tl.where(live, load(row + columns, live).to(ACC) * scale - mean, 0.0)
+        squares += x * x
+    power = mean_of(row_sum(squares), N)
     return mean * unit, tl.rsqrt(power + eps * scale * scale) * scale

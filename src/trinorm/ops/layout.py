@@ -9,9 +9,13 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """The leading dims of a tensor after collapsing: their sizes but the outermost's, and their strides in elements."""
+    """The leading dims of a tensor after collapsing, as the kernels take them (index.row_offsets).
 
-    sizes: tuple[int, ...]
+    odd_sizes: ``2 * size + 1`` of each but the outermost. Triton compiles anew for an int that is 1 or a multiple of 16,
+    and inside a tuple it cannot be told not to; an odd number over 1 is neither. strides: of each, in elements.
+    """
+
+    odd_sizes: tuple[int, ...]
     strides: tuple[int, ...]
 
 
@@ -37,8 +41,8 @@ def rows_of(x: Tensor, dims: int, n: int) -> Rows:
 def collapse(shape: Sequence[int], strides: Sequence[int]) -> Rows:
     """Merge neighbouring dims that step through memory as one, and drop dims of size 1.
 
-    >>> collapse((2, 3, 4), (48, 16, 4))  # the two outer dims are one of 6
-    Rows(sizes=(4,), strides=(16, 4))
+    >>> collapse((2, 3, 4), (60, 20, 4))  # the two outer dims are one of 6
+    Rows(odd_sizes=(9,), strides=(20, 4))
     """
     sizes: list[int] = []
     steps: list[int] = []
@@ -51,4 +55,4 @@ def collapse(shape: Sequence[int], strides: Sequence[int]) -> Rows:
         else:
             sizes.append(size)
             steps.append(stride)
-    return Rows(tuple(sizes[1:]), tuple(steps)) if steps else Rows((), (0,))
+    return Rows(tuple(2 * size + 1 for size in sizes[1:]), tuple(steps)) if steps else Rows((), (0,))

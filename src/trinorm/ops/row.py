@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,20 +20,31 @@ def row_norm(
     """The norm of checked arguments, by the road that serves them."""
     if not road.kernels_serve(spec.name, x, weight, bias):
         return reference.composite(spec, x, normalized_shape, weight, bias, eps)
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        # torch's policy for these ops: computed in, and returned as, fp32.
-        x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))  # type: ignore[assignment]
+    if torch._C._is_any_autocast_enabled() and x.dtype != torch.float64 and _autocast_to_fp32(spec.name, x.device.type):
+        x = x.float()
+        weight, bias = (None if t is None else t.float() for t in (weight, bias))
     dims = len(normalized_shape)
     x = readable(x, dims)
     if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
         return _RowNorm.apply(x, weight, bias, spec, dims, eps)
     from . import rows
 
     return rows.forward(spec, x, dims, weight, bias, eps, save=False).y
+
+
+def _autocast_to_fp32(op: str, device: str) -> bool:
+    """Whether autocast is on, and makes torch's own op compute in fp32 and return it."""
+    return torch.is_autocast_enabled(device) and _policy_is_fp32(op, device)
+
+
+@functools.cache
+def _policy_is_fp32(op: str, device: str) -> bool:
+    # Asked of torch itself, once: rms_norm is not on CUDA's list in 2.11, and layer_norm is.
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = getattr(torch.nn.functional, op)(torch.ones(1, 1, dtype=torch.bfloat16, device=device), (1,))
+    return bool(y.dtype == torch.float32)
 
 
 class _RowNorm(torch.autograd.Function):
@@ -49,7 +61,7 @@ class _RowNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         spec, dims = ctx.spec, ctx.dims
         if torch.is_grad_enabled():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -56,7 +56,7 @@ def forward(
     )
     if isinstance(plan, RowForward):
         options.update(ROWS=plan.tile.rows, STREAM=plan.stream, PRELOAD=plan.preload)
-        args = (y, mean, rstd, x, weight, bias, m, sizes, strides, eps)
+        args: tuple[Any, ...] = (y, mean, rstd, x, weight, bias, m, sizes, strides, eps)
         launch(row_forward, (-(-m // plan.tile.rows),), x.device, args, options)
     else:
         launch(row_forward_streamed, (m,), x.device, (y, mean, rstd, x, weight, bias, sizes, strides, eps), options)
@@ -96,7 +96,7 @@ def backward(
     if isinstance(plan, RowBackwardFew):
         row_tiles = -(-m // plan.tile.rows) if dx else 0
         column_tiles = -(-n // plan.sums.chunk) if dw or db else 0
-        args = (dx_out, dw_out, db_out, dy, x, weight, mean, rstd, m, row_tiles, *layout)
+        args: tuple[Any, ...] = (dx_out, dw_out, db_out, dy, x, weight, mean, rstd, m, row_tiles, *layout)
         tiled.update(ROWS=plan.tile.rows, SUM_ROWS=plan.sums.rows, SUM_CHUNK=plan.sums.chunk)
         launch(row_backward_few, (row_tiles + column_tiles,), x.device, args, tiled)
         return dx_out, dw_out, db_out

@@ -1,0 +1,46 @@
+# Needs Python 3.10 or newer, pip and make; everything else goes into $(VENV), once.
+#
+#   make bench   correctness, then times beside torch and every peer installed   (ARGS='--op rms_norm')
+#   make test    the whole test suite                                            (ARGS='-k backward')
+#   make check   every op against float64, as a table                            (ARGS='--dtype bf16')
+#   make lint    formatting, rules, types
+#   make clean   remove what these made
+#
+# PYTHON picks the interpreter and VENV the environment's place; VENV may be an environment that exists already.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: bench test check lint clean
+
+bench: $(READY)
+	$(BIN)/trinorm bench $(ARGS)
+
+# Two processes of one thread each: the interpreter computes on one core, and more threads than cores only wait.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 $(ARGS)
+
+check: $(READY)
+	$(BIN)/trinorm check $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Where venv cannot bring pip (Debian packs the two apart), $(PYTHON)'s own pip puts one in. __init__.py has the version.
+$(READY): pyproject.toml constraints.txt src/trinorm/__init__.py
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("trinorm needs Python 3.10 or newer; set PYTHON")'
+	@$(BIN)/python -m pip --version 2>/dev/null || $(PYTHON) -m venv $(VENV) || { \
+		$(PYTHON) -m venv --without-pip $(VENV) && \
+		$(PYTHON) -m pip install --target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" pip; }
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test,lint]'
+	touch $@

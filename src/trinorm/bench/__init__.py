@@ -1,0 +1,10 @@
+"""What ``trinorm bench`` does: correctness, then times beside the peers' and the copy's, or predictions with no GPU.
+
+- ``cases``      what is measured: op, pass, shape, dtype; its inputs and the fewest bytes it can move
+- ``providers``  who is measured: trinorm, torch eager, torch.compile, Liger-Kernel, QuACK
+- ``timing``     device time by graph replay, host time of an eager call
+- ``measure``    one case over all providers, each checked before it is timed
+- ``records``    what a measurement leaves: one JSON line, with where it comes from
+- ``report``     tables; ``plots``  curves
+- ``predict``    what the compiler alone tells, with no GPU
+"""

@@ -1,0 +1,150 @@
+"""Measurements and predictions as tables, and the seed's own form."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from .cases import OPS
+from .predict import MEMORY_SPEED, TARGET, Prediction
+from .providers import OURS
+from .records import Record
+
+_CEILINGS = {"forward": "copy", "backward": "add"}
+
+
+def table(records: Sequence[Record]) -> Table:
+    """The records of one op, pass and dtype; those of a shape stand together."""
+    first = records[0]
+    ceiling = _CEILINGS[first.pass_]
+    found = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"{OPS[first.op].title} {first.pass_}, {first.dtype}, {first.gpu}",
+        caption=(
+            f"µs: median device time of a call, by graph replay. of {ceiling}: the {ceiling}'s time over this one.\n"
+            "host µs: an eager call on the CPU. error: largest distance from float64 over that of torch's own result."
+        ),
+    )
+    headers = ("rows × columns", "provider", "µs", "mean ± std", "GB/s", f"of {ceiling}", "× torch", "host µs", "error")
+    for header in headers:
+        found.add_column(header, justify="left" if header in headers[:2] else "right", no_wrap=True)
+    for shape, group in itertools.groupby(records, key=lambda record: record.shape):
+        rows = list(group)
+        by_torch = next((row.device_us for row in rows if row.provider == "torch"), None)
+        found.add_section()
+        found.add_row(_size(shape), ceiling, _number(rows[0].ceiling_us), style="dim")
+        for row in rows:
+            found.add_row("", *_cells(row, by_torch), style="bold" if row.provider == OURS else None)
+    return found
+
+
+def _cells(row: Record, by_torch: float | None) -> tuple[str, ...]:
+    if row.device_us is None:
+        return row.provider, "[red]failed[/]"
+    speed_up = by_torch / row.device_us if by_torch else None
+    return (
+        row.provider,
+        _number(row.device_us),
+        f"{_number(row.device_us_mean)} ± {_number(row.device_us_std)}",
+        _number(row.gigabytes_a_second),
+        _number(row.ceiling_ratio),
+        _number(speed_up),
+        _number(row.host_us),
+        _number(row.error_ratio) if row.ok else f"[red]WRONG {_number(row.error_ratio)}[/]",
+    )
+
+
+def failures(records: Sequence[Record]) -> list[str]:
+    """A line for each record of a table that lacks its figures, with the reason."""
+    return [f"{row.provider}, {_size(row.shape)}: {row.failure}" for row in records if row.failure]
+
+
+def seed(records: Sequence[Record]) -> str:
+    """The records of one op and pass at the seed's shape, in the seed's own form (its times were ms, these are µs)."""
+    first = records[0]
+    by = {record.provider: record for record in records}
+    ours, theirs = by[OURS], by.get("torch")
+    lines = [
+        f"{OPS[first.op].title} {first.pass_}, {first.dtype}, device time",
+        f"batch_size={first.shape[0]}, hidden_size={first.shape[1]}",
+        f"Triton:  {_mean_std(ours)}",
+        f"PyTorch: {_mean_std(theirs)}",
+    ]
+    if theirs and ours.device_us_mean and theirs.device_us_mean:
+        lines.append(f"Speedup: {theirs.device_us_mean / ours.device_us_mean:.2f}x")
+    return "\n".join(lines)
+
+
+def _mean_std(record: Record | None) -> str:
+    if record is None or record.device_us_mean is None:
+        return "not measured"
+    return f"{record.device_us_mean:.2f} ± {record.device_us_std:.2f} µs"
+
+
+def prediction_table(predictions: Sequence[Prediction]) -> Table:
+    """The predictions of one op, pass and dtype: a row for each kernel."""
+    case = predictions[0].case
+    found = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"{OPS[case.op].title} {case.pass_}, {str(case.dtype).removeprefix('torch.')}, compiled for {TARGET}",
+        caption=(
+            "registers: of a thread. spills, shared: bytes, of a thread and of a program. loads, stores: how many × bits.\n"
+            f"MB: the fewest that the pass can move. prediction: those at {MEMORY_SPEED * 1e-12:.1f} TB/s, which a copy "
+            "reaches on an H200;\nnothing was timed. Where it is under 1 µs, the cost of a launch decides."
+        ),
+    )
+    headers = (
+        "rows × columns",
+        "kernel",
+        "warps",
+        "registers",
+        "spills",
+        "shared",
+        "loads",
+        "stores",
+        "MB",
+        "prediction, µs",
+    )
+    for header in headers:
+        found.add_column(header, justify="left" if header in headers[:2] else "right", no_wrap=header in headers[:2])
+    for prediction in predictions:
+        found.add_section()
+        whole = (f"{prediction.case.bytes * 1e-6:.2f}", _number(prediction.microseconds))
+        for i, kernel in enumerate(prediction.kernels):
+            found.add_row(
+                _size((prediction.case.m, prediction.case.n)) if i == 0 else "",
+                kernel.kernel,
+                str(kernel.warps),
+                str(kernel.registers),
+                f"[red]{kernel.spills}[/]" if kernel.spills else "0",
+                str(kernel.shared),
+                _widths(kernel.accesses, "load"),
+                _widths(kernel.accesses, "store"),
+                *(whole if i == 0 else ("", "")),
+            )
+    return found
+
+
+def _widths(accesses: dict[tuple[str, int], int], kind: str) -> str:
+    """How many accesses of each width in bits, the widest first, e.g. ``4×128 1×32``."""
+    widths = Counter({width: count for (what, width), count in accesses.items() if what == kind})
+    return " ".join(f"{widths[width]}×{width}" for width in sorted(widths, reverse=True))
+
+
+def _size(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}×{shape[1]}"
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits, without an exponent."""
+    if value is None:
+        return ""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"

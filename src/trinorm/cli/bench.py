@@ -1,0 +1,208 @@
+"""``trinorm bench``: correctness first, then times; with no GPU, correctness and predictions."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..bench.cases import OPS, PASSES, SEED_SHAPE, SHAPES, SWEEPS, Case
+from ..bench.providers import OURS, PEERS, load
+from ..bench.records import Record, provenance, results_path
+from ..cases import DTYPES
+from ..ops.road import HAS_TRITON, INTERPRETED
+from . import names
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    """Add ``bench`` to the ``trinorm`` command's subparsers."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="time the norms beside torch, torch.compile and the peers installed",
+        description=(
+            "Check each result against float64, then time it: device time by CUDA-graph replay over buffers rotated past "
+            "L2, host time of an eager call, beside torch's copy (forward) or add (backward) in the same run. With no GPU: "
+            "check through Triton's interpreter, and show what compiling for an H200 tells."
+        ),
+    )
+    parser.add_argument("--op", type=names(OPS), default=list(OPS), help=f"comma-separated: {', '.join(OPS)}")
+    parser.add_argument("--shapes", type=_shapes, help="rows x columns, comma-separated, e.g. 128x768,8192x4096")
+    parser.add_argument("--dtype", type=names(DTYPES), default=["bf16"], help=f"comma-separated: {', '.join(DTYPES)}")
+    parser.add_argument(
+        "--pass", dest="passes", type=names(PASSES), default=list(PASSES), help=f"comma-separated: {', '.join(PASSES)}"
+    )
+    parser.add_argument("--peers", type=_peers, default=list(PEERS), help=f"comma-separated: {', '.join(PEERS)}; or none")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write a JSON line a record; in a folder, as <gpu>/<date>-<what>.jsonl"
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FOLDER",
+        help="draw times over hidden size and batch size; without --shapes, measures more shapes for it",
+    )
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; its exit status: 0, 1 where one of trinorm's results is wrong, 2 where it cannot run here."""
+    needed = ["rich"] + ["matplotlib"] * (args.plot is not None)
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        return _refuse(f"{' and '.join(missing)} not installed; pip install 'trinorm[bench]'")
+    if not HAS_TRITON:
+        return _refuse("Triton is not installed, so there is no kernel to measure or compile")
+    if INTERPRETED:
+        return _refuse("TRITON_INTERPRET is set, which leaves nothing to time or compile; unset it")
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 132
+    return _measure(args, console) if torch.cuda.is_available() else _predict(args, console)
+
+
+def _refuse(reason: str) -> int:
+    print(f"trinorm bench: {reason}", file=sys.stderr)
+    return 2
+
+
+def _measure(args: argparse.Namespace, console: Console) -> int:
+    from ..bench import report
+    from ..bench.measure import measure
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    here = provenance(device)
+    console.print(f"{here.gpu}, torch {here.torch}, triton {here.triton}")
+    providers, absent = load(args.peers)
+    for name, reason in absent.items():
+        console.print(f"{name} is not measured: {reason}", markup=False)
+
+    shapes = list(args.shapes or SHAPES + SWEEPS * (args.plot is not None))
+    tables = _tables(args)
+    path = args.json and results_path(args.json, here.gpu, here.date, "-".join(args.op + args.dtype))
+    with _progress(console) as progress, _opened(path) as file:
+        task = progress.add_task("", total=len(tables) * len(shapes) * len(providers))
+
+        def measured(table: _Table, shapes: Iterable[tuple[int, int]]) -> list[Record]:
+            records: list[Record] = []
+            for case in _cases(table, shapes):
+
+                def started(provider: str, case: Case = case) -> None:
+                    progress.update(task, description=f"{_description(case)} {provider}")
+
+                found = measure(case, providers, here, device, started)
+                progress.advance(task, len(found))
+                if file is not None:
+                    file.writelines(record.to_json() + "\n" for record in found)
+                    file.flush()
+                records += found
+            return records
+
+        # The seed's own table comes first.
+        by_table = {table: measured(table, [shape for shape in shapes if shape == SEED_SHAPE]) for table in tables}
+        for records in filter(None, by_table.values()):
+            console.print(report.seed(records), end="\n\n")
+        for table, records in by_table.items():
+            records += measured(table, [shape for shape in shapes if shape != SEED_SHAPE])
+            console.print(report.table(records))
+            for line in report.failures(records):
+                console.print(line, style="red", markup=False)
+
+    records = list(itertools.chain.from_iterable(by_table.values()))
+    if path is not None:
+        console.print(f"wrote {path}")
+    if args.plot is not None:
+        from ..bench import plots
+
+        drawn = plots.draw(records, args.plot)
+        console.print(*(f"wrote {found}" for found in drawn), sep="\n")
+        if not drawn:
+            console.print("nothing to draw: no two shapes share their rows or their columns")
+    return int(any(record.provider == OURS and not record.ok for record in records))
+
+
+def _predict(args: argparse.Namespace, console: Console) -> int:
+    from ..bench import report
+    from ..bench.predict import predict
+
+    console.print("There is no GPU: nothing is timed; the kernels are checked in Triton's interpreter, and compiled.")
+    if args.json or args.plot:
+        console.print("--json and --plot hold measurements only: nothing is written.")
+    status = _check_interpreted(args)
+    shapes = args.shapes or SHAPES
+    tables = _tables(args)
+    with _progress(console) as progress:
+        task = progress.add_task("", total=len(tables) * len(shapes))
+        for table in tables:
+            predictions = []
+            for case in _cases(table, shapes):
+                progress.update(task, description=f"{_description(case)} compile")
+                predictions.append(predict(case))
+                progress.advance(task)
+            console.print(report.prediction_table(predictions))
+    return status
+
+
+def _check_interpreted(args: argparse.Namespace) -> int:
+    """``trinorm check`` in a process of its own, since one process cannot both interpret and compile; its exit status."""
+    command = [sys.executable, "-m", "trinorm", "check", "--quick"]
+    command += ["--op", ",".join(args.op), "--dtype", ",".join(args.dtype)]
+    return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
+
+
+# What one printed table holds: op, pass, dtype.
+_Table = tuple[str, str, torch.dtype]
+
+
+def _tables(args: argparse.Namespace) -> list[_Table]:
+    return [(op, pass_, DTYPES[dtype]) for dtype in args.dtype for op in args.op for pass_ in args.passes]
+
+
+def _cases(table: _Table, shapes: Iterable[tuple[int, int]]) -> list[Case]:
+    op, pass_, dtype = table
+    return [Case(op, pass_, m, n, dtype, weight_dtype=dtype) for m, n in shapes]
+
+
+def _description(case: Case) -> str:
+    return f"{case.op} {case.pass_} {case.m}×{case.n}"
+
+
+def _progress(console: Console) -> Progress:
+    from rich.progress import Progress, TimeElapsedColumn
+
+    return Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console)
+
+
+def _opened(path: Path | None) -> contextlib.AbstractContextManager:  # type: ignore[type-arg]
+    if path is None:
+        return contextlib.nullcontext()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("w")
+
+
+def _shapes(text: str) -> list[tuple[int, int]]:
+    """``128x768,8192x4096`` as pairs."""
+    shapes = []
+    for part in text.split(","):
+        m, _, n = part.partition("x")
+        if not (m.isdecimal() and n.isdecimal() and int(m) and int(n)):
+            raise argparse.ArgumentTypeError(f"{part!r} is not a shape; write rows x columns, e.g. 128x768,8192x4096")
+        shapes.append((int(m), int(n)))
+    return shapes
+
+
+def _peers(text: str) -> list[str]:
+    return [] if text == "none" else names(PEERS)(text)

@@ -1,0 +1,278 @@
+"""``trinorm check``: every op against the float64 oracle, beside torch's own error."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import math
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import functional, reference
+from ..cases import DTYPES, GPU, INTERPRETED, QUICK, Case, Inputs, Shapes
+from ..compare import Comparison, compare
+from ..ops import road
+from ..spec import LAYER_NORM, RMS_NORM, RowNorm
+from . import names
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public function, as ``call(x, normalized_shape, weight, bias, eps)``, and what it computes."""
+
+    spec: RowNorm
+    bias: bool
+    call: Callable[[Tensor, Sequence[int], Tensor | None, Tensor | None, float], Tensor]
+
+
+OPS = {
+    "layer_norm": Op(LAYER_NORM, True, functional.layer_norm),
+    "rms_norm": Op(RMS_NORM, False, lambda x, shape, weight, _, eps: functional.rms_norm(x, shape, weight, eps)),
+}
+
+# Of a handful of numbers, torch's largest error is chance: torch does a case again, on other draws, until each of its
+# results has had this many elements.
+SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Result:
+    """One comparison. weight_dtype: None where the case has no weight."""
+
+    op: str
+    dtype: torch.dtype
+    weight_dtype: torch.dtype | None
+    case: str
+    comparison: Comparison
+
+    def __str__(self) -> str:
+        return f"{self.op} {_name(self.dtype)}, weight {_name(self.weight_dtype)}, {self.case}: {self.comparison}"
+
+
+def run_checks(
+    ops: Iterable[str] = tuple(OPS),
+    dtypes: Iterable[torch.dtype] = tuple(DTYPES.values()),
+    device: torch.device | str = "cpu",
+    shapes: Shapes = QUICK,
+    track: Callable[[list[Callable[[], list[Result]]]], Iterable[Callable[[], list[Result]]]] = iter,
+) -> list[Result]:
+    """Check ``ops`` over ``dtypes`` and ``shapes`` on ``device``; with float64 among the dtypes, gradients numerically too.
+
+    track is handed the list of steps and iterates over it: a progress bar's place. Without Triton what is checked is
+    torch's own operators, which extreme values are beyond.
+    """
+    device, dtypes = torch.device(device), list(dtypes)
+    steps: list[Callable[[], list[Result]]] = []
+    for op in ops:
+        for dtype in dtypes:
+            cases = [case for case in shapes.cases(dtype) if road.HAS_TRITON or not case.values.extreme]
+            steps += [functools.partial(check_op, op, dtype, device, [case]) for case in cases]
+        if torch.float64 in dtypes:
+            steps.append(functools.partial(check_numerically, op, device))
+    return [result for step in track(steps) for result in step()]
+
+
+def check_op(op: str, dtype: torch.dtype, device: torch.device, cases: Iterable[Case]) -> list[Result]:
+    """y, mean, rstd, dx, dw and db of each case, as far as the case and the op have them.
+
+    mean and rstd are what a kernel saves for the backward; without Triton nothing is, and they are not checked.
+    """
+    results: list[Result] = []
+    for case in cases:
+        draws = -(-SAMPLES // min(case.rows, case.columns))
+        inputs, *others = [case.inputs(dtype, device, bias=OPS[op].bias, seed=seed) for seed in range(draws)]
+        exact = _oracle(OPS[op], inputs)
+        distance = _distance_of_torch(OPS[op], inputs, exact)
+        for other in others:
+            again = _distance_of_torch(OPS[op], other, _oracle(OPS[op], other))
+            distance = {what: torch.maximum(so_far, again[what]) for what, so_far in distance.items()}
+        weight_dtype = None if inputs.weight is None else inputs.weight.dtype
+        results += [
+            Result(op, dtype, weight_dtype, str(case), compare(what, value, exact[what], exact[what] + distance[what]))
+            for what, value in _ours(OPS[op], inputs).items()
+        ]
+    return results
+
+
+def check_numerically(op: str, device: torch.device) -> list[Result]:
+    """The backward against finite differences of the forward, in float64: torch.autograd.gradcheck, with its tolerances."""
+    case = Case(3, 5)
+    x, weight, bias, _, eps, _ = case.inputs(torch.float64, device, bias=OPS[op].bias)
+    leaves = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
+    worst = ""
+    try:
+        torch.autograd.gradcheck(lambda x, w, b=None: OPS[op].call(x, (case.columns,), w, b, eps), leaves)
+    except RuntimeError as error:
+        worst = str(error)
+    comparison = Comparison("gradcheck", float("nan"), float("nan"), not worst, worst)
+    return [Result(op, torch.float64, torch.float64, str(case), comparison)]
+
+
+def _ours(op: Op, inputs: Inputs) -> dict[str, Tensor]:
+    """The op's results, each row's power of two taken out again (exactly)."""
+    x, weight, bias, dy, eps, scale = inputs
+    present = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
+    y = op.call(x, x.shape[-1:], weight, bias, eps)
+    dx, *sums = torch.autograd.grad(y, present, dy)
+    mean = rstd = None
+    if road.HAS_TRITON:
+        from ..ops import rows
+
+        with torch.no_grad():
+            _, mean, rstd = rows.forward(op.spec, x, 1, weight, bias, eps, save=True)
+    return _present(
+        y=y.detach(),
+        mean=None if mean is None else (mean / scale[:, 0]).to(mean.dtype),
+        rstd=None if rstd is None else (rstd * scale[:, 0]).to(rstd.dtype),
+        dx=(dx * scale).to(dx.dtype),
+        **dict(zip(("dw", "db"), sums, strict=False)),
+    )
+
+
+def _oracle(op: Op, inputs: Inputs) -> dict[str, Tensor]:
+    x, eps = inputs.unscaled()
+    problem = (op.spec, x, x.shape[-1:], inputs.weight, inputs.bias, eps)
+    return _present(**reference.oracle(*problem)._asdict(), **reference.oracle_gradients(*problem, inputs.dy)._asdict())
+
+
+def _by_torch(op: Op, inputs: Inputs) -> dict[str, Tensor]:
+    x, eps = inputs.unscaled()
+    shape = x.shape[-1:]
+    problem = (op.spec, x, shape, inputs.weight, inputs.bias, eps)
+    # Statistics are saved in the accumulator's dtype; torch on CPU would round them to x's.
+    wide = x if x.dtype == torch.float64 else x.float()
+    mean: Tensor | None = None
+    if op.spec.center:
+        _, mean, rstd = torch.ops.aten.native_layer_norm(wide, shape, None, None, eps)
+    else:
+        _, rstd = torch.ops.aten._fused_rms_norm(wide, shape, None, eps)
+    return _present(
+        y=reference.composite(*problem),
+        mean=None if mean is None else mean.flatten(),
+        rstd=rstd.flatten(),
+        **reference.composite_gradients(*problem, inputs.dy)._asdict(),
+    )
+
+
+def _distance_of_torch(op: Op, inputs: Inputs, exact: dict[str, Tensor]) -> dict[str, Tensor]:
+    """How far torch's results lie from the oracle's, element by element; 0 where either is not finite."""
+    return {
+        what: (value.detach().double() - exact[what]).abs().nan_to_num(0.0, posinf=0.0)
+        for what, value in _by_torch(op, inputs).items()
+    }
+
+
+def _present(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {what: tensor for what, tensor in tensors.items() if tensor is not None}
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return "absent" if dtype is None else next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``check`` to the ``trinorm`` command's subparsers."""
+    parser = subparsers.add_parser(
+        "check",
+        help="compare every op with float64, beside torch's own error",
+        description=(
+            "Values, saved statistics and gradients of every op against the definition in float64, over dtypes, sizes and "
+            "nasty values. A result is right when it is within twice torch's own error plus one unit in the last place. "
+            "The exit status is 1 when any is not. With no GPU the kernels run in Triton's interpreter."
+        ),
+    )
+    parser.add_argument("--op", type=names(OPS), default=list(OPS), help=f"comma-separated: {', '.join(OPS)}")
+    parser.add_argument("--dtype", type=names(DTYPES), default=list(DTYPES), help=f"comma-separated: {', '.join(DTYPES)}")
+    parser.add_argument("--device", type=torch.device, help="cpu, cuda, cuda:1, ...; the first GPU when there is one")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller sizes")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; its exit status: 0, 1 where a result is wrong, 2 where it cannot run here."""
+    if importlib.util.find_spec("rich") is None:
+        return _refuse("rich is not installed; pip install 'trinorm[bench]'")
+    on_gpu = torch.cuda.is_available() and not road.INTERPRETED
+    device: torch.device = args.device or torch.device("cuda" if on_gpu else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return _refuse(f"--device {device}: there is no GPU")
+    where = f"on {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "on the CPU"
+    if not road.HAS_TRITON:
+        how = "Triton is not installed: torch's own operators run"
+    elif device.type == "cpu":
+        from .. import interpreter
+
+        try:
+            interpreter.install()
+        except RuntimeError as error:
+            return _refuse(str(error))
+        how = "The Triton kernels run in Triton's interpreter"
+    else:
+        how = "The Triton kernels run"
+
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
+
+    console = Console(highlight=False)
+    console.print(f"{how}, {where}.")
+    shapes = QUICK if args.quick else GPU if device.type == "cuda" else INTERPRETED
+    start = time.monotonic()
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
+        dtypes = [DTYPES[name] for name in args.dtype]
+        results = run_checks(args.op, dtypes, device, shapes, lambda steps: progress.track(steps, description="check"))
+    console.print(_table(results))
+    wrong = [result for result in results if not result.comparison.ok]
+    for result in wrong:
+        console.print(str(result), style="red", markup=False, soft_wrap=True)
+    verdict = f"{len(wrong)} WRONG" if wrong else "all within twice torch's own error plus one unit in the last place"
+    console.print(f"{len(results)} comparisons in {time.monotonic() - start:.0f} s: {verdict}.")
+    return int(bool(wrong))
+
+
+def _refuse(reason: str) -> int:
+    print(f"trinorm check: {reason}", file=sys.stderr)
+    return 2
+
+
+def _table(results: Iterable[Result]) -> Table:
+    """A row for each op, dtype, weight's dtype and quantity: its cases together, with the largest errors among them."""
+    from rich import box
+    from rich.table import Table
+
+    groups: defaultdict[tuple[str, str, str, str], list[Comparison]] = defaultdict(list)
+    for r in results:
+        groups[r.op, _name(r.dtype), _name(r.weight_dtype), r.comparison.what].append(r.comparison)
+    # Narrow enough for 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("op", "dtype", "weight", "what"):
+        table.add_column(heading)
+    for heading in ("cases", "error", "torch's", "ratio"):
+        table.add_column(heading, justify="right")
+    table.add_column("verdict")
+    previous: tuple[str, ...] = ()
+    for key, comparisons in groups.items():
+        if key[:2] != previous:
+            table.add_section()
+        previous = key[:2]
+        ours, torchs = max(c.error for c in comparisons), max(c.torch_error for c in comparisons)
+        measured = (f"{ours:.1e}", f"{torchs:.1e}", f"{ours / torchs:.2f}" if torchs else "")
+        ok = all(c.ok for c in comparisons)
+        table.add_row(
+            *key,
+            str(len(comparisons)),
+            *(("", "", "") if math.isnan(ours) else measured),
+            "ok" if ok else "WRONG",
+            style="" if ok else "red",
+        )
+    return table

@@ -1,0 +1,126 @@
+"""Triton's interpreter made exact: the kernels on a CPU, with the numbers that a GPU gives.
+
+As shipped (3.6 to 3.9) it truncates fp32 to bf16 where a GPU rounds to nearest even, reads bf16 denormals wrongly, makes an
+integer of an fp64 that should become bf16, and adds a column's elements one after another where a GPU adds in a tree, so
+that its sums err more; before 3.9 it rounds an fma twice. Arithmetic on bf16 is wrong too, and is not mended here: kernels
+compute in fp32 or fp64 on every device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def install() -> None:
+    """Choose the interpreter for every kernel, and make it exact. To be called before the first kernel is imported.
+
+    Raises:
+        RuntimeError: Triton was imported before, and bound its own functions to a GPU; or this Triton's interpreter does
+            not run with this numpy.
+    """
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from .ops import road
+
+    if not isinstance(tl.sum, InterpretedFunction):
+        raise RuntimeError(
+            "Triton was imported before its interpreter was chosen: set TRITON_INTERPRET=1 in the environment"
+        )
+    _mend()
+    road.INTERPRETED = True
+
+
+def bfloat16_bits(x: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bits of x rounded to bfloat16, to nearest even. NaN stays NaN."""
+    bits = x.view(np.uint32)
+    # Half of bfloat16's last place, less one where the part kept is even: a tie carries only out of an odd one.
+    rounded = bits + (bits >> 16 & 1) + 0x7FFF
+    # In a NaN that carry could make an infinity, or a zero: it is made quiet instead.
+    return (np.where(np.isnan(x), bits | 0x400000, rounded) >> 16).astype(np.uint16)
+
+
+@functools.cache
+def _mend() -> None:
+    """Replace what the installed Triton's interpreter gets wrong, once."""
+    import triton
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import GridExecutor, TensorHandle, _get_np_dtype, _LangPatchScope
+
+    version = _version(triton.__version__)
+    # Triton 3.6 takes int() of a one-element array wherever a run-time value bounds a loop; numpy 2.4 refuses that.
+    if version < (3, 7) and _version(np.__version__) >= (2, 4):
+        raise RuntimeError(
+            f"the interpreter of Triton {triton.__version__} does not run with numpy {np.__version__}: "
+            "install numpy < 2.4, or Triton >= 3.7"
+        )
+    builder: Any = interpreter.InterpreterBuilder
+    reduce: Any = interpreter.ReduceOps
+    shipped_cast, shipped_sum, shipped_patch = builder.cast_impl, reduce.sum, interpreter._patch_lang
+    patched: set[int] = set()
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        """Triton's own but for bfloat16, which comes and goes by way of float32, as torch has it."""
+        source, target = src.dtype.scalar, dst_type.scalar
+        if tl.bfloat16 not in (source, target):
+            return shipped_cast(self, src, dst_type)
+        wide = (src.data.astype(np.uint32) << 16).view(np.float32) if source == tl.bfloat16 else src.data.astype(np.float32)
+        return TensorHandle(bfloat16_bits(wide) if target == tl.bfloat16 else wide.astype(_get_np_dtype(target)), target)
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        """x·y + z rounded once, in z's dtype."""
+        dtype = z.data.dtype
+        fma = _c_fma("fmaf", ctypes.c_float) if dtype == np.float32 else _c_fma("fma", ctypes.c_double)
+        return TensorHandle(np.vectorize(fma, otypes=[dtype])(x.data, y.data, z.data), z.dtype.scalar)
+
+    def sum(self: Any, input: Any) -> Any:
+        """The sum along an axis, halves added to halves; an axis is a power of two long."""
+        if self.axis is None:
+            return shipped_sum(self, input)
+        data = np.moveaxis(input.handle.data, self.axis, 0)
+        while len(data) > 1:
+            data = data[: len(data) // 2] + data[len(data) // 2 :]
+        return self.to_tensor(np.moveaxis(data, 0, self.axis) if self.keep_dims else data[0], input.dtype)
+
+    def patch_lang(fn: Any) -> Any:
+        """Triton's own, once for each module of jit functions in a launch; it does it at every call, for half its time."""
+        if id(fn.__globals__) in patched:
+            return _LangPatchScope()
+        patched.add(id(fn.__globals__))
+        return shipped_patch(fn)
+
+    @contextlib.contextmanager
+    def launching() -> Iterator[None]:
+        patched.clear()
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            # NaN, Inf and overflow are the data's business: a GPU does not warn of them either. This one passes errstate.
+            warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
+            yield
+
+    builder.cast_impl = cast_impl
+    reduce.sum = sum
+    if version < (3, 9):
+        builder.create_fma = create_fma
+    interpreter._patch_lang = patch_lang
+    GridExecutor.__call__ = launching()(GridExecutor.__call__)
+
+
+def _c_fma(name: str, number: Any) -> Callable[..., float]:
+    function = ctypes.CDLL("libm.so.6")[name]
+    function.argtypes, function.restype = (number, number, number), number
+    return function
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])

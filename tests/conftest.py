@@ -1,0 +1,30 @@
+"""What every test file shares. Without a GPU the kernels run through Triton's interpreter; with one, as they are."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    # Before trinorm is imported: it and Triton read this once.
+    os.environ["TRITON_INTERPRET"] = "1"
+    from trinorm import interpreter
+
+    interpreter.install()
+
+# A first call compiles, and the interpreter is slow. The same examples on every run.
+hypothesis.settings.register_profile("trinorm", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("trinorm")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the kernels run."""
+    return torch.device("cuda" if ON_GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

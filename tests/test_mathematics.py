@@ -1,0 +1,290 @@
+"""docs/mathematics.md, checked: its formulas by autograd in float64 or in exact rationals, its worked numbers as given.
+
+Identities of rational functions hold exactly in Fractions. Those with a square root are compared in float64, to the last
+place of float32: a wrong formula is wrong by far more, and float64's own rounding by far less.
+"""
+
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trinorm.compare import assert_no_worse, unit_in_last_place
+from trinorm.reference import Gradients, oracle_gradients
+from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
+
+ROOT = Path(__file__).parents[1]
+ROWS, N, EPS = 5, 7, 0.1
+
+both = pytest.mark.parametrize("spec", [LAYER_NORM, RMS_NORM], ids=lambda spec: spec.name)
+numbers = st.lists(st.fractions(-100, 100, max_denominator=16), min_size=1, max_size=12)
+
+
+def assert_formula(what: str, formula: Tensor, exact: Tensor) -> None:
+    """The formula's float64 value is the exact one, to float32's last place."""
+    assert_no_worse(what, formula.float(), exact, exact.float())
+
+
+def vector(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def xhat_of(spec: RowNorm, x: Tensor, eps: float) -> Tensor:
+    """The definition, and nothing derived from it: what autograd differentiates."""
+    centered = x - x.mean(-1, keepdim=True) if spec.center else x
+    return centered / (centered.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def differentiated(spec: RowNorm, x: Tensor, w: Tensor, b: Tensor, eps: float, dy: Tensor) -> Gradients:
+    """dx, dw and db by autograd."""
+    inputs = [t.clone().requires_grad_() for t in (x, w, b)]
+    y = xhat_of(spec, inputs[0], eps) * inputs[1] + inputs[2]
+    return Gradients(*torch.autograd.grad(y, inputs, dy))
+
+
+def statistics(spec: RowNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, rstd) of each row, ``[..., 1]``."""
+    mean = x.mean(-1, keepdim=True) if spec.center else torch.zeros_like(x[..., :1])
+    return mean, ((x - mean).square().mean(-1, keepdim=True) + EPS).rsqrt()
+
+
+@pytest.fixture
+def problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, w, b and dy. x is off zero, so that a mean left out would show."""
+    return (
+        torch.randn(ROWS, N, dtype=torch.float64) + 0.5,
+        torch.randn(N, dtype=torch.float64),
+        torch.randn(N, dtype=torch.float64),
+        torch.randn(ROWS, N, dtype=torch.float64),
+    )
+
+
+# The backward.
+
+
+@both
+def test_gradients_are_autograds(spec: RowNorm, problem: tuple[Tensor, ...]) -> None:
+    x, w, b, dy = problem
+    closed = oracle_gradients(spec, x, (N,), w, b, EPS, dy)
+    exact = differentiated(spec, x, w, b, EPS, dy)
+    for name, ours, autograds in zip(Gradients._fields, closed, exact, strict=True):
+        assert_formula(name, ours, autograds)
+
+
+@both
+def test_dx_as_two_multiply_adds(spec: RowNorm, problem: tuple[Tensor, ...]) -> None:
+    x, w, b, dy = problem
+    mean, rstd = statistics(spec, x)
+    g, xhat = dy * w, (x - mean) * rstd
+    c1 = (g * xhat).mean(-1, keepdim=True)
+    c2 = g.mean(-1, keepdim=True) * spec.center
+    assert_formula("dx", rstd * g - (xhat * (rstd * c1) + rstd * c2), differentiated(spec, x, w, b, EPS, dy).dx)
+
+
+@both
+def test_derivatives_of_rstd_and_xhat(spec: RowNorm, problem: tuple[Tensor, ...]) -> None:
+    x = problem[0][0]
+    mean, rstd = statistics(spec, x)
+    xhat = (x - mean) * rstd
+    by_autograd = torch.autograd.functional.jacobian(lambda t: statistics(spec, t)[1], x)[0]
+    assert_formula("drstd/dx", -rstd.square() * xhat / N, by_autograd)
+    closed = rstd * (torch.eye(N) - spec.center / N - xhat[:, None] * xhat[None, :] / N)
+    assert_formula("dxhat/dx", closed, torch.autograd.functional.jacobian(lambda t: xhat_of(spec, t, EPS), x))
+
+
+@both
+def test_unit_power_up_to_eps(spec: RowNorm, problem: tuple[Tensor, ...]) -> None:
+    x = problem[0]
+    _, rstd = statistics(spec, x)
+    assert_formula("mean(xhat^2)", 1 - EPS * rstd.square(), xhat_of(spec, x, EPS).square().mean(-1, keepdim=True))
+
+
+@both
+def test_what_the_norm_does_not_pass_on(spec: RowNorm, problem: tuple[Tensor, ...]) -> None:
+    x, w, b, dy = problem
+    mean, rstd = statistics(spec, x)
+    dx = differentiated(spec, x, w, b, EPS, dy).dx
+    c1 = (dy * w * (x - mean) * rstd).mean(-1, keepdim=True)
+    assert_formula("scale", N * c1 * EPS * rstd.square(), (dx * (x - mean)).sum(-1, keepdim=True))
+    # The sum cancels to 0, so it is seen beside what cancels: 1 + 0.
+    along_ones = dx.sum(-1) / dx.abs().sum(-1)
+    assert (along_ones + 1).float().eq(1).all() == spec.center
+
+
+# Statistics, exactly.
+
+
+def moments(xs: list[Fraction]) -> tuple[Fraction, Fraction]:
+    """Mean, and the sum of squares about it."""
+    mean = sum(xs, Fraction()) / len(xs)
+    return mean, sum(((x - mean) ** 2 for x in xs), Fraction())
+
+
+@given(numbers)
+def test_welfords_recurrence(xs: list[Fraction]) -> None:
+    mean, squares = Fraction(), Fraction()
+    for count, x in enumerate(xs, 1):
+        delta = x - mean
+        mean += delta / count
+        squares += delta * (x - mean)
+    assert (mean, squares) == moments(xs)
+
+
+@given(st.lists(numbers, min_size=1, max_size=4))
+def test_chans_rule(lanes: list[list[Fraction]]) -> None:
+    row = [x for lane in lanes for x in lane]
+    parts = [(len(lane), *moments(lane)) for lane in lanes]
+    row_mean = sum(count * mean for count, mean, _ in parts) / len(row)
+    squares = sum(part for _, _, part in parts) + sum(count * (mean - row_mean) ** 2 for count, mean, _ in parts)
+    assert (row_mean, squares) == moments(row)
+    assert sum(count * (mean - row_mean) for count, mean, _ in parts) == 0
+
+
+@given(numbers, st.fractions(-100, 100, max_denominator=16))
+def test_power_about_another_mean(xs: list[Fraction], m: Fraction) -> None:
+    mean, squares = moments(xs)
+    assert sum((x - m) ** 2 for x in xs) == squares + len(xs) * (mean - m) ** 2
+
+
+@pytest.mark.parametrize("unit", [2.0**-100, 2.0**100])
+@both
+def test_rstd_of_a_scaled_row(spec: RowNorm, problem: tuple[Tensor, ...], unit: float) -> None:
+    x, scale = problem[0] * unit, 1 / unit
+    mean, rstd = statistics(spec, x)
+    power = ((x - mean) * scale).square().mean(-1, keepdim=True)
+    assert_formula("rstd", scale * (power + scale**2 * EPS).rsqrt(), rstd)
+
+
+def test_what_narrow_sums_cannot_hold() -> None:
+    assert torch.tensor(256.0, dtype=torch.float16).square().isinf()
+    for dtype, full in ((torch.float16, 2048.0), (torch.bfloat16, 256.0)):
+        before, full_sum = torch.tensor([full - 1, full], dtype=dtype)
+        assert before + 1 == full
+        assert full_sum + 1 == full
+
+
+def test_uncentred_variance_loses_every_digit() -> None:
+    x = (1e4 + 1e-2 * torch.randn(4096, dtype=torch.float64)).float()
+    assert unit_in_last_place(x[0].double().square(), torch.float32) == 8
+    assert (x.square().mean() - x.mean().square()) % 8 == 0
+    assert x.double().var(correction=0) < 1e-3
+    assert unit_in_last_place(x[0].double(), torch.float32) == 2.0**-10  # a tenth of 1e-2
+
+
+# Where the original description errs.
+
+
+def described_variance(xs: list[Fraction], block: int) -> Fraction:
+    """Its LayerNorm kernel's: zeros in the lanes beyond the row, and every lane in the sum."""
+    lanes = [*xs[:block], *[Fraction()] * (block - len(xs))]
+    mean = sum(lanes, Fraction()) / len(xs)
+    return sum(((lane - mean) ** 2 for lane in lanes), Fraction()) / len(xs)
+
+
+def described_dx(rstd: Fraction, centered: list[Fraction], g: list[Fraction], power: int) -> list[Fraction]:
+    """Its dx: LayerNorm's with ``power`` 1 and RMSNorm's with 2, the exponent of (x - mean) before its sum."""
+    total = sum((gi * c for gi, c in zip(g, centered, strict=True)), Fraction())
+    return [gi * (rstd - c**power * rstd**3 * total) for gi, c in zip(g, centered, strict=True)]
+
+
+@given(numbers, st.integers(0, 20))
+def test_masked_lanes_enter_its_variance(xs: list[Fraction], masked: int) -> None:
+    mean, squares = moments(xs)
+    wrong = described_variance(xs, len(xs) + masked)
+    assert wrong == squares / len(xs) + Fraction(masked, len(xs)) * mean**2
+
+
+def test_its_variance_of_1_2_3() -> None:
+    xs = [Fraction(1), Fraction(2), Fraction(3)]
+    assert moments(xs)[1] / 3 == Fraction(2, 3)
+    assert described_variance(xs, 4) == 2
+    assert [f"{power**-0.5:.3f}" for power in (2, 2 / 3)] == ["0.707", "1.225"]
+
+
+def test_its_block_shorter_than_the_row() -> None:
+    ones = [Fraction(1)] * 2048
+    assert described_variance(ones, 2048) == 0
+    assert described_variance(ones, 1024) == Fraction(1, 8)  # the mean of 1024 ones over 2048 is 1/2
+
+
+@pytest.mark.parametrize(
+    ("spec", "x", "eps", "right", "described", "described_of_twice_dy"),
+    [
+        (LAYER_NORM, (1, 2, 3), Fraction(1, 3), ("1/3", "-1/3", "0"), ("0", "0", "0"), ("-2", "0", "0")),
+        (RMS_NORM, (1, 2, 2), Fraction(1), ("11/24", "-1/12", "-1/12"), ("3/8", "0", "0"), ("1/2", "0", "0")),
+    ],
+    ids=["layer_norm", "rms_norm"],
+)
+def test_its_dx(
+    spec: RowNorm,
+    x: tuple[int, ...],
+    eps: Fraction,
+    right: tuple[str, ...],
+    described: tuple[str, ...],
+    described_of_twice_dy: tuple[str, ...],
+) -> None:
+    row, dy = vector(*x), vector(1, 0, 0)
+    exact = differentiated(spec, row, torch.ones_like(row), torch.zeros_like(row), float(eps), dy).dx
+    assert_formula("dx", vector(*(float(Fraction(value)) for value in right)) + 1, exact + 1)
+
+    xs = [Fraction(value) for value in x]
+    mean = moments(xs)[0] if spec.center else Fraction()
+    centered = [value - mean for value in xs]
+    rstd = Fraction(1, 1 if spec.center else 2)
+    assert rstd**2 * (sum(c * c for c in centered) / 3 + eps) == 1
+    exponent = 1 if spec.center else 2
+    for g, expected in (((1, 0, 0), described), ((2, 0, 0), described_of_twice_dy)):
+        assert described_dx(rstd, centered, [Fraction(v) for v in g], exponent) == [Fraction(v) for v in expected]
+
+
+def test_its_rms_of_zeros() -> None:
+    zeros = torch.zeros(4)
+    assert (zeros / zeros.square().mean().sqrt()).isnan().all()
+    assert xhat_of(RMS_NORM, zeros, 1e-5).eq(0).all()
+
+
+def test_its_offsets_wrap() -> None:
+    n, block, row = 1025, 2048, torch.tensor(2095105, dtype=torch.int32)
+    start = row * n
+    offsets = start + torch.arange(block, dtype=torch.int32)
+    mask = offsets < start + n
+    assert (int(start), int(start + n)) == (2147482625, -2147483646)
+    assert mask.nonzero().flatten().tolist() == [1023, 1024]
+    assert offsets[mask].tolist() == [-(2**31), -(2**31) + 1]
+    # Where nothing wraps the row's mask is the columns' own.
+    assert torch.equal(offsets - start < n, torch.arange(block) < n)
+
+
+@triton.jit
+def sum_of_squares(OUT, X, BLOCK: tl.constexpr):
+    x = tl.load(X + tl.arange(0, BLOCK))
+    tl.store(OUT, tl.sum(x * x, axis=0))
+
+
+def test_its_statistics_are_in_the_inputs_dtype(device: torch.device) -> None:
+    x = torch.full((4,), 200.0, dtype=torch.float16, device=device)  # 200² is within fp16, the sum of four is not
+    out = torch.zeros(1, dtype=torch.float32, device=device)
+    sum_of_squares[(1,)](out, x, BLOCK=4)
+    assert out.isinf().item()
+    assert out.add(1e-5).rsqrt().item() == 0  # no eps makes up for it
+
+
+# The page itself.
+
+
+def test_every_name_on_the_page_is_in_the_code() -> None:
+    derivation = (ROOT / "docs" / "mathematics.md").read_text().split("## Where the original description errs")[0]
+    derivation = re.sub(r"```.*?```", "", derivation, flags=re.DOTALL)
+    named = set(re.findall(r"`([A-Za-z_]\w+)`", derivation))
+    files = list((ROOT / "src" / "trinorm").rglob("*.py"))
+    known = {word for file in files for word in re.findall(r"\w+", file.read_text())}
+    known |= {part for file in files for part in file.parts}
+    assert {"dx_of", "merged_lanes"} <= named
+    assert named <= known

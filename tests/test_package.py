@@ -1,0 +1,101 @@
+"""The package as its users meet it: what an import costs, what it needs, and what it says of itself."""
+
+import importlib.metadata
+import os
+import statistics
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import trinorm
+
+
+def run(code: str, **environment: str) -> str:
+    """What ``code`` prints in a fresh interpreter that imports this same package."""
+    source = str(Path(trinorm.__file__).parents[1])
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join(filter(None, [source, inherited.get("PYTHONPATH")]))
+    settings = inherited | {"PYTHONPATH": path} | environment
+    ran = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.strip()
+
+
+def test_import_adds_little_to_torchs() -> None:
+    code = """
+import time, torch
+start = time.perf_counter()
+import trinorm
+print(time.perf_counter() - start)
+"""
+    seconds = statistics.median(float(run(code)) for _ in range(3))
+    assert seconds < 0.150
+
+
+def test_import_leaves_triton_for_the_first_call() -> None:
+    added = run("import sys, torch; before = set(sys.modules); import trinorm; print(*(set(sys.modules) - before))").split()
+    assert "trinorm.functional" in added
+    assert [name for name in added if name.partition(".")[0] in ("triton", "numpy", "rich", "matplotlib")] == []
+
+
+def test_works_without_triton() -> None:
+    # Asking for the interpreter would take a CPU tensor to the kernels, were there any.
+    assert run(WITHOUT_TRITON, TRITON_INTERPRET="1") == "done"
+
+
+WITHOUT_TRITON = """
+import sys
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+def find_all_but_triton(name, *args):
+    return None if name.partition(".")[0] == "triton" else find(name, *args)
+PathFinder.find_spec = find_all_but_triton
+
+import torch
+import trinorm
+
+def gradients(module):
+    module.zero_grad()
+    x = torch.arange(12.0).reshape(2, 6).requires_grad_()
+    y = module(x)
+    y.square().sum().backward()
+    return [y, x.grad, *(parameter.grad for parameter in module.parameters())]
+
+for kind, parameters in ((torch.nn.LayerNorm, 2), (torch.nn.RMSNorm, 1)):
+    module = kind(6)
+    expected = gradients(module)
+    assert len(trinorm.replace(module).replaced) == 1
+    found = gradients(module)
+    assert len(found) == 2 + parameters
+    assert all(map(torch.equal, found, expected))
+assert not any(name.partition(".")[0] == "triton" for name in sys.modules)
+print("done")
+"""
+
+
+def test_version_is_the_metadatas() -> None:
+    try:
+        installed = importlib.metadata.version("trinorm")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("run from the source tree, not installed")
+    assert installed == trinorm.__version__
+
+
+def test_types_are_published() -> None:
+    assert (files("trinorm") / "py.typed").is_file()
+
+
+def test_public_names_are_there_and_documented() -> None:
+    assert trinorm.__all__ == ["Report", "functional", "nn", "replace"]
+    assert trinorm.functional.__all__ == ["layer_norm", "rms_norm"]
+    for owner, name in (
+        *((trinorm, name) for name in trinorm.__all__),
+        *((trinorm.functional, name) for name in trinorm.functional.__all__),
+        (trinorm.nn, "LayerNorm"),
+        (trinorm.nn, "RMSNorm"),
+    ):
+        assert getattr(owner, name).__doc__, name
