@@ -6,7 +6,6 @@ import subprocess
 import sys
 from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
 import triton
@@ -97,11 +96,18 @@ def test_nan_and_overflow_do_not_warn() -> None:
     assert out.isinf().tolist() == [False, True, True, False]
 
 
-def test_numpy_that_breaks_triton_3_6_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "__version__", "3.6.0")
-    monkeypatch.setattr(np, "__version__", "2.4.0")
-    with pytest.raises(RuntimeError, match=r"numpy < 2\.4"):
-        interpreter._mend.__wrapped__()
+@triton.jit
+def triangular(OUT, N):
+    total = 0
+    for i in range(N):
+        total += i
+    tl.store(OUT, total)
+
+
+def test_a_run_time_value_bounds_a_loop() -> None:
+    out = torch.zeros(1, dtype=torch.int32)
+    triangular[(1,)](out, 5)
+    assert out.item() == 10
 
 
 def test_install_twice_changes_nothing() -> None:

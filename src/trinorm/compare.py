@@ -31,8 +31,12 @@ class Comparison:
         return f"{self.what}: error {self.error:.3g}, torch's own {self.torch_error:.3g}: {verdict}; {self.worst}"
 
 
-def compare(what: str, actual: Tensor, exact: Tensor, by_torch: Tensor) -> Comparison:
-    """Compare ``actual`` and torch's own result, both of one dtype, with the float64 oracle's ``exact``."""
+def compare(what: str, actual: Tensor, exact: Tensor, by_torch: Tensor, terms: Tensor | None = None) -> Comparison:
+    """Compare ``actual`` and torch's own result, both of one dtype, with the float64 oracle's ``exact``.
+
+    terms: the size of the terms that each element is a sum of, where those are larger than what they sum to (a mean near
+    0); the unit in the last place is then theirs.
+    """
     if actual.shape != exact.shape:
         return Comparison(what, float("inf"), 0.0, False, f"shape {tuple(actual.shape)} is not {tuple(exact.shape)}")
     if actual.numel() == 0:
@@ -45,7 +49,9 @@ def compare(what: str, actual: Tensor, exact: Tensor, by_torch: Tensor) -> Compa
     torch_finite = finite & by_torch.isfinite()
     torch_distance = torch.where(torch_finite, (by_torch.double() - exact.double()).abs(), 0.0)
     torch_error = torch_distance.max().item()
-    excess = torch.where(finite, distance - unit_in_last_place(exact, actual.dtype) - 2 * torch_error, -1.0)
+    excess = torch.where(
+        finite, distance - unit_in_last_place(exact if terms is None else terms, actual.dtype) - 2 * torch_error, -1.0
+    )
     ok = bool(same_special.all()) and bool((excess <= 0).all())
     at = int(torch.where(same_special, excess, float("inf")).argmax())
     worst = f"at {at}: got {actual.flatten()[at].item()!r}, float64 {exact.flatten()[at].item()!r}"

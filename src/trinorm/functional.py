@@ -80,9 +80,8 @@ def rms_norm(
     """
     if eps is None:
         # torch's documentation says finfo(x.dtype).eps; its code, CPU and CUDA, uses the dtype it computes in (2.11, 2.13).
-        eps = (
-            2.220446049250313e-16 if isinstance(input, Tensor) and input.dtype == torch.float64 else 1.1920928955078125e-07
-        )
+        double = isinstance(input, Tensor) and input.dtype == torch.float64
+        eps = 2.220446049250313e-16 if double else 1.1920928955078125e-07
     shape = _check("rms_norm", input, normalized_shape, weight, None, eps)
     return row_norm(RMS_NORM, input, shape, weight, None, eps)
 
@@ -111,7 +110,8 @@ def _check(
             continue
         if parameter.shape != shape:
             raise RuntimeError(
-                f"{op}(): {name} has shape {tuple(parameter.shape)}, but normalized_shape is {tuple(shape)}; they must be equal"
+                f"{op}(): {name} has shape {tuple(parameter.shape)}, but normalized_shape is {tuple(shape)}; "
+                "they must be equal"
             )
         if parameter.device != x.device:
             raise RuntimeError(

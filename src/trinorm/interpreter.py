@@ -3,7 +3,7 @@
 As shipped (3.6 to 3.9) it truncates fp32 to bf16 where a GPU rounds to nearest even, reads bf16 denormals wrongly, makes an
 integer of an fp64 that should become bf16, and adds a column's elements one after another where a GPU adds in a tree, so
 that its sums err more; before 3.9 it rounds an fma twice. Arithmetic on bf16 is wrong too, and is not mended here: kernels
-compute in fp32 or fp64 on every device.
+compute in fp32 or fp64 on every device. Triton 3.6 does not run with numpy 2.4 at all.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ def install() -> None:
     """Choose the interpreter for every kernel, and make it exact. To be called before the first kernel is imported.
 
     Raises:
-        RuntimeError: Triton was imported before, and bound its own functions to a GPU; or this Triton's interpreter does
-            not run with this numpy.
+        RuntimeError: Triton was imported before, and bound its own functions to a GPU.
     """
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language as tl
@@ -58,13 +57,7 @@ def _mend() -> None:
     from triton.runtime import interpreter
     from triton.runtime.interpreter import GridExecutor, TensorHandle, _get_np_dtype, _LangPatchScope
 
-    version = _version(triton.__version__)
-    # Triton 3.6 takes int() of a one-element array wherever a run-time value bounds a loop; numpy 2.4 refuses that.
-    if version < (3, 7) and _version(np.__version__) >= (2, 4):
-        raise RuntimeError(
-            f"the interpreter of Triton {triton.__version__} does not run with numpy {np.__version__}: "
-            "install numpy < 2.4, or Triton >= 3.7"
-        )
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     builder: Any = interpreter.InterpreterBuilder
     reduce: Any = interpreter.ReduceOps
     shipped_cast, shipped_sum, shipped_patch = builder.cast_impl, reduce.sum, interpreter._patch_lang
@@ -98,7 +91,11 @@ def _mend() -> None:
         if id(fn.__globals__) in patched:
             return _LangPatchScope()
         patched.add(id(fn.__globals__))
-        return shipped_patch(fn)
+        scope = shipped_patch(fn)
+        if version < (3, 7):
+            # 3.6 takes int() of a one-element array wherever a run-time value bounds a loop, which numpy 2.4 refuses.
+            scope.set_attr(tl.tensor, "__index__", lambda self: self.handle.data.item())
+        return scope
 
     @contextlib.contextmanager
     def launching() -> Iterator[None]:
@@ -120,7 +117,3 @@ def _c_fma(name: str, number: Any) -> Callable[..., float]:
     function = ctypes.CDLL("libm.so.6")[name]
     function.argtypes, function.restype = (number, number, number), number
     return function
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2])

@@ -79,8 +79,9 @@ def load_once(pointers, mask, STREAM: tl.constexpr):
 def load_or(POINTER, columns, mask, absent: tl.constexpr, STREAM: tl.constexpr):
     """Some columns of a vector that every row reads; the fp32 constant of bits ``absent`` where POINTER is None.
 
-    With the operation's identity for ``absent`` the operation folds away (affine.NO_WEIGHT, NO_BIAS). A mask of ``[ROWS, CHUNK]`` reads the columns once for each
-    row: where rows lie in different warps that costs less than sharing one reading through shared memory.
+    With the operation's identity for ``absent`` the operation folds away (affine.NO_WEIGHT, NO_BIAS). A mask of
+    ``[ROWS, CHUNK]`` reads the columns once for each row: where rows lie in different warps that costs less than sharing
+    one reading through shared memory.
     """
     if POINTER is None:
         return tl.full([1, 1], absent, tl.int32).to(tl.float32, bitcast=True)

@@ -54,11 +54,13 @@ def normalized(x, mean, rstd, ACC: tl.constexpr):
 
 @triton.jit
 def dx_of(g, xhat, rstd, c1, c2, CENTER: tl.constexpr):
-    """rstd·(g - c2 - x̂·c1), in the order that cancels exactly where g is its own mean."""
+    """rstd·(g - x̂·c1 - c2). The fma is written out: left to the compiler, g's own product could become the fused one,
+    unrounded where c2 was summed from rounded ones, and the two would not cancel where g is its own mean.
+    """
+    bracket = tl.fma(-xhat, tl.broadcast_to(c1, xhat.shape), g)
     if CENTER:
-        return rstd * (g - c2 - xhat * c1)
-    else:
-        return rstd * (g - xhat * c1)
+        bracket -= c2
+    return rstd * bracket
 
 
 @triton.jit

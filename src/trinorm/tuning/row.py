@@ -140,8 +140,9 @@ _FEW_ROWS = 512
 # With fewer warps the columns' tile of 128 rows spills.
 _FEW_WARPS = 4
 
-# What sums over rows exchange between warps, at the most.
+# What sums over rows exchange between warps, at the most; and a mean or an rstd.
 _REDUCTION_BYTES = 16 << 10
+_STATISTIC_BYTES = 8
 
 # The last step over the partials.
 TOTAL = Tile(64, 32, 4)
@@ -162,9 +163,9 @@ def choose_backward(
     _, layer_norm, rms_norm = next(row for row in _BACKWARD if n <= row[0])
     tile, stages, per_sm = layer_norm if spec.center else rms_norm
     tile = _narrowed(tile, n)
-    # All stages but one of x and dy wait in shared memory; where they do not fit, loads go to registers.
-    width = -(-n // tile.chunk) * tile.chunk
-    if 2 * (stages - 1) * tile.rows * width * itemsize + _REDUCTION_BYTES > device.shared_memory:
+    # All stages but one of x, dy, mean and rstd wait in shared memory; where they do not fit, loads go to registers.
+    row_bytes = 2 * -(-n // tile.chunk) * tile.chunk * itemsize + 2 * _STATISTIC_BYTES
+    if (stages - 1) * tile.rows * row_bytes + _REDUCTION_BYTES > device.shared_memory:
         stages = 1
     return RowBackward(tile, stages, per_sm, stream=3 * m * n * itemsize > _STREAM_BYTES)
 
