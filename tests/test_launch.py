@@ -81,7 +81,7 @@ def test_a_new_row_count_compiles_nothing(op: str) -> None:
         getattr(functional, op)(x, (640,), weight).sum().backward()
         getattr(functional, op)(x.detach().transpose(0, 1), (640,), weight)
 
-    # One for each launch of the tables (few and very few rows, many, more than L2 holds), and for one to three levels of dims.
+    # One for each launch of the tables (few rows, very few, many, more than L2 holds), and for one to three levels of dims.
     for leading in ((2, 3), (2, 100), (2, 300), (5, 3000), (1, 1), (2, 2, 2)):
         run(*leading)
     before = binaries()

@@ -79,7 +79,9 @@ def held_moments(xs, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr):
         # deviation, which a small eps blows up.
         squared, moved = row_sums(squares, drift)
         shift = mean_of(moved, N)
-        return mean + shift, mean_of(squared, N) - shift * shift
+        # The distances from an infinite mean are no numbers; that mean stands.
+        corrected = tl.where(shift == shift, mean + shift, mean)
+        return corrected, mean_of(squared, N) - shift * shift
     else:
         return mean, mean_of(row_sum(squares), N)
 
@@ -108,7 +110,22 @@ def streamed_moments(row, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constex
     # How many columns each lane saw: all chunks have it, but perhaps the last.
     last = columns_live(chunk_columns(rounded_up(N, CHUNK) - CHUNK, CHUNK), rounded_up(N, CHUNK), N)
     count = step - tl.where(last, tl.zeros([1, CHUNK], ACC), 1.0)
-    return merged_lanes(mean, squares, count, N, CENTER)
+    row_mean, power = merged_lanes(mean, squares, count, N, CENTER)
+    if CENTER:
+        # The recurrence makes NaN of Inf.
+        if tl.max((row_mean != row_mean).to(tl.int32)) == 1:
+            row_mean = streamed_mean(row, 1.0, N, ACC, CHUNK)
+    return row_mean, power
+
+
+@triton.jit
+def streamed_mean(row, scale, N: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr):
+    """The mean of ``scale * x``, ``[1, 1]``, of the row at the pointer ``row``: a plain sum, infinite where x is."""
+    total = tl.zeros([1, CHUNK], ACC)
+    for start in tl.range(0, N, CHUNK):
+        columns = chunk_columns(start, CHUNK)
+        total += load(row + columns, columns_live(columns, rounded_up(N, CHUNK), N)).to(ACC) * scale
+    return mean_of(row_sum(total), N)
 
 
 @triton.jit
@@ -147,11 +164,7 @@ def rescued_stats(row, eps, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.const
     scale = 1.0 / unit
     mean = tl.zeros([1, 1], ACC)
     if CENTER:
-        total = tl.zeros([1, CHUNK], ACC)
-        for start in tl.range(0, N, CHUNK):
-            columns = chunk_columns(start, CHUNK)
-            total += load(row + columns, columns_live(columns, rounded_up(N, CHUNK), N)).to(ACC) * scale
-        mean = mean_of(row_sum(total), N)
+        mean = streamed_mean(row, scale, N, ACC, CHUNK)
     squares = tl.zeros([1, CHUNK], ACC)
     for start in tl.range(0, N, CHUNK):
         columns = chunk_columns(start, CHUNK)
