@@ -68,5 +68,5 @@ def assert_no_worse(what: str, actual: Tensor, exact: Tensor, by_torch: Tensor) 
 def unit_in_last_place(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """The spacing of ``dtype``'s numbers at ``exact``, in float64."""
     info = torch.finfo(dtype)
-    exponent = exact.double().abs().clamp(min=info.tiny, max=info.max).log2().floor()
-    return torch.exp2(exponent) * info.eps
+    _, exponent = torch.frexp(exact.double().abs().clamp(min=info.tiny, max=info.max))
+    return torch.ldexp(torch.full_like(exact, info.eps, dtype=torch.float64), exponent - 1)

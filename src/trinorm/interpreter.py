@@ -49,6 +49,22 @@ def bfloat16_bits(x: NDArray[np.float32]) -> NDArray[np.uint16]:
     return (np.where(np.isnan(x), bits | 0x400000, rounded) >> 16).astype(np.uint16)
 
 
+def fma_float32(x: NDArray[np.float32], y: NDArray[np.float32], z: NDArray[np.float32]) -> NDArray[np.float32]:
+    """x·y + z in float32, rounded once.
+
+    float64 holds the product. The sum is rounded to odd there, which keeps the second rounding from seeing a tie that is
+    none (Boldo, Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd").
+    """
+    product, addend = x.astype(np.float64) * y, z.astype(np.float64)
+    total = product + addend
+    kept = total - product
+    error = (product - (total - kept)) + (addend - kept)
+    inexact = np.isfinite(error) & (error != 0)
+    even = total.view(np.int64) & 1 == 0
+    odd = np.where(inexact & even, np.nextafter(total, np.copysign(np.inf, error)), total)
+    return odd.astype(np.float32)
+
+
 @functools.cache
 def _mend() -> None:
     """Replace what the installed Triton's interpreter gets wrong, once."""
@@ -73,9 +89,8 @@ def _mend() -> None:
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         """x·y + z rounded once, in z's dtype."""
-        dtype = z.data.dtype
-        fma = _c_fma("fmaf", ctypes.c_float) if dtype == np.float32 else _c_fma("fma", ctypes.c_double)
-        return TensorHandle(np.vectorize(fma, otypes=[dtype])(x.data, y.data, z.data), z.dtype.scalar)
+        fma = fma_float32 if z.data.dtype == np.float32 else _fma_float64()
+        return TensorHandle(fma(x.data, y.data, z.data), z.dtype.scalar)
 
     def sum(self: Any, input: Any) -> Any:
         """The sum along an axis, halves added to halves; an axis is a power of two long."""
@@ -113,7 +128,9 @@ def _mend() -> None:
     GridExecutor.__call__ = launching()(GridExecutor.__call__)
 
 
-def _c_fma(name: str, number: Any) -> Callable[..., float]:
-    function = ctypes.CDLL("libm.so.6")[name]
-    function.argtypes, function.restype = (number, number, number), number
-    return function
+@functools.cache
+def _fma_float64() -> Callable[..., NDArray[np.float64]]:
+    """x·y + z in float64, rounded once, by the C library: a microsecond an element."""
+    fma = ctypes.CDLL("libm.so.6").fma
+    fma.argtypes, fma.restype = (ctypes.c_double,) * 3, ctypes.c_double
+    return np.vectorize(fma, otypes=[np.float64])
