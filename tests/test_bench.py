@@ -338,7 +338,7 @@ def test_plots_are_drawn_along_the_axes_that_have_two_sizes(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("op", cases.OPS)
 def test_launches_are_written_down_and_not_made(op: str) -> None:
-    (kernel, args, options), *others = predict.launches(case(op, m=4, n=96))
+    (kernel, _, args, options), *others = predict.launches(case(op, m=4, n=96))
     assert kernel.fn.__name__ == "row_forward"
     assert others == []
     assert options["N"] == 96

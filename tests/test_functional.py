@@ -232,6 +232,49 @@ def test_autocast_returns_what_torch_returns(op: str, device: torch.device) -> N
     torch.testing.assert_close(ours.float(), theirs.float(), rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.filterwarnings("ignore:trinorm:UserWarning")
+def test_autocast_returns_the_same_dtype_by_every_road(op: str, device: torch.device) -> None:
+    x = torch.randn(4, 8, device=device).bfloat16()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        for weight in (None, torch.randn(8, device=device).bfloat16(), torch.randn(8, device=device)):
+            by_kernel = _call(op, x, (8,), weight, None)
+            by_composite = torch.func.vmap(lambda x, w=weight: _call(op, x, (8,), w, None))(x)
+            assert by_kernel.dtype == by_composite.dtype
+
+
+def test_batched_gradients(op: str, device: torch.device) -> None:
+    """is_grads_batched maps over the backward alone, with tensors that have no storage."""
+    x = torch.randn(3, 8, device=device, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(5, 3, 8, device=device, dtype=torch.float64)
+    y = _call(op, x, (8,), None, None)
+    (batched,) = torch.autograd.grad(y, x, dy, is_grads_batched=True, retain_graph=True)
+    one_by_one = torch.stack([torch.autograd.grad(y, x, row, retain_graph=True)[0] for row in dy])
+    torch.testing.assert_close(batched, one_by_one)
+
+
+def test_tracers_see_one_call(op: str) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return getattr(functional, op)(x, (8,))
+
+    graph = torch.fx.symbolic_trace(Model())
+    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [getattr(functional, op)]
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(graph(x), getattr(F, op)(x, (8,)))
+
+
+def test_eps_as_a_tensor_is_a_number(op: str, device: torch.device) -> None:
+    x = torch.randn(2, 8, device=device)
+    assert torch.equal(getattr(functional, op)(x, (8,), eps=torch.tensor(1e-3)), getattr(functional, op)(x, (8,), eps=1e-3))
+
+
+@pytest.mark.parametrize("value", [1 / 3, 1e30 / 3, 1e-30 / 3], ids=str)
+@pytest.mark.parametrize("n", [65, 1000])
+def test_rows_of_one_value_have_no_deviation(value: float, n: int, device: torch.device) -> None:
+    y = functional.layer_norm(torch.full((2, n), value, device=device), (n,))
+    assert torch.equal(y, torch.zeros_like(y))
+
+
 def _nothing_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a kernel was launched on bad input")
@@ -257,6 +300,8 @@ BAD: dict[str, tuple[tuple[object, ...], dict[str, object], type[Exception], str
     "negative eps": ((X, (3,)), {"eps": -1e-5}, ValueError, "eps is -1e-05"),
     "eps NaN": ((X, (3,)), {"eps": float("nan")}, ValueError, "eps is nan"),
     "eps a string": ((X, (3,)), {"eps": "1e-5"}, TypeError, "eps"),
+    "eps of many values": ((X, (3,)), {"eps": torch.ones(2)}, TypeError, "eps"),
+    "a list for weight": ((X, (3,), [1.0, 1.0, 1.0]), {}, TypeError, "weight must be a Tensor"),
 }
 
 

@@ -50,7 +50,7 @@ def test_backward(spec: RowNorm, m: int, n: int, itemsize: int, device: Device) 
 @pytest.mark.parametrize("spec", [LAYER_NORM, RMS_NORM], ids=lambda spec: spec.name)
 @pytest.mark.parametrize("n", [64, 768, 1000, 4096, 8192, 65536])
 def test_few_binaries_for_each_width(spec: RowNorm, n: int) -> None:
-    """However many rows come, forward takes two launches at most and backward three: few, and few more, and many."""
+    """However many rows come: forward as L2 holds them or not; backward for very few, few, as L2 holds them or not."""
     counts = [1, 5, 64, 65, 128, 512, 513, 5000, 1 << 20, 1 << 31]
     assert len({choose_forward(spec, m, n, 2) for m in counts}) <= 2
     assert len({choose_backward(spec, m, n, 2, DEVICES[0]) for m in counts}) <= 4

@@ -53,6 +53,9 @@ def replace(model: torch.nn.Module) -> Report:
     hold its parameters, and every other place that refers to it are untouched, so shared modules and tied weights stay
     shared. Norms of any other kind are left, and the report says why.
 
+    torch's own fused inference paths (``nn.TransformerEncoderLayer`` in eval under no_grad) read a norm's parameters and
+    never call it: there a replaced norm changes nothing.
+
     Args:
         model: any module; it may itself be a norm.
 
@@ -113,9 +116,9 @@ def _why_left(module: torch.nn.Module) -> str:
     if isinstance(module, tuple(_REPLACEMENTS.values())):
         return "already trinorm's"
     if kind in _REPLACEMENTS:
-        return _obstacle(module) or "unknown"
+        return str(_obstacle(module))
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
-        return "lazy: its kind is not settled before its first call; run the model once, then replace"
+        return "lazy: its kind is not settled before its first call"
     if ".quantized" in kind.__module__ or ".quantizable" in kind.__module__:
         return "quantized: its input is not a floating tensor"
     if torch.nn.utils.parametrize.is_parametrized(module):

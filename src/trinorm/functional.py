@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .ops import row_norm
 from .ops.road import KERNEL_DTYPES
@@ -36,7 +37,8 @@ def layer_norm(
         eps: added to the variance, so in the input's units squared; >= 0.
 
     Returns:
-        A contiguous tensor of the input's shape and dtype. Statistics, products and sums are fp32 (fp64 for float64).
+        A contiguous tensor of the input's shape and dtype (fp32 where autocast makes torch's own op return that).
+        Statistics, products and sums are fp32, fp64 as soon as one of the tensors is.
 
     Raises:
         RuntimeError: a shape does not fit ``normalized_shape``, or the tensors are on different devices.
@@ -46,7 +48,9 @@ def layer_norm(
 
     Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
     """
-    shape = _check("layer_norm", input, normalized_shape, weight, bias, eps)
+    if type(input) is not Tensor and has_torch_function_unary(input):
+        return handle_torch_function(layer_norm, (input,), input, normalized_shape, weight=weight, bias=bias, eps=eps)
+    shape, eps = _check("layer_norm", input, normalized_shape, weight, bias, eps)
     return row_norm(LAYER_NORM, input, shape, weight, bias, eps)
 
 
@@ -71,18 +75,20 @@ def rms_norm(
             statistics are computed in, as torch does it: 2^-23 for float16, bfloat16 and float32, 2^-52 for float64.
 
     Returns:
-        A contiguous tensor of the input's shape and dtype. Statistics and products are fp32 (fp64 for float64).
+        As :func:`layer_norm`.
 
     Raises:
         RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`layer_norm`.
 
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
+    if type(input) is not Tensor and has_torch_function_unary(input):
+        return handle_torch_function(rms_norm, (input,), input, normalized_shape, weight=weight, eps=eps)
     if eps is None:
         # torch's documentation says finfo(x.dtype).eps; its code, CPU and CUDA, uses the dtype it computes in (2.11, 2.13).
         double = isinstance(input, Tensor) and input.dtype == torch.float64
         eps = 2.220446049250313e-16 if double else 1.1920928955078125e-07
-    shape = _check("rms_norm", input, normalized_shape, weight, None, eps)
+    shape, eps = _check("rms_norm", input, normalized_shape, weight, None, eps)
     return row_norm(RMS_NORM, input, shape, weight, None, eps)
 
 
@@ -93,8 +99,8 @@ def _check(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-) -> torch.Size:
-    """normalized_shape as a Size, or torch's own class of error with a message that names the argument."""
+) -> tuple[torch.Size, float]:
+    """normalized_shape as a Size and eps as a float, or torch's own class of error, with the argument named."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}(): input must be a Tensor, not {type(x).__name__}")
     try:
@@ -108,6 +114,8 @@ def _check(
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is None:
             continue
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"{op}(): {name} must be a Tensor or None, not {type(parameter).__name__}")
         if parameter.shape != shape:
             raise RuntimeError(
                 f"{op}(): {name} has shape {tuple(parameter.shape)}, but normalized_shape is {tuple(shape)}; "
@@ -122,12 +130,12 @@ def _check(
     if x.dtype not in KERNEL_DTYPES:
         _refuse_dtype(op, "input", x)
     try:
-        usable = eps >= 0  # which NaN is not
-    except TypeError:
+        usable = bool(eps >= 0)  # which NaN is not
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{op}(): eps must be a float, not {eps!r}") from None
     if not usable:
         raise ValueError(f"{op}(): eps is {eps}; it must be a number >= 0")
-    return shape
+    return shape, float(eps)
 
 
 def _refuse_shape(op: str, x: Tensor, shape: torch.Size) -> None:

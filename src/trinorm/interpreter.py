@@ -2,8 +2,8 @@
 
 As shipped (3.6 to 3.9) it truncates fp32 to bf16 where a GPU rounds to nearest even, reads bf16 denormals wrongly, makes an
 integer of an fp64 that should become bf16, and adds a column's elements one after another where a GPU adds in a tree, so
-that its sums err more; before 3.9 it rounds an fma twice. Arithmetic on bf16 is wrong too, and is not mended here: kernels
-compute in fp32 or fp64 on every device. Triton 3.6 does not run with numpy 2.4 at all.
+that its sums err more; it rounds rsqrt twice, and before 3.9 an fma. Arithmetic on bf16 is wrong too, and is not mended
+here: kernels compute in fp32 or fp64 on every device. Triton 3.6 does not run with numpy 2.4 at all.
 """
 
 from __future__ import annotations
@@ -120,7 +120,12 @@ def _mend() -> None:
             warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
             yield
 
+    def create_rsqrt(self: Any, x: Any) -> Any:
+        """x^-1/2 rounded once, as a GPU's instruction nearly is, and not a rounded root divided and rounded again."""
+        return TensorHandle((1 / np.sqrt(x.data.astype(np.longdouble))).astype(x.data.dtype), x.dtype.scalar)
+
     builder.cast_impl = cast_impl
+    builder.create_rsqrt = create_rsqrt
     reduce.sum = sum
     if version < (3, 9):
         builder.create_fma = create_fma

@@ -7,6 +7,7 @@ kernels do not: on CPU, under forward-mode AD, vmap and torch.compile, and for s
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -63,23 +64,76 @@ def oracle_gradients(
     eps: float,
     dy: Tensor,
 ) -> Gradients:
-    """The gradients in closed form (docs/mathematics.md derives them), in the oracle's precision.
+    """The gradients in closed form, in the oracle's precision."""
+    lift, lower, quiet = _precise(x, weight, bias)
+    with quiet:
+        dx, dw, db = _gradients(
+            spec, lift(x), len(normalized_shape), None if weight is None else lift(weight), eps, lift(dy)
+        )
+        return Gradients(lower(dx), None if weight is None else lower(dw), None if bias is None else lower(db))
+
+
+def torch_gradients(
+    spec: RowNorm,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dy: Tensor,
+) -> Gradients:
+    """The composite's gradients by torch's own backward: the yardstick that ``trinorm.compare`` asks for."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
+    with torch.enable_grad():
+        y = composite(spec, leaves[0], normalized_shape, leaves[1], leaves[2], eps)  # type: ignore[arg-type]
+    found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
+    return Gradients(*(None if leaf is None else next(found) for leaf in leaves))
+
+
+def autocast_to_fp32(spec: RowNorm, device: str) -> bool:
+    """Whether autocast is on, and makes torch's own op compute in fp32 and return it."""
+    return torch.is_autocast_enabled(device) and _policy_is_fp32(spec.name, device)
+
+
+@functools.cache
+def _policy_is_fp32(op: str, device: str) -> bool:
+    # Asked of torch itself, once: on CUDA's list 2.11 has layer_norm and not rms_norm, on the CPU's neither.
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = getattr(F, op)(torch.ones(1, 1, dtype=torch.bfloat16, device=device), (1,))
+    return bool(y.dtype == torch.float32)
+
+
+def composite_gradients(
+    spec: RowNorm, x: Tensor, dims: int, weight: Tensor | None, bias_dtype: torch.dtype | None, eps: float, dy: Tensor
+) -> Gradients:
+    """The same closed form in ATen's ops, in fp32 (fp64 where an input is): a differentiable function of x, weight and dy.
+
+    The road of second derivatives and of batched ones. The kernels' rescue of rows beyond fp32's squares is not in it.
+    """
+    double = torch.float64 in (x.dtype, dy.dtype, bias_dtype, None if weight is None else weight.dtype)
+    wide = torch.float64 if double else torch.float32
+    w = None if weight is None else weight.to(wide)
+    dx, dw, db = _gradients(spec, x.to(wide), dims, w, eps, dy.to(wide))
+    return Gradients(
+        dx.to(x.dtype), None if weight is None else dw.to(weight.dtype), None if bias_dtype is None else db.to(bias_dtype)
+    )
+
+
+def _gradients(spec: RowNorm, x: Any, dims: int, weight: Any | None, eps: float, dy: Any) -> tuple[Any, Any, Any]:
+    """(dx, dw, db), of torch tensors or numpy arrays alike (docs/mathematics.md derives them).
 
     ``dx = rstd * (g - xhat * mean(g * xhat) - mean(g))`` with ``g = dy * weight``, the last term for a spec that centers.
     """
-    lift, lower, quiet = _precise(x, weight, bias)
-    dims = tuple(range(-len(normalized_shape), 0))
-    rows = tuple(range(x.dim() - len(normalized_shape)))
-    with quiet:
-        _, rstd, xhat = _normalized(spec, lift(x), len(normalized_shape), eps)
-        upstream = lift(dy)
-        g = upstream if weight is None else upstream * lift(weight)
-        dx = g - xhat * (g * xhat).mean(axis=dims, keepdims=True)
-        if spec.center:
-            dx = dx - g.mean(axis=dims, keepdims=True)
-        dw = None if weight is None else (upstream * xhat).sum(axis=rows) if rows else upstream * xhat
-        db = None if bias is None else upstream.sum(axis=rows) if rows else upstream
-        return Gradients(lower(rstd * dx), None if dw is None else lower(dw), None if db is None else lower(db))
+    axes = tuple(range(-dims, 0))
+    rows = tuple(range(x.ndim - dims))
+    _, rstd, xhat = _normalized(spec, x, dims, eps)
+    g = dy if weight is None else dy * weight
+    dx = g - xhat * (g * xhat).mean(axis=axes, keepdims=True)
+    if spec.center:
+        dx = dx - g.mean(axis=axes, keepdims=True)
+    # With no leading dims there is one row, and nothing to sum: an empty tuple of axes would mean all of them.
+    dw, db = dy * xhat, dy
+    return rstd * dx, dw.sum(axis=rows) if rows else dw, db.sum(axis=rows) if rows else db
 
 
 def _normalized(spec: RowNorm, x: Any, dims: int, eps: float) -> tuple[Any, Any, Any]:
@@ -123,8 +177,9 @@ def composite(
     """
     shape = list(normalized_shape)
     dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
-    out_dtype = x.dtype
+    narrow = None
     if len(dtypes) > 1:
+        narrow = None if autocast_to_fp32(spec, x.device.type) else x.dtype
         wide = torch.float64 if torch.float64 in dtypes else torch.float32
         x = x.to(wide)
         weight = None if weight is None else weight.to(wide)
@@ -134,28 +189,4 @@ def composite(
     else:
         y = F.rms_norm(x, shape, weight, eps)
         y = y if bias is None else y + bias
-    return y.to(out_dtype)
-
-
-def composite_gradients(
-    spec: RowNorm,
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dy: Tensor,
-) -> Gradients:
-    """The gradients as differentiable functions of x, weight, bias and dy: the road of second derivatives."""
-    # Views, so that the graph built here ends at tensors of its own and still reaches the caller's through them.
-    inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
-    with torch.enable_grad():
-        inputs = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in inputs]
-        y = composite(spec, inputs[0], normalized_shape, inputs[1], inputs[2], eps)  # type: ignore[arg-type]
-    return _gradients(y, inputs, dy, create_graph=True)
-
-
-def _gradients(y: Tensor, inputs: Sequence[Tensor | None], dy: Tensor, create_graph: bool = False) -> Gradients:
-    present = [t for t in inputs if t is not None]
-    found = iter(torch.autograd.grad(y, present, dy, create_graph=create_graph))
-    return Gradients(*(None if t is None else next(found) for t in inputs))
+    return y if narrow is None else y.to(narrow)

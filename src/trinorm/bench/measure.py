@@ -135,7 +135,7 @@ def expect(case: Case, inputs: Inputs) -> Expected:
     if inputs.dy is None:
         return Expected(inputs, (("y", reference.oracle(*call).y, reference.composite(*call)),))
     exact = reference.oracle_gradients(*call, inputs.dy)
-    by_torch = reference.composite_gradients(*call, inputs.dy)
+    by_torch = reference.torch_gradients(*call, inputs.dy)
     return Expected(
         inputs,
         tuple(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from ..inspection import Compiled, compile_call
+from ..inspection import Call, Compiled, compile_call, recorded
 from ..ops import rows
 from .cases import OPS, Case
 
@@ -33,15 +30,15 @@ class Prediction:
 
 def predict(case: Case) -> Prediction:
     """Compile what the case would launch."""
-    return Prediction(case, tuple(compile_call(kernel, args, options, TARGET) for kernel, args, options in launches(case)))
+    return Prediction(case, tuple(compile_call(call.kernel, call.args, call.options, TARGET) for call in launches(case)))
 
 
-def launches(case: Case) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """The kernels that the case would launch on an H200, each with its arguments and options. Nothing runs."""
+def launches(case: Case) -> list[Call]:
+    """What the case would launch on an H200. Nothing runs."""
     op = OPS[case.op]
     meta = torch.device("meta")
     x, weight, bias, dy = case.draw(meta)
-    with _recording(rows) as recorded, torch.no_grad():
+    with recorded() as calls, torch.no_grad():
         if dy is None:
             rows.forward(op.spec, x, 1, weight, bias, op.eps, save=False)
         else:
@@ -49,20 +46,4 @@ def launches(case: Case) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
             mean = torch.empty_like(rstd) if op.spec.center else None
             db = None if bias is None else bias.dtype
             rows.backward(op.spec, dy, x, 1, weight, mean, rstd, dx=True, dw=weight.dtype, db=db)
-    return recorded
-
-
-@contextlib.contextmanager
-def _recording(module: Any) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """What ``module`` launches is written down here instead."""
-    recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    launch = module.launch
-
-    def record(kernel: Any, grid: Any, device: torch.device, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        recorded.append((kernel, args, options))
-
-    module.launch = record
-    try:
-        yield recorded
-    finally:
-        module.launch = launch
+    return calls

@@ -131,7 +131,7 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
         console.print(*(f"wrote {found}" for found in drawn), sep="\n")
         if not drawn:
             console.print("nothing to draw: no two shapes share their rows or their columns")
-    return int(any(record.provider == OURS and not record.ok for record in records))
+    return int(any(record.provider == OURS and record.ok is False for record in records))
 
 
 def _predict(args: argparse.Namespace, console: Console) -> int:
@@ -190,7 +190,7 @@ def _opened(path: Path | None) -> contextlib.AbstractContextManager:  # type: ig
     if path is None:
         return contextlib.nullcontext()
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("w")
+    return path.open("a")  # each record says where it comes from, so runs of one day may share a file
 
 
 def _shapes(text: str) -> list[tuple[int, int]]:

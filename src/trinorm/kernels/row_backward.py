@@ -139,7 +139,7 @@ def row_backward(
     W,
     MEAN,
     RSTD,
-    M,
+    M: tl.int64,  # M + ROWS passes 2^31 before M does
     x_sizes,
     x_strides,
     dy_sizes,
@@ -187,7 +187,7 @@ def row_backward_few(
     W,
     MEAN,
     RSTD,
-    M,
+    M: tl.int64,
     row_tiles,
     x_sizes,
     x_strides,
@@ -289,7 +289,7 @@ def row_backward_apply(
     RSTD,
     C1,
     C2,
-    M,
+    M: tl.int64,  # M + ROWS passes 2^31 before M does
     x_sizes,
     x_strides,
     dy_sizes,

@@ -1,5 +1,7 @@
 """Mean and rstd of rows: centred, fp32 (fp64 for fp64), and right where a square overflows or underflows.
 
+That is: as long as mean, rstd and every distance from the mean are numbers of fp32 themselves (|x| up to 1.7e38).
+
 ``rstd = (power + eps)^-1/2``, with ``power`` the variance about the mean (CENTER, LayerNorm) or the mean square
 (RMSNorm). A power that fp32 cannot hold (x beyond 1e19, or below 1e-15 with eps 0) is taken again over the row times a
 power of two that brings its largest element to 1..2: exact, and off the common path behind one comparison.
@@ -55,6 +57,17 @@ def power_of_two_below(largest):
 
 
 @triton.jit
+def settled(mean, power, drift, N: tl.constexpr):
+    """(mean, power) without what rounding left in the mean: the mean of the distances from it, whose sum is ``drift``.
+
+    Else a row of equal values would have a deviation, which a small eps blows up. The distances from an infinite mean are
+    no numbers; that mean stands.
+    """
+    shift = mean_of(drift, N)
+    return tl.where(shift == shift, mean + shift, mean), power - shift * shift
+
+
+@triton.jit
 def held_moments(xs, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr):
     """(mean, power), each ``[ROWS, 1]``, of rows held as chunks. mean is 0 without CENTER."""
     ROWS: tl.constexpr = xs[0].shape[0]
@@ -75,13 +88,8 @@ def held_moments(xs, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr):
             drift += x
         squares += x * x
     if CENTER:
-        # What rounding left in the mean is the mean of the distances from it. Without this a row of equal values has a
-        # deviation, which a small eps blows up.
         squared, moved = row_sums(squares, drift)
-        shift = mean_of(moved, N)
-        # The distances from an infinite mean are no numbers; that mean stands.
-        corrected = tl.where(shift == shift, mean + shift, mean)
-        return corrected, mean_of(squared, N) - shift * shift
+        return settled(mean, mean_of(squared, N), moved, N)
     else:
         return mean, mean_of(row_sum(squares), N)
 
@@ -166,10 +174,16 @@ def rescued_stats(row, eps, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.const
     if CENTER:
         mean = streamed_mean(row, scale, N, ACC, CHUNK)
     squares = tl.zeros([1, CHUNK], ACC)
+    drift = tl.zeros([1, CHUNK], ACC)
     for start in tl.range(0, N, CHUNK):
         columns = chunk_columns(start, CHUNK)
         live = columns_live(columns, rounded_up(N, CHUNK), N)
         x = tl.where(live, load(row + columns, live).to(ACC) * scale - mean, 0.0)
         squares += x * x
+        drift += x
     power = mean_of(row_sum(squares), N)
-    return mean * unit, tl.rsqrt(power + eps * scale * scale) * scale
+    if CENTER:
+        mean, power = settled(mean, power, row_sum(drift), N)
+    # Where nothing deviates eps alone is left, and its share of the scaled sum may be below fp32.
+    rstd = tl.where(power == 0.0, tl.rsqrt(eps), tl.rsqrt(power + eps * scale * scale) * scale)
+    return mean * unit, rstd

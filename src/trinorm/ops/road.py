@@ -26,7 +26,7 @@ def kernels_serve(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None
     The composite serves CPU tensors, tensor subclasses, and every transformation that looks inside an op: torch.compile
     (Inductor fuses it), torch.func, forward-mode AD, and modes that count or record ATen ops.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if not x.is_cuda and not INTERPRETED:
         return False

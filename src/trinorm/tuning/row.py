@@ -7,6 +7,7 @@ its rows can be held.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from ..launch import Device
@@ -104,10 +105,14 @@ _HELD_BYTES = 64 << 10
 
 def choose_forward(spec: RowNorm, m: int, n: int, itemsize: int) -> RowForward | RowForwardWide:
     """The forward's launch for m rows of n elements of ``itemsize`` bytes."""
+    return _choose_forward(spec, n, itemsize, 2 * m * n * itemsize > _STREAM_BYTES)
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose_forward(spec: RowNorm, n: int, itemsize: int, stream: bool) -> RowForward | RowForwardWide:
     if n > _FORWARD[-1][0] or n * itemsize > _HELD_BYTES:
         return RowForwardWide(_FORWARD_WIDE[0 if spec.center else 1])
     _, layer_norm, rms_norm = next(row for row in _FORWARD if n <= row[0])
-    stream = 2 * m * n * itemsize > _STREAM_BYTES
     # Asking early for w and b hides their latency (128x768: LayerNorm 1.78 µs against 2.04), but LayerNorm's registers
     # then cost occupancy where that counts (8192x8192: 0.98 against 0.73).
     return RowForward(_narrowed(layer_norm if spec.center else rms_norm, n), stream, preload=not (spec.center and stream))
@@ -134,8 +139,9 @@ _BACKWARD_WIDE = RowBackwardWide(Tile(1, 2048, 8), 3, 4)
 _BACKWARD_HELD_FP64 = 2048
 
 # One launch beats two until the columns' second reading outweighs a launch: 256x4096 5.3 µs against 11.8, 2048x4096 34
-# against 22.
-_FEW_ROWS = 512
+# against 22. Up to so many rows: the rows of the columns' tile, which should be about as many (128x768 2.7 µs with 128,
+# 3.4 with 32; 16x4096 2.4 with 32).
+_FEW_ROWS = {64: 32, 512: 128}
 
 # With fewer warps the columns' tile of 128 rows spills.
 _FEW_WARPS = 4
@@ -152,14 +158,21 @@ def choose_backward(
     spec: RowNorm, m: int, n: int, itemsize: int, device: Device
 ) -> RowBackward | RowBackwardFew | RowBackwardWide:
     """The backward's launch for m rows of n elements of ``itemsize`` bytes."""
+    few = next((rows for rows in _FEW_ROWS if m <= rows), None)
+    return _choose_backward(spec, n, itemsize, device, few, 3 * m * n * itemsize > _STREAM_BYTES)
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose_backward(
+    spec: RowNorm, n: int, itemsize: int, device: Device, few: int | None, stream: bool
+) -> RowBackward | RowBackwardFew | RowBackwardWide:
     held = _BACKWARD_HELD_FP64 if itemsize == 8 else 12288 if spec.center else 16384
     if n > held:
         return _BACKWARD_WIDE
-    if m <= _FEW_ROWS:
+    if few is not None:
         tile = next(row for row in _FORWARD if n <= row[0])[1]
-        # The columns' tile as tall as the rows are many: 128x768 2.7 µs with 128 rows, 3.4 with 32; 16x4096 2.4 with 32.
         tile = _narrowed(_with_warps(tile, max(tile.warps, _FEW_WARPS)), n)
-        return RowBackwardFew(tile, sums=Tile(128 if m > 64 else 32, 32, tile.warps))
+        return RowBackwardFew(tile, sums=Tile(_FEW_ROWS[few], 32, tile.warps))
     _, layer_norm, rms_norm = next(row for row in _BACKWARD if n <= row[0])
     tile, stages, per_sm = layer_norm if spec.center else rms_norm
     tile = _narrowed(tile, n)
@@ -167,7 +180,7 @@ def choose_backward(
     row_bytes = 2 * -(-n // tile.chunk) * tile.chunk * itemsize + 2 * _STATISTIC_BYTES
     if (stages - 1) * tile.rows * row_bytes + _REDUCTION_BYTES > device.shared_memory:
         stages = 1
-    return RowBackward(tile, stages, per_sm, stream=3 * m * n * itemsize > _STREAM_BYTES)
+    return RowBackward(tile, stages, per_sm, stream)
 
 
 def _with_warps(tile: Tile, warps: int) -> Tile:
