@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +66,19 @@ def test_a_side_stream_is_used() -> None:
         y = functional.rms_norm(z, (4096,))
     stream.synchronize()
     assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU compiles before its first call")
+def test_a_first_call_takes_under_two_seconds(tmp_path: Path) -> None:
+    """In a fresh process with an empty cache: importing Triton, compiling and running one forward."""
+    script = (
+        "import time, torch; from trinorm import functional; x = torch.randn(64, 4096, device='cuda')\n"
+        "start = time.perf_counter(); functional.layer_norm(x, (4096,)); torch.cuda.synchronize()\n"
+        "print(time.perf_counter() - start)"
+    )
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only compiled kernels are counted")
