@@ -119,7 +119,7 @@ def streamed_moments(row, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constex
     last = columns_live(chunk_columns(rounded_up(N, CHUNK) - CHUNK, CHUNK), rounded_up(N, CHUNK), N)
     count = step - tl.where(last, tl.zeros([1, CHUNK], ACC), 1.0)
     row_mean, power = merged_lanes(mean, squares, count, N, CENTER)
-    if CENTER and ACC == tl.float64:
+    if CENTER and tl.float64 == ACC:
         # The recurrence makes NaN of Inf. In fp32 the row is not trusted and its statistics are taken again anyway.
         if tl.max((row_mean != row_mean).to(tl.int32)) == 1:
             row_mean = streamed_mean(row, 1.0, N, ACC, CHUNK)
