@@ -2,7 +2,7 @@
 
 ``row_forward`` reads a row once and holds it; ``row_forward_streamed`` reads it twice, the second time from L2, for
 rows too wide to hold. LayerNorm is CENTER, RMSNorm is not. W, B, MEAN and RSTD may be None: absent, or not asked for.
-Offsets, strides and N count elements; ``x_sizes`` and ``x_strides`` describe x's leading dims (index.row_offsets).
+Offsets, strides and N count elements; ``x_odd_sizes`` and ``x_strides`` describe x's leading dims (index.row_offsets).
 STREAM says that x and y are too large for L2: they pass through it and leave w and b there (H200, bf16, 8192 columns:
 LayerNorm 0.97 of the copy against 0.95, RMSNorm 0.97 against 0.95; 1024 columns: 0.98 and 1.00 against 0.96 and 0.97).
 """
@@ -67,7 +67,7 @@ def rescue(
     B,
     good,
     first_row,
-    x_sizes,
+    x_odd_sizes,
     x_strides,
     eps,
     N: tl.constexpr,
@@ -86,7 +86,7 @@ def rescue(
         row = tile_rows(first_row + r, 1)
         bad = tl.max(tl.where(tile_rows(0, ROWS) == r, good.to(tl.int32), 1) ^ 1, axis=0, keep_dims=True) == 1
         if tl.max(bad.to(tl.int32)) == 1:
-            x_row = X + row_offsets(row, x_sizes, x_strides)
+            x_row = X + row_offsets(row, x_odd_sizes, x_strides)
             mean, rstd = rescued_stats(x_row, eps, N, CENTER, ACC, CHUNK)
             store_stats(MEAN, RSTD, row, mean, rstd, bad, CENTER)
             normalize_streamed(Y, x_row, W, B, row, mean, rstd, bad, N, ACC, CHUNK, False)
@@ -101,7 +101,7 @@ def row_forward(
     W,
     B,
     M,
-    x_sizes,
+    x_odd_sizes,
     x_strides,
     eps: tl.float64,
     N: tl.constexpr,
@@ -122,7 +122,7 @@ def row_forward(
     tile = first_program()
     rows = tile_rows(tile, ROWS)
     live = rows_live(rows, M, ROWS)
-    xs = load_row(X + row_offsets(rows, x_sizes, x_strides), live, N, CHUNK, STREAM)
+    xs = load_row(X + row_offsets(rows, x_odd_sizes, x_strides), live, N, CHUNK, STREAM)
     if PRELOAD:
         ws = load_row_or(W, live, N, CHUNK, NO_WEIGHT)
         bs = load_row_or(B, live, N, CHUNK, NO_BIAS)
@@ -146,7 +146,7 @@ def row_forward(
     if RESCUE:
         good = good | ~live
         if tl.min(good.to(tl.int32)) == 0:
-            rescue(Y, MEAN, RSTD, X, W, B, good, tile * ROWS, x_sizes, x_strides, eps, N, CENTER, ACC, ROWS, CHUNK)
+            rescue(Y, MEAN, RSTD, X, W, B, good, tile * ROWS, x_odd_sizes, x_strides, eps, N, CENTER, ACC, ROWS, CHUNK)
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def row_forward_streamed(
     X,
     W,
     B,
-    x_sizes,
+    x_odd_sizes,
     x_strides,
     eps: tl.float64,
     N: tl.constexpr,
@@ -169,7 +169,7 @@ def row_forward_streamed(
     """One row a program: statistics in a first reading, y in a second."""
     eps = tl.full([1, 1], eps, ACC)
     row = tile_rows(first_program(), 1)
-    x_row = X + row_offsets(row, x_sizes, x_strides)
+    x_row = X + row_offsets(row, x_odd_sizes, x_strides)
     mean, power = streamed_moments(x_row, N, CENTER, ACC, CHUNK)
     good = trusted(power + eps) if RESCUE else row >= 0
     rstd = tl.rsqrt(power + eps)
@@ -177,4 +177,4 @@ def row_forward_streamed(
     normalize_streamed(Y, x_row, W, B, row, mean, rstd, good, N, ACC, CHUNK, True)
     if RESCUE:
         if tl.min(good.to(tl.int32)) == 0:
-            rescue(Y, MEAN, RSTD, X, W, B, good, first_program(), x_sizes, x_strides, eps, N, CENTER, ACC, 1, CHUNK)
+            rescue(Y, MEAN, RSTD, X, W, B, good, first_program(), x_odd_sizes, x_strides, eps, N, CENTER, ACC, 1, CHUNK)

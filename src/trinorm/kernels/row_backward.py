@@ -140,9 +140,9 @@ def row_backward(
     MEAN,
     RSTD,
     M: tl.int64,  # M + ROWS passes 2^31 before M does
-    x_sizes,
+    x_odd_sizes,
     x_strides,
-    dy_sizes,
+    dy_odd_sizes,
     dy_strides,
     N: tl.constexpr,
     CENTER: tl.constexpr,
@@ -161,8 +161,8 @@ def row_backward(
     for tile in tl.range(first_program(), tl.cdiv(M, ROWS), program_count(), num_stages=STAGES):
         rows = tile_rows(tile, ROWS)
         live = rows_live(rows, M, ROWS)
-        xs = load_row(X + row_offsets(rows, x_sizes, x_strides), live, N, CHUNK, STREAM)
-        dys = load_row(DY + row_offsets(rows, dy_sizes, dy_strides), live, N, CHUNK, STREAM)
+        xs = load_row(X + row_offsets(rows, x_odd_sizes, x_strides), live, N, CHUNK, STREAM)
+        dys = load_row(DY + row_offsets(rows, dy_odd_sizes, dy_strides), live, N, CHUNK, STREAM)
         mean, rstd = load_stats(MEAN, RSTD, rows, live, CENTER)
         if DW is not None:
             dw = add_dw(dw, xs, dys, mean, rstd, ACC)
@@ -189,9 +189,9 @@ def row_backward_few(
     RSTD,
     M: tl.int64,
     row_tiles,
-    x_sizes,
+    x_odd_sizes,
     x_strides,
-    dy_sizes,
+    dy_odd_sizes,
     dy_strides,
     N: tl.constexpr,
     CENTER: tl.constexpr,
@@ -210,8 +210,8 @@ def row_backward_few(
         if DX is not None:
             rows = tile_rows(program, ROWS)
             live = rows_live(rows, M, ROWS)
-            xs = load_row(X + row_offsets(rows, x_sizes, x_strides), live, N, CHUNK, False)
-            dys = load_row(DY + row_offsets(rows, dy_sizes, dy_strides), live, N, CHUNK, False)
+            xs = load_row(X + row_offsets(rows, x_odd_sizes, x_strides), live, N, CHUNK, False)
+            dys = load_row(DY + row_offsets(rows, dy_odd_sizes, dy_strides), live, N, CHUNK, False)
             ws = load_row_or(W, live, N, CHUNK, NO_WEIGHT)
             mean, rstd = load_stats(MEAN, RSTD, rows, live, CENTER)
             store_dx(DX, xs, dys, ws, mean, rstd, rows, live, N, CENTER, ACC, False)
@@ -223,12 +223,12 @@ def row_backward_few(
         for tile in tl.range(0, tl.cdiv(M, SUM_ROWS)):
             rows = tile_rows(tile, SUM_ROWS)
             live = rows < M
-            dy = load(DY + row_offsets(rows, dy_sizes, dy_strides) + columns, live & in_row).to(ACC)
+            dy = load(DY + row_offsets(rows, dy_odd_sizes, dy_strides) + columns, live & in_row).to(ACC)
             if DB is not None:
                 db += dy
             if DW is not None:
                 mean, rstd = load_stats(MEAN, RSTD, rows, live, CENTER)
-                x = load(X + row_offsets(rows, x_sizes, x_strides) + columns, live & in_row)
+                x = load(X + row_offsets(rows, x_odd_sizes, x_strides) + columns, live & in_row)
                 dw += dy * normalized(x, mean, rstd, ACC)
         if DW is not None:
             total = tl.sum(dw, axis=0, keep_dims=True).to(DW.dtype.element_ty)
@@ -247,9 +247,9 @@ def row_backward_moments(
     W,
     MEAN,
     RSTD,
-    x_sizes,
+    x_odd_sizes,
     x_strides,
-    dy_sizes,
+    dy_odd_sizes,
     dy_strides,
     N: tl.constexpr,
     CENTER: tl.constexpr,
@@ -258,8 +258,8 @@ def row_backward_moments(
 ):
     """c1 and, with CENTER, c2 of one row a program."""
     row = tile_rows(first_program(), 1)
-    x_row = X + row_offsets(row, x_sizes, x_strides)
-    dy_row = DY + row_offsets(row, dy_sizes, dy_strides)
+    x_row = X + row_offsets(row, x_odd_sizes, x_strides)
+    dy_row = DY + row_offsets(row, dy_odd_sizes, dy_strides)
     mean, rstd = load_stats(MEAN, RSTD, row, rows_live(row, 0, 1), CENTER)
 
     g_xhat = tl.zeros([1, CHUNK], ACC)
@@ -290,9 +290,9 @@ def row_backward_apply(
     C1,
     C2,
     M: tl.int64,  # M + ROWS passes 2^31 before M does
-    x_sizes,
+    x_odd_sizes,
     x_strides,
-    dy_sizes,
+    dy_odd_sizes,
     dy_strides,
     N: tl.constexpr,
     CENTER: tl.constexpr,
@@ -311,8 +311,8 @@ def row_backward_apply(
         row = tile_rows(row_number, 1)
         live = rows_live(row, 0, 1)
         mean, rstd = load_stats(MEAN, RSTD, row, live, CENTER)
-        dy = load_once(DY + row_offsets(row, dy_sizes, dy_strides) + columns, in_row, True).to(ACC)
-        x = load_once(X + row_offsets(row, x_sizes, x_strides) + columns, in_row, True)
+        dy = load_once(DY + row_offsets(row, dy_odd_sizes, dy_strides) + columns, in_row, True).to(ACC)
+        x = load_once(X + row_offsets(row, x_odd_sizes, x_strides) + columns, in_row, True)
         xhat = normalized(x, mean, rstd, ACC)
         if DW is not None:
             dw += dy * xhat

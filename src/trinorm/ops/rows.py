@@ -35,7 +35,7 @@ def forward(
 ) -> Normalized:
     """Normalize the last ``dims`` dims of x, which is readable (layout.readable); y is contiguous."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    n = _elements(x, dims)
+    n = x.shape[-dims:].numel()
     m = x.numel() // n if n else 0
     stats = _accumulator_dtype(x, weight, bias)
     mean = torch.empty(m, dtype=stats, device=x.device) if save and spec.center else None
@@ -44,7 +44,7 @@ def forward(
         return Normalized(y, mean, rstd)
 
     plan = choose_forward(spec, m, n, _widest(x, stats))
-    sizes, strides = rows_of(x, dims, n)
+    odd_sizes, strides = rows_of(x, dims, n)
     options = dict(
         N=n,
         CENTER=spec.center,
@@ -56,10 +56,10 @@ def forward(
     )
     if isinstance(plan, RowForward):
         options.update(ROWS=plan.tile.rows, STREAM=plan.stream, PRELOAD=plan.preload)
-        args: tuple[Any, ...] = (y, mean, rstd, x, weight, bias, m, sizes, strides, eps)
+        args: tuple[Any, ...] = (y, mean, rstd, x, weight, bias, m, odd_sizes, strides, eps)
         launch(row_forward, (-(-m // plan.tile.rows),), x.device, args, options)
     else:
-        launch(row_forward_streamed, (m,), x.device, (y, mean, rstd, x, weight, bias, sizes, strides, eps), options)
+        launch(row_forward_streamed, (m,), x.device, (y, mean, rstd, x, weight, bias, odd_sizes, strides, eps), options)
     return Normalized(y, mean, rstd)
 
 
@@ -77,7 +77,7 @@ def backward(
     db: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dw, db) for readable x and dy: dx where asked for, dw and db in the dtype asked for."""
-    n = _elements(x, dims)
+    n = x.shape[-dims:].numel()
     m = x.numel() // n if n else 0
     shape = x.shape[-dims:]
     dx_out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx else None
@@ -135,10 +135,3 @@ def _accumulator_dtype(*tensors: Tensor | None) -> torch.dtype:
 def _widest(x: Tensor, accumulator: torch.dtype) -> int:
     """The bytes of an element where it takes the most room."""
     return 8 if accumulator == torch.float64 else x.element_size()
-
-
-def _elements(x: Tensor, dims: int) -> int:
-    n = 1
-    for size in x.shape[-dims:]:
-        n *= size
-    return n
