@@ -21,7 +21,7 @@ REGISTERS = {
     ("row_forward", "layer_norm", 768): 64,
     ("row_forward", "layer_norm", 4096): 80,
     ("row_forward", "layer_norm", 16384): 128,
-    ("row_forward_streamed", "layer_norm", 65536): 64,
+    ("row_forward_streamed", "layer_norm", 65536): 48,
     ("row_backward", "rms_norm", 1024): 96,
     ("row_backward", "layer_norm", 1024): 128,
     ("row_backward_few", "rms_norm", 768): 128,

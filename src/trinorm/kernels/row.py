@@ -82,14 +82,15 @@ def rescue(
     would cost every row the registers (LayerNorm at 8192 columns: 56 a thread against 40, and 0.89 of the copy against
     0.95).
     """
+    STEP: tl.constexpr = CHUNK if CHUNK < 1024 else 1024  # short steps, for few registers beside the common path's
     for r in tl.range(0, ROWS):
         row = tile_rows(first_row + r, 1)
         bad = tl.max(tl.where(tile_rows(0, ROWS) == r, good.to(tl.int32), 1) ^ 1, axis=0, keep_dims=True) == 1
         if tl.max(bad.to(tl.int32)) == 1:
             x_row = X + row_offsets(row, x_odd_sizes, x_strides)
-            mean, rstd = rescued_stats(x_row, eps, N, CENTER, ACC, CHUNK)
+            mean, rstd = rescued_stats(x_row, eps, N, CENTER, ACC, STEP)
             store_stats(MEAN, RSTD, row, mean, rstd, bad, CENTER)
-            normalize_streamed(Y, x_row, W, B, row, mean, rstd, bad, N, ACC, CHUNK, False)
+            normalize_streamed(Y, x_row, W, B, row, mean, rstd, bad, N, ACC, STEP, False)
 
 
 @triton.jit(do_not_specialize=["M"])
