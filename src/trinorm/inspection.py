@@ -52,6 +52,8 @@ def compile_call(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, 
     Tensors may live on the meta device: of a pointer, only its dtype counts, and it is taken as 16-byte aligned.
     """
     gpu = TARGETS[target]
+    if not (gpu.backend == "cuda" and gpu.arch >= 90):
+        options = options | dict(PDL=False, launch_pdl=False)
     backend = make_backend(gpu)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, rest = bind(*args, **options)

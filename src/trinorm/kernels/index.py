@@ -34,9 +34,9 @@ def tile_rows(tile, ROWS: tl.constexpr):
 
 
 @triton.jit
-def rows_live(rows, M, ROWS: tl.constexpr):
-    """Which rows of a tile exist. A tile of one row always does: that mask is constant, and folds away."""
-    if ROWS == 1:
+def rows_live(rows, M, TOGETHER: tl.constexpr):
+    """Which rows of a tile exist, of a program that takes TOGETHER. One row always does: that mask folds away."""
+    if TOGETHER == 1:
         return tl.full([1, 1], True, tl.int1)
     else:
         return rows < M
@@ -52,7 +52,7 @@ def chunk_columns(start, CHUNK: tl.constexpr):
 def columns_live(columns, END: tl.constexpr, N: tl.constexpr):
     """Which columns of a chunk that ends before column END exist. When all do the mask is constant, and folds away."""
     if END <= N:
-        return tl.full([1, columns.shape[1]], True, tl.int1)
+        return tl.full(columns.shape, True, tl.int1)
     else:
         return columns < N
 

@@ -24,6 +24,7 @@ from .index import (
     rows_live,
     tile_rows,
 )
+from .overlap import let_next_launch, wait_for_previous
 from .stats import held_moments, rescued_stats, streamed_moments, trusted
 
 
@@ -45,10 +46,23 @@ def store_y(Y, offsets, x, mean, rstd, w, b, mask, ACC: tl.constexpr, STREAM: tl
 
 @triton.jit
 def normalize_streamed(
-    Y, x_row, W, B, row, mean, rstd, mask, N: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr, STREAM: tl.constexpr
+    Y,
+    x_row,
+    W,
+    B,
+    row,
+    first,
+    end,
+    mean,
+    rstd,
+    mask,
+    N: tl.constexpr,
+    ACC: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STREAM: tl.constexpr,
 ):
-    """y of one row, reading x (again) chunk by chunk; nothing is stored where ``mask`` is false."""
-    for start in tl.range(0, N, CHUNK):
+    """y of the columns of one row from ``first`` to ``end``, reading x (again) chunk by chunk, where ``mask`` is true."""
+    for start in tl.range(first, end, CHUNK):
         columns = chunk_columns(start, CHUNK)
         live = columns_live(columns, rounded_up(N, CHUNK), N)
         w = load_or(W, columns, live, NO_WEIGHT, STREAM)
@@ -90,7 +104,7 @@ def rescue(
             x_row = X + row_offsets(row, x_odd_sizes, x_strides)
             mean, rstd = rescued_stats(x_row, eps, N, CENTER, ACC, STEP)
             store_stats(MEAN, RSTD, row, mean, rstd, bad, CENTER)
-            normalize_streamed(Y, x_row, W, B, row, mean, rstd, bad, N, ACC, STEP, False)
+            normalize_streamed(Y, x_row, W, B, row, 0, N, mean, rstd, bad, N, ACC, STEP, False)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -111,43 +125,64 @@ def row_forward(
     RESCUE: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    TILES: tl.constexpr,
     STREAM: tl.constexpr,
     PRELOAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """A tile of ROWS rows, each read once and held as chunks.
+    """TILES tiles of ROWS rows, each read once and held as chunks.
 
     PRELOAD asks for w and b before the statistics are known: their latency hides behind x's, for registers. It is
     worth 0.2 µs of 1.9 where a launch is short, and costs occupancy where it is long.
     """
+    wait_for_previous(PDL)
     eps = tl.full([1, 1], eps, ACC)
-    tile = first_program()
-    rows = tile_rows(tile, ROWS)
-    live = rows_live(rows, M, ROWS)
-    xs = load_row(X + row_offsets(rows, x_odd_sizes, x_strides), live, N, CHUNK, STREAM)
+    first = first_program() * TILES
+    tiles = ()
+    for t in tl.static_range(TILES):
+        rows = tile_rows(first + t, ROWS)
+        x_rows = X + row_offsets(rows, x_odd_sizes, x_strides)
+        tiles = tiles + (load_row(x_rows, rows_live(rows, M, ROWS * TILES), N, CHUNK, STREAM),)
     if PRELOAD:
-        ws = load_row_or(W, live, N, CHUNK, NO_WEIGHT)
-        bs = load_row_or(B, live, N, CHUNK, NO_BIAS)
+        every = tl.full([ROWS, 1], True, tl.int1)
+        ws = load_row_or(W, every, N, CHUNK, NO_WEIGHT)
+        bs = load_row_or(B, every, N, CHUNK, NO_BIAS)
+    let_next_launch(PDL)
 
-    mean, power = held_moments(xs, N, CENTER, ACC)
-    good = trusted(power + eps) if RESCUE else rows >= 0
-    rstd = tl.rsqrt(power + eps)
-    store_stats(MEAN, RSTD, rows, mean, rstd, live & good, CENTER)
+    goods = ()
+    all_good = tl.full([ROWS, 1], True, tl.int1)
+    for t in tl.static_range(TILES):
+        xs = tiles[t]
+        rows = tile_rows(first + t, ROWS)
+        live = rows_live(rows, M, ROWS * TILES)
+        mean, power = held_moments(xs, N, CENTER, ACC)
+        good = trusted(power + eps) if RESCUE else rows >= 0
+        rstd = tl.rsqrt(power + eps)
+        store_stats(MEAN, RSTD, rows, mean, rstd, live & good, CENTER)
 
-    for i in tl.static_range(len(xs)):
-        columns = chunk_columns(i * CHUNK, CHUNK)
-        mask = live & columns_live(columns, (i + 1) * CHUNK, N)
-        if PRELOAD:
-            w = ws[i]
-            b = bs[i]
-        else:
-            w = load_or(W, columns, mask, NO_WEIGHT, STREAM)
-            b = load_or(B, columns, mask, NO_BIAS, STREAM)
-        store_y(Y, rows * N + columns, xs[i], mean, rstd, w, b, mask & good, ACC, STREAM)
+        for i in tl.static_range(len(xs)):
+            columns = chunk_columns(i * CHUNK, CHUNK)
+            mask = live & columns_live(columns, (i + 1) * CHUNK, N)
+            if PRELOAD:
+                w = ws[i]
+                b = bs[i]
+            else:
+                w = load_or(W, columns, mask, NO_WEIGHT, STREAM)
+                b = load_or(B, columns, mask, NO_BIAS, STREAM)
+            store_y(Y, rows * N + columns, xs[i], mean, rstd, w, b, mask & good, ACC, STREAM)
+
+        good = good | ~live
+        goods = goods + (good,)
+        all_good = all_good & good
 
     if RESCUE:
-        good = good | ~live
-        if tl.min(good.to(tl.int32)) == 0:
-            rescue(Y, MEAN, RSTD, X, W, B, good, tile * ROWS, x_odd_sizes, x_strides, eps, N, CENTER, ACC, ROWS, CHUNK)
+        if tl.min(all_good.to(tl.int32)) == 0:
+            for tile in tl.range(0, TILES):
+                good = goods[0]
+                for other in tl.static_range(1, TILES):
+                    good = tl.where(tile == other, goods[other], good)
+                row = (first + tile) * ROWS
+                rescue(Y, MEAN, RSTD, X, W, B, good, row, x_odd_sizes, x_strides, eps, N, CENTER, ACC, ROWS, CHUNK)
 
 
 @triton.jit
@@ -166,8 +201,11 @@ def row_forward_streamed(
     ACC: tl.constexpr,
     RESCUE: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One row a program: statistics in a first reading, y in a second."""
+    wait_for_previous(PDL)
+    let_next_launch(PDL)
     eps = tl.full([1, 1], eps, ACC)
     row = tile_rows(first_program(), 1)
     x_row = X + row_offsets(row, x_odd_sizes, x_strides)
@@ -175,7 +213,7 @@ def row_forward_streamed(
     good = trusted(power + eps) if RESCUE else row >= 0
     rstd = tl.rsqrt(power + eps)
     store_stats(MEAN, RSTD, row, mean, rstd, good, CENTER)
-    normalize_streamed(Y, x_row, W, B, row, mean, rstd, good, N, ACC, CHUNK, True)
+    normalize_streamed(Y, x_row, W, B, row, 0, N, mean, rstd, good, N, ACC, CHUNK, True)
     if RESCUE:
         if tl.min(good.to(tl.int32)) == 0:
             rescue(Y, MEAN, RSTD, X, W, B, good, first_program(), x_odd_sizes, x_strides, eps, N, CENTER, ACC, 1, CHUNK)

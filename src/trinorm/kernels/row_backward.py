@@ -33,6 +33,7 @@ from .index import (
     second_program,
     tile_rows,
 )
+from .overlap import let_next_launch, wait_for_previous
 from .stats import mean_of, row_sum, row_sums
 
 
@@ -64,10 +65,8 @@ def dx_of(g, xhat, rstd, c1, c2, CENTER: tl.constexpr):
 
 
 @triton.jit
-def store_dx(
-    DX, xs, dys, ws, mean, rstd, rows, live, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr, STREAM: tl.constexpr
-):
-    """dx of a tile of whole rows held as chunks."""
+def dx_sums(xs, dys, ws, mean, rstd, CENTER: tl.constexpr, ACC: tl.constexpr):
+    """(Σ g·x̂, Σ g) over the held columns, each ``[ROWS, 1]``; the second is 0 without CENTER."""
     ROWS: tl.constexpr = xs[0].shape[0]
     CHUNK: tl.constexpr = xs[0].shape[1]
     g_xhat = tl.zeros([ROWS, CHUNK], ACC)
@@ -75,21 +74,49 @@ def store_dx(
     for i in tl.static_range(len(xs)):
         g = affine_backward(dys[i].to(ACC), ws[i])
         g_xhat += g * normalized(xs[i], mean, rstd, ACC)
-        if CENTER:
-            g_sum += g
-    c2 = tl.zeros([ROWS, 1], ACC)
+        g_sum += g
     if CENTER:
-        total, c2 = row_sums(g_xhat, g_sum)
-        c2 = mean_of(c2, N)
+        return row_sums(g_xhat, g_sum)
     else:
-        total = row_sum(g_xhat)
-    c1 = mean_of(total, N)
+        return row_sum(g_xhat), tl.zeros([ROWS, 1], ACC)
+
+
+@triton.jit
+def store_dx(
+    DX,
+    xs,
+    dys,
+    ws,
+    mean,
+    rstd,
+    c1,
+    c2,
+    rows,
+    live,
+    start,
+    N: tl.constexpr,
+    CENTER: tl.constexpr,
+    ACC: tl.constexpr,
+    STREAM: tl.constexpr,
+):
+    """dx of a tile of rows held as chunks from column ``start``."""
+    CHUNK: tl.constexpr = xs[0].shape[1]
     for i in tl.static_range(len(xs)):
-        columns = chunk_columns(i * CHUNK, CHUNK)
+        columns = chunk_columns(start + i * CHUNK, CHUNK)
         mask = live & columns_live(columns, (i + 1) * CHUNK, N)
         g = affine_backward(dys[i].to(ACC), ws[i])
         dx = dx_of(g, normalized(xs[i], mean, rstd, ACC), rstd, c1, c2, CENTER)
         tl.store(DX + rows * N + columns, dx.to(DX.dtype.element_ty), mask=mask, cache_modifier=".cs" if STREAM else "")
+
+
+@triton.jit
+def store_dx_of_rows(
+    DX, xs, dys, ws, mean, rstd, rows, live, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr, STREAM: tl.constexpr
+):
+    """dx of a tile of whole rows."""
+    c1, c2 = dx_sums(xs, dys, ws, mean, rstd, CENTER, ACC)
+    c1, c2 = mean_of(c1, N), mean_of(c2, N)
+    store_dx(DX, xs, dys, ws, mean, rstd, c1, c2, rows, live, 0, N, CENTER, ACC, STREAM)
 
 
 @triton.jit
@@ -120,12 +147,25 @@ def add_db(db, dys, ACC: tl.constexpr):
 
 
 @triton.jit
+def column_sums(x):
+    """The sum of a tile over its rows, ``[1, CHUNK]``: one half of the rows added to the other until one is left.
+
+    ``tl.sum`` would pass the rows of different warps through shared memory with all lanes of a warp on one bank (16384x768
+    in tiles of 4 rows: 44 µs).
+    """
+    for _ in tl.static_range(x.shape[0].bit_length() - 1):
+        upper, lower = tl.split(tl.permute(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), (1, 2, 0)))
+        x = upper + lower
+    return x
+
+
+@triton.jit
 def store_column_sums(OUT, offset, sums, N: tl.constexpr):
     """Each chunk's sum over the tile's rows, at ``OUT + offset``."""
     CHUNK: tl.constexpr = sums[0].shape[1]
     for i in tl.static_range(len(sums)):
         columns = chunk_columns(i * CHUNK, CHUNK)
-        total = tl.sum(sums[i], axis=0, keep_dims=True).to(OUT.dtype.element_ty)
+        total = column_sums(sums[i]).to(OUT.dtype.element_ty)
         tl.store(OUT + offset + columns, total, mask=columns_live(columns, (i + 1) * CHUNK, N))
 
 
@@ -149,27 +189,32 @@ def row_backward(
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    TILES: tl.constexpr,
     STAGES: tl.constexpr,
     STREAM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Tiles of ROWS whole rows, walked by a persistent program; DW and DB are ``[programs, N]`` partials."""
+    """TILES tiles of ROWS whole rows at a time, walked by a persistent program; DW and DB are ``[programs, N]`` partials."""
+    wait_for_previous(PDL)
     dw = zero_chunks(N, ROWS, CHUNK, ACC)
     db = zero_chunks(N, ROWS, CHUNK, ACC)
     ws = load_row_or(W, tl.full([ROWS, 1], True, tl.int1), N, CHUNK, NO_WEIGHT)
 
     # 3 stages is the lever of this loop, 2 is often worse than 1 (H200: 8192 columns reach 0.92 of the add).
-    for tile in tl.range(first_program(), tl.cdiv(M, ROWS), program_count(), num_stages=STAGES):
-        rows = tile_rows(tile, ROWS)
-        live = rows_live(rows, M, ROWS)
-        xs = load_row(X + row_offsets(rows, x_odd_sizes, x_strides), live, N, CHUNK, STREAM)
-        dys = load_row(DY + row_offsets(rows, dy_odd_sizes, dy_strides), live, N, CHUNK, STREAM)
-        mean, rstd = load_stats(MEAN, RSTD, rows, live, CENTER)
-        if DW is not None:
-            dw = add_dw(dw, xs, dys, mean, rstd, ACC)
-        if DB is not None:
-            db = add_db(db, dys, ACC)
-        if DX is not None:
-            store_dx(DX, xs, dys, ws, mean, rstd, rows, live, N, CENTER, ACC, STREAM)
+    for step in tl.range(first_program(), tl.cdiv(M, ROWS * TILES), program_count(), num_stages=STAGES):
+        for t in tl.static_range(TILES):
+            rows = tile_rows(step * TILES + t, ROWS)
+            live = rows_live(rows, M, ROWS * TILES)
+            xs = load_row(X + row_offsets(rows, x_odd_sizes, x_strides), live, N, CHUNK, STREAM)
+            dys = load_row(DY + row_offsets(rows, dy_odd_sizes, dy_strides), live, N, CHUNK, STREAM)
+            mean, rstd = load_stats(MEAN, RSTD, rows, live, CENTER)
+            if DW is not None:
+                dw = add_dw(dw, xs, dys, mean, rstd, ACC)
+            if DB is not None:
+                db = add_db(db, dys, ACC)
+            if DX is not None:
+                store_dx_of_rows(DX, xs, dys, ws, mean, rstd, rows, live, N, CENTER, ACC, STREAM)
+    let_next_launch(PDL)
 
     if DW is not None:
         store_column_sums(DW, first_program() * N, dw, N)
@@ -200,11 +245,14 @@ def row_backward_few(
     CHUNK: tl.constexpr,
     SUM_ROWS: tl.constexpr,
     SUM_CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The first ``row_tiles`` programs make dx, a tile of rows each; the others dw and db, some columns each.
 
     x and dy are read twice, the second time from L2. Nothing waits: neither half needs what the other makes.
     """
+    wait_for_previous(PDL)
+    let_next_launch(PDL)
     program = first_program()
     if program < row_tiles:
         if DX is not None:
@@ -214,7 +262,7 @@ def row_backward_few(
             dys = load_row(DY + row_offsets(rows, dy_odd_sizes, dy_strides), live, N, CHUNK, False)
             ws = load_row_or(W, live, N, CHUNK, NO_WEIGHT)
             mean, rstd = load_stats(MEAN, RSTD, rows, live, CENTER)
-            store_dx(DX, xs, dys, ws, mean, rstd, rows, live, N, CENTER, ACC, False)
+            store_dx_of_rows(DX, xs, dys, ws, mean, rstd, rows, live, N, CENTER, ACC, False)
     else:
         columns = chunk_columns((program - row_tiles) * SUM_CHUNK, SUM_CHUNK)
         in_row = columns_live(columns, rounded_up(N, SUM_CHUNK), N)
@@ -255,8 +303,11 @@ def row_backward_moments(
     CENTER: tl.constexpr,
     ACC: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """c1 and, with CENTER, c2 of one row a program."""
+    wait_for_previous(PDL)
+    let_next_launch(PDL)
     row = tile_rows(first_program(), 1)
     x_row = X + row_offsets(row, x_odd_sizes, x_strides)
     dy_row = DY + row_offsets(row, dy_odd_sizes, dy_strides)
@@ -299,8 +350,10 @@ def row_backward_apply(
     ACC: tl.constexpr,
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """dx, dw and db of one chunk of columns (grid axis 1), over the rows of a persistent program (axis 0)."""
+    wait_for_previous(PDL)
     columns = chunk_columns(second_program() * CHUNK, CHUNK)
     in_row = columns_live(columns, rounded_up(N, CHUNK), N)
     w = load_or(W, columns, in_row, NO_WEIGHT, False)
@@ -322,11 +375,24 @@ def row_backward_apply(
             c2, c1 = load_stats(C2, C1, row, live, CENTER)
             dx = dx_of(affine_backward(dy, w), xhat, rstd, c1, c2, CENTER)
             tl.store(DX + row * N + columns, dx.to(DX.dtype.element_ty), mask=in_row, cache_modifier=".cs")
+    let_next_launch(PDL)
 
     if DW is not None:
         tl.store(DW + first_program() * N + columns, dw, mask=in_row)
     if DB is not None:
         tl.store(DB + first_program() * N + columns, db, mask=in_row)
+
+
+@triton.jit
+def sum_partial(OUT, PARTIAL, P, N: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """The sum of ``[P, N]`` partials over P, of one chunk of columns, in the order of the programs that made them."""
+    columns = chunk_columns(first_program() * CHUNK, CHUNK)
+    in_row = columns_live(columns, rounded_up(N, CHUNK), N)
+    total = tl.zeros([ROWS, CHUNK], ACC)
+    for tile in tl.range(0, tl.cdiv(P, ROWS)):
+        rows = tile_rows(tile, ROWS)
+        total += load(PARTIAL + rows * N + columns, (rows < P) & in_row)
+    tl.store(OUT + columns, tl.sum(total, axis=0, keep_dims=True).to(OUT.dtype.element_ty), mask=in_row)
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -340,20 +406,16 @@ def sum_partials(
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """dw and db of one chunk of columns from the ``[P, N]`` partials, in the order of the programs."""
-    columns = chunk_columns(first_program() * CHUNK, CHUNK)
-    in_row = columns_live(columns, rounded_up(N, CHUNK), N)
-    dw = tl.zeros([ROWS, CHUNK], ACC)
-    db = tl.zeros([ROWS, CHUNK], ACC)
-    for tile in tl.range(0, tl.cdiv(P, ROWS)):
-        rows = tile_rows(tile, ROWS)
-        mask = (rows < P) & in_row
-        if DW is not None:
-            dw += load(DW_PARTIAL + rows * N + columns, mask)
-        if DB is not None:
-            db += load(DB_PARTIAL + rows * N + columns, mask)
-    if DW is not None:
-        tl.store(DW + columns, tl.sum(dw, axis=0, keep_dims=True).to(DW.dtype.element_ty), mask=in_row)
-    if DB is not None:
-        tl.store(DB + columns, tl.sum(db, axis=0, keep_dims=True).to(DB.dtype.element_ty), mask=in_row)
+    """dw (grid axis 1: 0) and db (1) from their partials. ROWS holds every P there is, so all loads are in flight at once."""
+    wait_for_previous(PDL)
+    let_next_launch(PDL)
+    if DB is None:
+        sum_partial(DW, DW_PARTIAL, P, N, ACC, ROWS, CHUNK)
+    elif DW is None:
+        sum_partial(DB, DB_PARTIAL, P, N, ACC, ROWS, CHUNK)
+    elif second_program() == 0:
+        sum_partial(DW, DW_PARTIAL, P, N, ACC, ROWS, CHUNK)
+    else:
+        sum_partial(DB, DB_PARTIAL, P, N, ACC, ROWS, CHUNK)

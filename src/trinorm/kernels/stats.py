@@ -19,14 +19,17 @@ TRUSTED_MAX: tl.constexpr = tl.constexpr(3e38)
 
 @triton.jit
 def mean_of(total, N: tl.constexpr):
-    """total / N correctly rounded: a product with the rounded 1/N, and one step of correction.
+    """total / N correctly rounded: a product with 1/N and, where that is rounded, one step of correction.
 
     ``/`` on fp32 is an approximation, and an exact division a slow path in the machine code.
     """
     quotient = total * (1.0 / N)
-    residual = tl.fma(quotient, tl.full(total.shape, -N, total.dtype), total)
-    mean = tl.fma(residual, tl.full(total.shape, 1.0 / N, total.dtype), quotient)
-    return tl.where(mean == mean, mean, quotient)  # an infinite quotient leaves no residual but NaN
+    if N & (N - 1) == 0:
+        return quotient
+    else:
+        residual = tl.fma(quotient, tl.full(total.shape, -N, total.dtype), total)
+        mean = tl.fma(residual, tl.full(total.shape, 1.0 / N, total.dtype), quotient)
+        return tl.where(mean == mean, mean, quotient)  # an infinite quotient leaves no residual but NaN
 
 
 @triton.jit
@@ -56,12 +59,21 @@ def power_of_two_below(largest):
     return tl.minimum(tl.maximum(unit, 1.1754943508222875e-38), 8.507059173023462e37)
 
 
+@triton.constexpr_function
+def sums_exactly(dtype, N, ACC):
+    """Whether the sum of up to N equal numbers of ``dtype`` is exact in ACC, and with it the mean of a row of them.
+
+    k·v has as many significant bits as v and k together. True of bf16 up to 65536 columns and of fp16 up to 8192.
+    """
+    return dtype.fp_mantissa_width + (N - 1).bit_length() <= ACC.fp_mantissa_width
+
+
 @triton.jit
 def settled(mean, power, drift, N: tl.constexpr):
     """(mean, power) without what rounding left in the mean: the mean of the distances from it, whose sum is ``drift``.
 
-    Else a row of equal values would have a deviation, which a small eps blows up. The distances from an infinite mean are
-    no numbers; that mean stands.
+    Else a row of equal values would have a deviation, which a small eps blows up. Not needed where ``sums_exactly``. The
+    distances from an infinite mean are no numbers; that mean stands.
     """
     shift = mean_of(drift, N)
     return tl.where(shift == shift, mean + shift, mean), power - shift * shift
@@ -69,9 +81,12 @@ def settled(mean, power, drift, N: tl.constexpr):
 
 @triton.jit
 def held_moments(xs, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr):
-    """(mean, power), each ``[ROWS, 1]``, of rows held as chunks. mean is 0 without CENTER."""
+    """(mean, power), each ``[ROWS, 1]``, of rows held as chunks: the mean first, then the squares about it. mean is 0
+    without CENTER.
+    """
     ROWS: tl.constexpr = xs[0].shape[0]
     CHUNK: tl.constexpr = xs[0].shape[1]
+    SETTLE: tl.constexpr = CENTER and not sums_exactly(xs[0].dtype, N, ACC)
     mean = tl.zeros([ROWS, 1], ACC)
     if CENTER:
         total = tl.zeros([ROWS, CHUNK], ACC)
@@ -85,13 +100,14 @@ def held_moments(xs, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr):
         if CENTER:
             live = columns_live(chunk_columns(i * CHUNK, CHUNK), (i + 1) * CHUNK, N)
             x = tl.where(live, x - mean, 0.0)
+        if SETTLE:
             drift += x
         squares += x * x
-    if CENTER:
+    if SETTLE:
         squared, moved = row_sums(squares, drift)
-        return settled(mean, mean_of(squared, N), moved, N)
+        return settled(mean, squared * (1.0 / N), moved, N)
     else:
-        return mean, mean_of(row_sum(squares), N)
+        return mean, row_sum(squares) * (1.0 / N)
 
 
 @triton.jit

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import warnings
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..launch import INTERPRETED
+
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Triton decides once, when a kernel is defined, so it is read once here too.
-INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 _PLAIN = (Tensor, Parameter)
 

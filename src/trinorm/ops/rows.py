@@ -16,9 +16,21 @@ from ..kernels.row_backward import (
     row_backward_moments,
     sum_partials,
 )
+from ..kernels.row_split import forget_words, row_backward_split, row_forward_split
 from ..launch import describe, launch
 from ..spec import RowNorm
-from ..tuning import TOTAL, RowBackward, RowBackwardFew, RowForward, choose_backward, choose_forward
+from ..tuning import (
+    FORGET,
+    RowBackward,
+    RowBackwardFew,
+    RowBackwardSplit,
+    RowForward,
+    RowForwardSplit,
+    Tile,
+    choose_backward,
+    choose_forward,
+    choose_total,
+)
 from .layout import rows_of
 
 
@@ -43,7 +55,7 @@ def forward(
     if m == 0:
         return Normalized(y, mean, rstd)
 
-    plan = choose_forward(spec, m, n, _widest(x, stats))
+    plan = choose_forward(spec, m, n, _widest(x, stats), describe(x.device))
     odd_sizes, strides = rows_of(x, dims, n)
     options = dict(
         N=n,
@@ -51,13 +63,18 @@ def forward(
         ACC=_ACCUMULATOR[stats],
         RESCUE=stats == torch.float32,
         CHUNK=plan.tile.chunk,
-        num_warps=plan.tile.warps,
-        enable_fp_fusion=True,
     )
+    early = plan.early if isinstance(plan, RowForward) else True
+    options.update(_started_by(plan.tile, x.device, early))
     if isinstance(plan, RowForward):
-        options.update(ROWS=plan.tile.rows, STREAM=plan.stream, PRELOAD=plan.preload)
+        options.update(ROWS=plan.tile.rows, TILES=plan.tiles, STREAM=plan.stream, PRELOAD=plan.preload)
         args: tuple[Any, ...] = (y, mean, rstd, x, weight, bias, m, odd_sizes, strides, eps)
-        launch(row_forward, (-(-m // plan.tile.rows),), x.device, args, options)
+        launch(row_forward, (-(-m // (plan.tile.rows * plan.tiles)),), x.device, args, options)
+    elif isinstance(plan, RowForwardSplit):
+        options.update(BLOCK=plan.block, LANES=plan.lanes)
+        team = n // plan.block
+        args = (y, mean, rstd, _words(m, team, x.device), x, weight, bias, odd_sizes, strides, eps)
+        launch(row_forward_split, (m * team,), x.device, args, options)
     else:
         launch(row_forward_streamed, (m,), x.device, (y, mean, rstd, x, weight, bias, odd_sizes, strides, eps), options)
     return Normalized(y, mean, rstd)
@@ -90,8 +107,8 @@ def backward(
     device = describe(x.device)
     plan = choose_backward(spec, m, n, _widest(x, rstd.dtype), device)
     layout = (*rows_of(x, dims, n), *rows_of(dy, dims, n))
-    options = dict(N=n, ACC=_ACCUMULATOR[rstd.dtype], enable_fp_fusion=True)
-    tiled = options | dict(CENTER=spec.center, CHUNK=plan.tile.chunk, num_warps=plan.tile.warps)
+    options = dict(N=n, ACC=_ACCUMULATOR[rstd.dtype])
+    tiled = options | dict(CENTER=spec.center, CHUNK=plan.tile.chunk, **_started_by(plan.tile, x.device))
 
     if isinstance(plan, RowBackwardFew):
         row_tiles = -(-m // plan.tile.rows) if dx else 0
@@ -101,14 +118,20 @@ def backward(
         launch(row_backward_few, (row_tiles + column_tiles,), x.device, args, tiled)
         return dx_out, dw_out, db_out
 
-    programs = plan.programs(m, n, device)
+    programs = plan.partials(m, n, device)
     partials = tuple(
         None if out is None else torch.empty((programs, n), dtype=rstd.dtype, device=x.device) for out in (dw_out, db_out)
     )
     if isinstance(plan, RowBackward):
         args = (dx_out, *partials, dy, x, weight, mean, rstd, m, *layout)
-        tiled.update(ROWS=plan.tile.rows, STAGES=plan.stages, STREAM=plan.stream)
+        tiled.update(ROWS=plan.tile.rows, TILES=plan.tiles, STAGES=plan.stages, STREAM=plan.stream)
         launch(row_backward, (programs,), x.device, args, tiled)
+    elif isinstance(plan, RowBackwardSplit):
+        team = n // plan.block
+        words = _words(m, team, x.device) if dx else None
+        args = (dx_out, *partials, words, dy, x, weight, mean, rstd, m, *layout)
+        tiled.update(BLOCK=plan.block, LANES=plan.lanes(n), STAGES=plan.stages)
+        launch(row_backward_split, (programs * team,), x.device, args, tiled)
     else:
         c1 = torch.empty_like(rstd) if dx else None
         c2 = torch.empty_like(rstd) if dx and spec.center else None
@@ -119,9 +142,24 @@ def backward(
         launch(row_backward_apply, grid, x.device, args, tiled | dict(STAGES=plan.stages))
     if dw or db:
         args = (dw_out, db_out, *partials, programs)
-        options.update(ROWS=TOTAL.rows, CHUNK=TOTAL.chunk, num_warps=TOTAL.warps)
-        launch(sum_partials, (-(-n // TOTAL.chunk),), x.device, args, options)
+        total = choose_total(plan.most_partials(n, device))
+        options.update(ROWS=total.rows, CHUNK=total.chunk, **_started_by(total, x.device))
+        launch(sum_partials, (-(-n // total.chunk), 2 if dw and db else 1), x.device, args, options)
     return dx_out, dw_out, db_out
+
+
+def _words(m: int, team: int, device: torch.device) -> Tensor:
+    """A table in which the teams of m rows tell each other their shares; no word is there yet."""
+    words = torch.empty(m, team, dtype=torch.int64, device=device)
+    options = dict(CHUNK=FORGET.chunk, **_started_by(FORGET, device))
+    launch(forget_words, (-(-m * team // FORGET.chunk),), device, (words, m * team), options)
+    return words
+
+
+def _started_by(tile: Tile, device: torch.device, early: bool = True) -> dict[str, Any]:
+    """What every launch is told. early: it may be put on the device before the kernel ahead of it ends."""
+    pdl = early and describe(device).dependent_launch
+    return dict(PDL=pdl, launch_pdl=pdl, num_warps=tile.warps, enable_fp_fusion=True)
 
 
 _ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}

@@ -1,25 +1,31 @@
 """How fast: which launch each problem gets, as ordered tables with the measurement beside each row."""
 
 from .row import (
-    TOTAL,
+    FORGET,
     RowBackward,
     RowBackwardFew,
+    RowBackwardSplit,
     RowBackwardWide,
     RowForward,
+    RowForwardSplit,
     RowForwardWide,
     Tile,
     choose_backward,
     choose_forward,
+    choose_total,
 )
 
 __all__ = [
-    "TOTAL",
+    "FORGET",
     "RowBackward",
     "RowBackwardFew",
+    "RowBackwardSplit",
     "RowBackwardWide",
     "RowForward",
+    "RowForwardSplit",
     "RowForwardWide",
     "Tile",
     "choose_backward",
     "choose_forward",
+    "choose_total",
 ]
