@@ -2,9 +2,9 @@
 
 PDL is constexpr and goes with the launch option of that name (sm_90 and later). Every launched kernel waits before it
 touches memory, whatever is read or written there: the kernel before may still write x or the weight (an optimizer step),
-or read the block that y was just given. So the wait is also all that is needed: a kernel is complete only after its own wait,
-which makes the order of a stream hold along any chain. What overlaps is the launch itself, a third of the time of a
-small norm.
+or read the block that y was just given. So the wait is also all that is needed: as a kernel is complete only after its
+own wait, the order of a stream holds along any chain. What overlaps is the launch itself, a third of the time of a small
+norm.
 """
 
 import triton

@@ -194,7 +194,7 @@ def row_backward(
     STREAM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """TILES tiles of ROWS whole rows at a time, walked by a persistent program; DW and DB are ``[programs, N]`` partials."""
+    """TILES tiles of ROWS rows at a time, walked by a persistent program; DW and DB are ``[programs, N]`` partials."""
     wait_for_previous(PDL)
     dw = zero_chunks(N, ROWS, CHUNK, ACC)
     db = zero_chunks(N, ROWS, CHUNK, ACC)
@@ -408,7 +408,7 @@ def sum_partials(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """dw (grid axis 1: 0) and db (1) from their partials. ROWS holds every P there is, so all loads are in flight at once."""
+    """dw (grid axis 1: 0) and db (1) from their partials. ROWS holds every P: all loads are in flight at once."""
     wait_for_previous(PDL)
     let_next_launch(PDL)
     if DB is None:
