@@ -46,6 +46,7 @@ FLOW = (
     "convert",
     "__init__",
     "interpreter",
+    "targets",
     "inspection",
     "cases",
     "bench",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..inspection import KINDS
 from .cases import OPS
-from .predict import MEMORY_SPEED, TARGET, Prediction
+from .predict import Prediction
 from .providers import OURS
 from .records import Record
 
@@ -87,54 +87,92 @@ def _mean_std(record: Record | None) -> str:
 
 
 def prediction_table(predictions: Sequence[Prediction]) -> Table:
-    """The predictions of one op, pass and dtype: a row for each kernel."""
-    case = predictions[0].case
+    """The predictions of one op, pass, dtype and target: a row for each kernel."""
+    first = predictions[0]
     found = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
-        title=f"{OPS[case.op].title} {case.pass_}, {str(case.dtype).removeprefix('torch.')}, compiled for {TARGET}",
+        title=f"{_of(first)}, compiled for {first.target}",
         caption=(
-            "registers: of a thread. spills, shared: bytes, of a thread and of a program. loads, stores: how many × bits.\n"
-            f"MB: the fewest that the pass can move. prediction: those at {MEMORY_SPEED * 1e-12:.1f} TB/s, which a copy "
-            "reaches on an H200;\nnothing was timed. Where it is under 1 µs, the cost of a launch decides."
+            "registers: of a thread. spills, shared: bytes, of a thread and of a program. resident: programs × warps that\n"
+            "a multiprocessor keeps at once, and what allows no more. loads, stores: how many × bits, in ordinary rows'\n"
+            "code. MB: what the kernel is given, read or written once. memory, issue: µs that these and its instructions\n"
+            "take at full rate. µs: a launch and the larger of the two for each kernel, an estimate from below; of copy,\n"
+            "of add: their time over it. Nothing was timed."
         ),
     )
+    words = ("rows × columns", "kernel", "limit")
     headers = (
-        "rows × columns",
-        "kernel",
-        "warps",
-        "registers",
-        "spills",
-        "shared",
-        "loads",
-        "stores",
-        "MB",
-        "prediction, µs",
+        *("rows × columns", "kernel", "warps", "registers", "spills", "shared", "resident", "limit", "loads", "stores"),
+        *("MB", "memory", "issue", "µs", f"of {_CEILINGS[first.case.pass_]}"),
     )
     for header in headers:
-        found.add_column(header, justify="left" if header in headers[:2] else "right", no_wrap=header in headers[:2])
+        found.add_column(header, justify="left" if header in words else "right", no_wrap=header in words)
     for prediction in predictions:
         found.add_section()
-        whole = (f"{prediction.case.bytes * 1e-6:.2f}", _number(prediction.microseconds))
+        call = (_number(prediction.microseconds), _number(prediction.ceiling_ratio))
         for i, kernel in enumerate(prediction.kernels):
+            compiled, resident = kernel.compiled, kernel.occupancy
             found.add_row(
                 _size((prediction.case.m, prediction.case.n)) if i == 0 else "",
-                kernel.kernel,
-                str(kernel.warps),
-                str(kernel.registers),
-                f"[red]{kernel.spills}[/]" if kernel.spills else "0",
-                str(kernel.shared),
-                _widths(kernel.accesses, "load"),
-                _widths(kernel.accesses, "store"),
-                *(whole if i == 0 else ("", "")),
+                compiled.kernel,
+                str(compiled.warps),
+                str(compiled.registers),
+                f"[red]{compiled.spills}[/]" if compiled.spills else "0",
+                str(compiled.shared),
+                f"{resident.programs}×{compiled.warps}",
+                resident.limit,
+                _widths(kernel.ordinary.loads),
+                _widths(kernel.ordinary.stores),
+                f"{kernel.bytes * 1e-6:.2f}",
+                _number(kernel.memory_us),
+                _number(kernel.issue_us),
+                *(call if i == 0 else ()),
             )
     return found
 
 
-def _widths(accesses: dict[tuple[str, int], int], kind: str) -> str:
+def instruction_table(predictions: Sequence[Prediction]) -> Table:
+    """The instructions of the same kernels: a row for the ordinary rows' code, and one for the loop in it."""
+    first = predictions[0]
+    found = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"{_of(first)}, instructions on {first.target}",
+        caption=(
+            "total: of the code that ordinary rows run; in brackets, of all code. in loop: the longest that touches\n"
+            "global memory. wait: barriers, and for copies. local: spills. special: rsqrt, exp and the like. convert:\n"
+            "between types, but to widen bf16 is alu. fma: products and sums."
+        ),
+    )
+    for header in ("rows × columns", "kernel", "total", *KINDS):
+        left = header in ("rows × columns", "kernel")
+        found.add_column(header, justify="left" if left else "right", no_wrap=left or header == "total")
+    for prediction in predictions:
+        found.add_section()
+        for i, kernel in enumerate(prediction.kernels):
+            size = _size((prediction.case.m, prediction.case.n)) if i == 0 else ""
+            every, code = (sum(of.instructions.values()) for of in (kernel.compiled, kernel.ordinary))
+            total = str(code) if code == every else f"({every}) {code}"
+            found.add_row(size, kernel.compiled.kernel, total, *_counts(kernel.ordinary.instructions))
+            if kernel.ordinary.loop:
+                loop = kernel.ordinary.loop
+                found.add_row("", "  in loop", str(sum(loop.values())), *_counts(loop), style="dim")
+    return found
+
+
+def _of(prediction: Prediction) -> str:
+    case = prediction.case
+    return f"{OPS[case.op].title} {case.pass_}, {str(case.dtype).removeprefix('torch.')}"
+
+
+def _counts(instructions: dict[str, int]) -> list[str]:
+    return [str(instructions.get(kind, "")) for kind in KINDS]
+
+
+def _widths(accesses: dict[int, int]) -> str:
     """How many accesses of each width in bits, the widest first, e.g. ``4×128 1×32``."""
-    widths = Counter({width: count for (what, width), count in accesses.items() if what == kind})
-    return " ".join(f"{widths[width]}×{width}" for width in sorted(widths, reverse=True))
+    return " ".join(f"{count}×{width}" for width, count in accesses.items())
 
 
 def _size(shape: tuple[int, int]) -> str:

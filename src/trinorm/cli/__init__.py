@@ -1,4 +1,4 @@
-"""The command line: ``trinorm check`` and ``trinorm bench``."""
+"""The command line: ``trinorm check``, ``bench`` and ``inspect``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, of ``sys.argv`` unless ``arguments`` are given; its exit status."""
     from .. import __version__
-    from . import bench, check
+    from . import bench, check, inspect
 
     parser = argparse.ArgumentParser(prog="trinorm", description="Normalization for PyTorch, written in Triton.")
     parser.add_argument("--version", action="version", version=__version__)
-    subparsers = parser.add_subparsers(title="commands", required=True, metavar="check | bench")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="check | bench | inspect")
     check.add_parser(subparsers)
     bench.add_parser(subparsers)
+    inspect.add_parser(subparsers)
     args = parser.parse_args(arguments)
     status: int = args.func(args)
     return status
@@ -32,3 +33,14 @@ def names(known: Iterable[str]) -> Callable[[str], list[str]]:
         return given
 
     return parse
+
+
+def shape_list(text: str) -> list[tuple[int, int]]:
+    """``128x768,8192x4096`` as pairs."""
+    found = []
+    for part in text.split(","):
+        m, _, n = part.partition("x")
+        if not (m.isdecimal() and n.isdecimal() and int(m) and int(n)):
+            raise argparse.ArgumentTypeError(f"{part!r} is not a shape; write rows x columns, e.g. 128x768,8192x4096")
+        found.append((int(m), int(n)))
+    return found

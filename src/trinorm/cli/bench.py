@@ -20,7 +20,7 @@ from ..bench.providers import OURS, PEERS, load
 from ..bench.records import Record, provenance, results_path
 from ..cases import DTYPES
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import names
+from . import names, shape_list
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         ),
     )
     parser.add_argument("--op", type=names(OPS), default=list(OPS), help=f"comma-separated: {', '.join(OPS)}")
-    parser.add_argument("--shapes", type=_shapes, help="rows x columns, comma-separated, e.g. 128x768,8192x4096")
+    parser.add_argument("--shapes", type=shape_list, help="rows x columns, comma-separated, e.g. 128x768,8192x4096")
     parser.add_argument("--dtype", type=names(DTYPES), default=["bf16"], help=f"comma-separated: {', '.join(DTYPES)}")
     parser.add_argument(
         "--pass", dest="passes", type=names(PASSES), default=list(PASSES), help=f"comma-separated: {', '.join(PASSES)}"
@@ -191,17 +191,6 @@ def _opened(path: Path | None) -> contextlib.AbstractContextManager:  # type: ig
         return contextlib.nullcontext()
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.open("a")  # each record says where it comes from, so runs of one day may share a file
-
-
-def _shapes(text: str) -> list[tuple[int, int]]:
-    """``128x768,8192x4096`` as pairs."""
-    shapes = []
-    for part in text.split(","):
-        m, _, n = part.partition("x")
-        if not (m.isdecimal() and n.isdecimal() and int(m) and int(n)):
-            raise argparse.ArgumentTypeError(f"{part!r} is not a shape; write rows x columns, e.g. 128x768,8192x4096")
-        shapes.append((int(m), int(n)))
-    return shapes
 
 
 def _peers(text: str) -> list[str]:
