@@ -182,7 +182,7 @@ def sass(text: str) -> list[Instruction]:
     line = r"^\s+/\*([0-9a-f]{4,})\*/\s+(@\S+ )?(\S+)(?: (.*?))?\s*;"
     for number, predicate, mnemonic, operands in re.findall(line, text, re.MULTILINE):
         kind, address, bits, target = _kind(mnemonic, _CUDA_KINDS), int(number, 16), 0, None
-        if re.match("LDG|STG|LD$|ST$", mnemonic.split(".")[0]):
+        if kind.startswith("global") and not mnemonic.startswith("U"):  # U: a tile, and not of one thread
             width = re.search(r"\.[US]?(128|64|16|8)\b", mnemonic)
             bits = int(width[1]) if width else 32
         if mnemonic.startswith(("BRA", "JMP")) and (to := re.search(r"\b0x([0-9a-f]+)$", operands)):

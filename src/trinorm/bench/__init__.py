@@ -7,4 +7,5 @@
 - ``records``    what a measurement leaves: one JSON line, with where it comes from
 - ``report``     tables; ``plots``  curves
 - ``predict``    what the compiler alone tells, with no GPU
+- ``changes``    what got slower, or grew, from one file of lines to another
 """

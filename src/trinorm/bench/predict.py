@@ -86,7 +86,8 @@ class Prediction:
         """A launch and the larger of memory_us and issue_us for each kernel: an estimate from below, not a measurement.
 
         Latency is not in it: a kernel takes longer where too few bytes are in flight, or its warps wait for one another. On
-        an H200 the measured times were 1.02 to 1.19 of it where they were over 30 µs, and up to 1.7 where they were less. None where nobody has measured the target's speed.
+        an H200 the measured times were 1.02 to 1.19 of it where they were over 30 µs, and up to 1.7 where they were less.
+        None where nobody has measured the target's speed.
         """
         speed = TARGETS[self.target].speed
         bounds = [max(kernel.memory_us or 0, kernel.issue_us or 0) for kernel in self.kernels]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,3 +48,13 @@ def shape_list(text: str) -> list[tuple[int, int]]:
             raise argparse.ArgumentTypeError(f"{part!r} is not a shape; write rows x columns, e.g. 128x768,8192x4096")
         found.append((int(m), int(n)))
     return found
+
+
+def wide_console() -> Console:
+    """A console for tables: as wide as the terminal, or as the widest table where the output goes elsewhere."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    return console

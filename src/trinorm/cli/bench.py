@@ -20,7 +20,7 @@ from ..bench.providers import OURS, PEERS, load
 from ..bench.records import Record, provenance, results_path
 from ..cases import DTYPES
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import names, shape_list
+from . import names, shape_list, wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,29 +54,52 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         metavar="FOLDER",
         help="draw times over hidden size and batch size; without --shapes, measures more shapes for it",
     )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("BEFORE", "AFTER"),
+        help=(
+            "measure nothing, but show what got slower and what faster between two --json files (of any GPU; none is "
+            "needed), or what grew between two files of `trinorm inspect --json`; the exit status is 1 where a time or a "
+            "kernel of trinorm's is worse by more than noise, or than is allowed"
+        ),
+    )
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; its exit status: 0, 1 where one of trinorm's results is wrong, 2 where it cannot run here."""
+    """Run the command; its exit status: 0, 1 where a result of trinorm's is wrong (or worse), 2 where it cannot run."""
     needed = ["rich"] + ["matplotlib"] * (args.plot is not None)
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         return _refuse(f"{' and '.join(missing)} not installed; pip install 'trinorm[bench]'")
+    if args.compare:
+        return _compare(*args.compare)
     if not HAS_TRITON:
         return _refuse("Triton is not installed, so there is no kernel to measure or compile")
     if INTERPRETED:
         return _refuse("TRITON_INTERPRET is set, which leaves nothing to time or compile; unset it")
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 132
-    return _measure(args, console) if torch.cuda.is_available() else _predict(args, console)
+    return _measure(args, wide_console()) if torch.cuda.is_available() else _predict(args, wide_console())
 
 
 def _refuse(reason: str) -> int:
     print(f"trinorm bench: {reason}", file=sys.stderr)
     return 2
+
+
+def _compare(before: Path, after: Path) -> int:
+    from ..bench import changes
+
+    try:
+        found = changes.compare_lines(changes.read(before), changes.read(after))
+    except KeyError as missing:
+        return _refuse(f"--compare: a line without {missing}, so not one of trinorm's --json files")
+    except ValueError as error:
+        return _refuse(f"--compare: {error}")
+    console = wide_console()
+    console.print(changes.table(found))
+    console.print(changes.summary(found))
+    return int(bool(found.failures))
 
 
 def _measure(args: argparse.Namespace, console: Console) -> int:

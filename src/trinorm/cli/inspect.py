@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import itertools
 import sys
@@ -13,10 +12,10 @@ from ..bench import cases as bench_cases
 from ..bench.cases import OPS, PASSES, Case
 from ..cases import DTYPES
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import names, shape_list
+from . import names, shape_list, wide_console
 
-# What is measured, and rows so wide that every kernel is met.
-SHAPES = (*bench_cases.SHAPES, (1024, 65536))
+# What is measured; wide rows of which there are few; and wider ones, so that every kernel is met.
+SHAPES = (*bench_cases.SHAPES, (256, 12288), (1024, 65536))
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -73,24 +72,21 @@ def run(args: argparse.Namespace) -> int:
         Case(op, pass_, m, n, DTYPES[dtype], weight_dtype=DTYPES[dtype])
         for dtype, op, pass_, (m, n) in itertools.product(args.dtype, args.op, args.passes, args.shapes)
     ]
-    progress = Console(stderr=True)
-    found = [predict(case, args.target) for case in track(cases, "compile", console=progress, transient=True)]
+    shown = track(cases, "compile", console=Console(stderr=True), transient=True)
+    predictions = [predict(case, args.target) for case in shown]
     if args.json is not None:
-        lines = [line + "\n" for prediction in found for line in prediction.to_json()]
-        if args.json != Path("-"):
+        lines = "".join(f"{line}\n" for prediction in predictions for line in prediction.to_json())
+        if args.json == Path("-"):
+            sys.stdout.write(lines)
+        else:
             args.json.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.nullcontext(sys.stdout) if args.json == Path("-") else args.json.open("w") as file:
-            file.writelines(lines)
+            args.json.write_text(lines, "utf-8")
         return 0
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160
-    for _, group in itertools.groupby(
-        found, key=lambda prediction: (prediction.case.op, prediction.case.pass_, prediction.case.dtype)
-    ):
-        predictions = list(group)
-        console.print(report.prediction_table(predictions))
-        console.print(report.instruction_table(predictions))
+    console = wide_console()
+    for _, group in itertools.groupby(predictions, lambda of: (of.case.dtype, of.case.op, of.case.pass_)):
+        together = list(group)
+        console.print(report.prediction_table(together))
+        console.print(report.instruction_table(together))
     return 0
 
 
