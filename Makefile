@@ -20,10 +20,9 @@ READY := $(VENV)/.ready
 bench: $(READY)
 	$(BIN)/trinorm bench $(ARGS)
 
-# Two processes of one thread each: the interpreter computes on one core, and more threads than cores only wait. A group
-# of tests that share what they compiled stays in one.
+# Two processes of one thread each: the interpreter computes on one core, and more threads than cores only wait.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 $(ARGS)
 
 check: $(READY)
 	$(BIN)/trinorm check $(ARGS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import os
 import re
 import subprocess
@@ -15,12 +14,10 @@ from typing import Any
 
 import pytest
 import triton
+from filelock import FileLock
 
 from trinorm import inspection
 from trinorm.bench import changes
-
-# The processes of a run share what one of them compiled only by being the same one.
-pytestmark = pytest.mark.xdist_group("compiled")
 
 ROOT = Path(__file__).parents[1]
 KNOWN = changes.read(ROOT / "benchmarks/instructions/sm_90.jsonl")
@@ -52,15 +49,30 @@ SPILLS = {("row_backward", "rms_norm", 16384): 96}
 LANES = {"sm_80": 32, "sm_90": 32, "gfx942": 64}
 
 
-@functools.cache
-def _compiled(target: str) -> list[dict[str, Any]]:
-    """The lines of ``trinorm inspect``, from a process in which the kernels are compiled and not interpreted."""
+# The lines of ``trinorm inspect`` for a target.
+Compiled = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """From a process in which the kernels are compiled and not interpreted; once, however many processes run tests."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, "-m", "trinorm", "inspect", "--target", target, "--json", "-"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
+
+    @functools.cache
+    def lines(target: str) -> list[dict[str, Any]]:
+        path = folder / f"{target}.jsonl"
+        with FileLock(folder / f"{target}.lock"):
+            if not path.exists():
+                command = [sys.executable, "-m", "trinorm", "inspect", "--target", target, "--json", str(path)]
+                run = subprocess.run(command, env=environment, capture_output=True, text=True)
+                assert run.returncode == 0, run.stderr
+        return changes.read(path)
+
+    return lines
 
 
 def _name(record: dict[str, Any]) -> str:
@@ -68,8 +80,8 @@ def _name(record: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("target", LANES)
-def test_every_kernel_is_compiled(target: str) -> None:
-    kernels = {record["kernel"] for record in _compiled(target)}
+def test_every_kernel_is_compiled(target: str, compiled: Compiled) -> None:
+    kernels = {record["kernel"] for record in compiled(target)}
     assert kernels == {
         "row_forward",
         "row_forward_streamed",
@@ -82,19 +94,19 @@ def test_every_kernel_is_compiled(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", LANES)
-def test_nothing_spills(target: str) -> None:
+def test_nothing_spills(target: str, compiled: Compiled) -> None:
     spilled = {
         _name(record): record["spills"]
-        for record in _compiled(target)
+        for record in compiled(target)
         if record["spills"] > SPILLS.get((record["kernel"], record["op"], record["shape"][1]), SPILLED_VALUE)
     }
     assert not spilled
 
 
 @pytest.mark.parametrize("target", LANES)
-def test_rows_are_read_and_written_as_wide_as_their_tile_allows(target: str) -> None:
+def test_rows_are_read_and_written_as_wide_as_their_tile_allows(target: str, compiled: Compiled) -> None:
     """128 bits at a time, or as many as a chunk of bf16 has for each thread."""
-    for record in _compiled(target):
+    for record in compiled(target):
         if record["kernel"] == "sum_partials":
             continue
         options = record["options"]
@@ -107,16 +119,16 @@ def test_rows_are_read_and_written_as_wide_as_their_tile_allows(target: str) -> 
 
 
 @pytest.mark.parametrize("bound", REGISTERS, ids=str)
-def test_registers_stay_within_bounds(bound: tuple[str, str, int]) -> None:
+def test_registers_stay_within_bounds(bound: tuple[str, str, int], compiled: Compiled) -> None:
     kernel, op, n = bound
-    found = [r["registers"] for r in _compiled("sm_90") if (r["kernel"], r["op"], r["shape"][1]) == (kernel, op, n)]
+    found = [r["registers"] for r in compiled("sm_90") if (r["kernel"], r["op"], r["shape"][1]) == (kernel, op, n)]
     assert found, "the bound names a kernel that is compiled"
     assert max(found) <= REGISTERS[bound]
 
 
 @pytest.mark.parametrize("target", LANES)
-def test_counts_belong_together(target: str) -> None:
-    for record in _compiled(target):
+def test_counts_belong_together(target: str, compiled: Compiled) -> None:
+    for record in compiled(target):
         every, ordinary = record["instructions"], record["ordinary"]["instructions"]
         assert sum(every.values()) >= sum(ordinary.values()), _name(record)
         assert record["options"].get("RESCUE") or every == ordinary, _name(record)
@@ -133,11 +145,11 @@ def test_counts_belong_together(target: str) -> None:
 # --- the file of what is known ---
 
 
-def test_no_kernel_grew() -> None:
+def test_no_kernel_grew(compiled: Compiled) -> None:
     """In registers, spills or instructions, beyond what bench.changes allows."""
     if KNOWN[0]["triton"] != triton.__version__:
         pytest.skip(f"the file holds what Triton {KNOWN[0]['triton']} makes, and this is {triton.__version__}")
-    found = changes.compare_lines(KNOWN, _compiled("sm_90"))
+    found = changes.compare_lines(KNOWN, compiled("sm_90"))
     assert [str(change) for change in found.failures] == [], RENEW
     assert (found.only_before, found.only_after) == ((), ()), RENEW
 
