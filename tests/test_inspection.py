@@ -192,6 +192,14 @@ def test_a_kernel_that_grew_is_found(
         assert changes.compare_lines(now, KNOWN).failures == []
 
 
+def test_a_loop_that_comes_or_goes_is_not_a_loop_that_grew() -> None:
+    i = next(i for i, line in enumerate(KNOWN) if line["kernel"] == "row_backward")
+    unrolled = copy.deepcopy(KNOWN)
+    unrolled[i]["ordinary"]["loop"] = {}
+    for before, after in ((KNOWN, unrolled), (unrolled, KNOWN)):
+        assert changes.compare_lines(before, after).failures == []
+
+
 # --- reading machine code ---
 
 SASS = """

@@ -167,7 +167,8 @@ def _changes(subject: Subject, before: list[Line], after: list[Line]) -> Iterato
     yield Change(subject, "programs at once", programs, programs_now, 0, more=True)
     for quantity, code in (("instructions", "instructions"), ("instructions in loop", "loop")):
         count, count_now = (sum(line["ordinary"][code].values()) for line in (old, new))
-        yield Change(subject, quantity, count, count_now, count * INSTRUCTIONS)
+        if count and count_now:  # a loop that came or went, unrolled or not, is in the count of all instructions
+            yield Change(subject, quantity, count, count_now, count * INSTRUCTIONS)
 
 
 class _Time(NamedTuple):
