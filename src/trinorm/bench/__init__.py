@@ -4,6 +4,7 @@
 - ``providers``  who is measured: trinorm, torch eager, torch.compile, Liger-Kernel, QuACK
 - ``timing``     device time by graph replay, host time of an eager call
 - ``measure``    one case over all providers, each checked before it is timed
+- ``host``       host time of eager calls of functions and modules
 - ``records``    what a measurement leaves: one JSON line, with where it comes from
 - ``report``     tables; ``plots``  curves
 - ``predict``    what the compiler alone tells, with no GPU
