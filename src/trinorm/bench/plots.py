@@ -72,7 +72,8 @@ def _ceiling_figure(records: Sequence[Record], title: str) -> Figure:
         axes.axhline(1, color="black", linestyle="--", linewidth=1, label="ceiling")
         axes.set_title(f"{pass_} (ceiling: torch's {CEILINGS[pass_]})", fontsize=10)
         axes.set_xlabel(_AXES[1])
-        _log_sizes(axes, sorted({record.shape[1] for record in of_pass}))
+        widths = {record.shape[1] for record in of_pass}
+        _log_sizes(axes, sorted(n for n in widths if n & (n - 1) == 0))  # the matrix has others, too close to be labelled
         axes.set_ylim(bottom=0)
     panels[0].set_ylabel("ceiling's time / time")
     _finish(figure, panels[0], title)

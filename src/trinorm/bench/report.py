@@ -85,8 +85,8 @@ def host_table(records: Sequence[Record]) -> Table:
 
 
 def failures(records: Sequence[Record]) -> list[str]:
-    """A line for each record of a table that lacks its figures, with the reason."""
-    return [f"{row.provider}, {_size(row.shape)}: {row.failure}" for row in records if row.failure]
+    """A line for each shape and provider of a table that lacks its figures, with the reason."""
+    return list(dict.fromkeys(f"{row.provider}, {_size(row.shape)}: {row.failure}" for row in records if row.failure))
 
 
 def seed(records: Sequence[Record]) -> str:
