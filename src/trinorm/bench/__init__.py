@@ -7,5 +7,6 @@
 - ``host``       host time of eager calls of functions and modules
 - ``records``    what a measurement leaves: one JSON line, with where it comes from
 - ``report``     tables; ``plots``  curves
+- ``counters``   what Nsight Compute counts in each kernel of a call, and what bounds it
 - ``predict``    what the compiler alone tells, with no GPU
 """

@@ -125,7 +125,20 @@ class Case:
         forward, and each link of a chain: x, weight, bias; y. backward: x, dy, weight; dx, dw, db. The saved statistics are
         not counted: they follow from x.
         """
-        rows, parameters = (3, 2 + OPS[self.op].bias) if self.backward else (2, 1 + OPS[self.op].bias)
+        return self.bytes_read + self.bytes_written
+
+    @property
+    def bytes_read(self) -> int:
+        """Those of ``bytes`` that are read."""
+        rows, parameters = (2, 1) if self.backward else (1, 1 + OPS[self.op].bias)
+        return self._bytes(rows, parameters)
+
+    @property
+    def bytes_written(self) -> int:
+        """Those of ``bytes`` that are written."""
+        return self._bytes(1, 1 + OPS[self.op].bias if self.backward else 0)
+
+    def _bytes(self, rows: int, parameters: int) -> int:
         return self.n * (rows * self.m * self.dtype.itemsize + parameters * self.weight_dtype.itemsize)
 
     def draw(self, device: torch.device, generator: torch.Generator | None = None) -> Inputs:

@@ -20,7 +20,7 @@ from ..bench.providers import OURS, PEERS, load
 from ..bench.records import Record, provenance, results_path
 from ..cases import DTYPES
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import names
+from . import names, shape
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -235,13 +235,7 @@ def _shapes(text: str) -> list[tuple[int, int]]:
     """``128x768,8192x4096`` as pairs; a name stands for its list."""
     shapes: list[tuple[int, int]] = []
     for part in text.split(","):
-        if part in NAMED_SHAPES:
-            shapes += NAMED_SHAPES[part]
-            continue
-        m, _, n = part.partition("x")
-        if not (m.isdecimal() and n.isdecimal() and int(m) and int(n)):
-            raise argparse.ArgumentTypeError(f"{part!r} is not a shape; write rows x columns, e.g. 128x768,8192x4096")
-        shapes.append((int(m), int(n)))
+        shapes += NAMED_SHAPES[part] if part in NAMED_SHAPES else [shape(part)]
     return list(dict.fromkeys(shapes))
 
 
