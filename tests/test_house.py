@@ -47,6 +47,7 @@ FLOW = (
     "__init__",
     "interpreter",
     "inspection",
+    "forced",
     "cases",
     "bench",
     "cli",

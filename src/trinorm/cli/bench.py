@@ -20,7 +20,7 @@ from ..bench.providers import OURS, PEERS, load
 from ..bench.records import Record, provenance, results_path
 from ..cases import DTYPES
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import names, shape
+from . import names, shapes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
     parser.add_argument("--op", type=names(OPS), default=list(OPS), help=f"comma-separated: {', '.join(OPS)}")
     parser.add_argument(
         "--shapes",
-        type=_shapes,
+        type=shapes,
         help=f"rows x columns, comma-separated, e.g. 128x768,8192x4096; or a list's name: {', '.join(NAMED_SHAPES)}",
     )
     parser.add_argument("--dtype", type=names(DTYPES), default=["bf16"], help=f"comma-separated: {', '.join(DTYPES)}")
@@ -229,14 +229,6 @@ def _opened(path: Path | None) -> contextlib.AbstractContextManager:  # type: ig
         return contextlib.nullcontext()
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.open("a")  # each record says where it comes from, so runs of one day may share a file
-
-
-def _shapes(text: str) -> list[tuple[int, int]]:
-    """``128x768,8192x4096`` as pairs; a name stands for its list."""
-    shapes: list[tuple[int, int]] = []
-    for part in text.split(","):
-        shapes += NAMED_SHAPES[part] if part in NAMED_SHAPES else [shape(part)]
-    return list(dict.fromkeys(shapes))
 
 
 def _peers(text: str) -> list[str]:

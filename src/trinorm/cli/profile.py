@@ -96,7 +96,7 @@ def table(case: Case, ceiling: Kernel, kernels: list[Kernel]) -> Table:
     ):
         found.add_column(header, justify="right", no_wrap=True)
     found.add_column("warps wait for", no_wrap=True)
-    found.add_column("bound by", no_wrap=True)
+    found.add_column("bound", no_wrap=True)
     ceiling_name = "torch.add" if case.backward else "torch.neg"
     found.add_row(*_cells(ceiling_name, ceiling, ceiling), "", style="dim")
     for kernel in kernels:
