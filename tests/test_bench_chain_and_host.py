@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from trinorm import cli
 from trinorm.bench import cases, host, measure, providers, report, timing
 from trinorm.bench.cases import CHAIN, HOST_PASSES, LINKS, NAMED_SHAPES, Case
 from trinorm.bench.providers import OURS, Provider
 from trinorm.bench.records import Provenance, Record
+from trinorm.cli import bench
 
 ON_GPU = torch.cuda.is_available()
 HERE = Provenance(gpu="Made-up GPU 9", torch="0.0", triton="0.0", commit=None, date="2000-01-01")
@@ -41,6 +43,15 @@ def test_only_small_norms_are_chained() -> None:
     assert Case("rms_norm", CHAIN, 256, 4096, torch.bfloat16, torch.bfloat16).worthwhile
     assert not Case("rms_norm", CHAIN, 1024, 4096, torch.bfloat16, torch.bfloat16).worthwhile
     assert Case("rms_norm", "forward", 1024, 4096, torch.bfloat16, torch.bfloat16).worthwhile
+
+
+def test_a_name_stands_for_its_shapes() -> None:
+    assert cli.shapes("8x16,quartet,128x768") == [(8, 16), *NAMED_SHAPES["quartet"]]
+
+
+def test_of_the_matrix_six_shapes_are_chained() -> None:
+    chained = bench._cases(("rms_norm", CHAIN, torch.bfloat16), NAMED_SHAPES["matrix"])
+    assert {(of.m, of.n) for of in chained} == {(128, 768), (64, 8192), *((m, 4096) for m in (1, 16, 64, 256))}
 
 
 # --- chains ---

@@ -65,8 +65,8 @@ def host_table(records: Sequence[Record]) -> Table:
         pad_edge=False,
         title=f"{OPS[first.op].title}, {_size(first.shape)}, {first.dtype}: host time of an eager call",
         caption=(
-            "µs: median time that a call keeps the CPU. / torch: that over the time of torch's own function or module, in\n"
-            "the same process."
+            "µs: median time that a call keeps the CPU.\n"
+            "/ torch: that over the time of torch's own function, or module, in the same process."
         ),
     )
     found.add_column("", no_wrap=True)

@@ -64,7 +64,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         "--plot",
         type=Path,
         metavar="FOLDER",
-        help="draw times over hidden size and batch size; without --shapes, measures more shapes for it",
+        help=(
+            "draw times over hidden size and batch size, and the ceiling's ratio over every hidden size; without --shapes, "
+            "measures more shapes for it"
+        ),
     )
     parser.set_defaults(func=run)
 
