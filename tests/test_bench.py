@@ -66,7 +66,8 @@ def test_defaults_are_every_op_pass_and_peer_in_bf16() -> None:
 def test_arguments_are_lists() -> None:
     args = parse("--op", "rms_norm", "--shapes", "128x768,8192x4096", "--dtype", "fp16,fp32", "--pass", "backward")
     assert args.shapes == [(128, 768), (8192, 4096)]
-    assert bench._tables(args) == [("rms_norm", "backward", torch.float16), ("rms_norm", "backward", torch.float32)]
+    tables = bench._tables(args, cases.PASSES)
+    assert tables == [("rms_norm", "backward", torch.float16), ("rms_norm", "backward", torch.float32)]
     assert parse("--peers", "none").peers == []
 
 
@@ -197,14 +198,14 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every call is made once and takes a made-up 3 µs; the list grows by the number of sets timed."""
     timed: list[int] = []
 
-    def device_time(calls: list[Callable[[], object]], stream: object) -> timing.DeviceTime:
+    def device_time(calls: list[Callable[[], object]], stream: object, norms: int) -> timing.DeviceTime:
         for call in calls:
             call()
         timed.append(len(calls))
         return timing.DeviceTime(mean=3.5, std=0.25, median=3.0, replays=7)
 
     monkeypatch.setattr(measure, "device_time", device_time)
-    monkeypatch.setattr(measure, "host_time", lambda call, stream: 11.0)
+    monkeypatch.setattr(measure, "host_times", lambda calls, stream: [11.0])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=4096))
     return timed
 

@@ -48,6 +48,7 @@ FLOW = (
     "interpreter",
     "targets",
     "inspection",
+    "forced",
     "cases",
     "bench",
     "cli",

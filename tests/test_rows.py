@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from trinorm import reference
 from trinorm.compare import assert_no_worse
+from trinorm.forced import forced
 from trinorm.ops import rows
 from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
 from trinorm.tuning import RowBackward, RowBackwardFew, RowBackwardWide, RowForward, RowForwardWide, Tile
@@ -38,11 +40,12 @@ PATHS = {
 WIDE = (RowForwardWide(Tile(1, 1024, 4)), RowBackwardWide(Tile(1, 1024, 4), stages=2, per_sm=4))
 
 
-def _force(monkeypatch: pytest.MonkeyPatch, forward: object, backward: object) -> None:
-    """Make every call take these launches, whatever its size."""
-    monkeypatch.setattr(rows, "choose_forward", lambda *_: forward)
-    monkeypatch.setattr(rows, "choose_backward", lambda *_: backward)
+@pytest.fixture
+def force(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[object, object], None]]:
+    """Makes every call of the test take these launches, whatever its size."""
     monkeypatch.setattr(rows, "TOTAL", Tile(4, 1024, 4))
+    with contextlib.ExitStack() as stack:
+        yield lambda forward, backward: stack.enter_context(forced(forward=forward, backward=backward))
 
 
 def _check(spec: RowNorm, m: int, n: int, device: str, dtype: torch.dtype = torch.float32) -> None:
@@ -90,15 +93,15 @@ def _results(
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("n", HELD)
 @pytest.mark.parametrize("path", PATHS)
-def test_held(spec: RowNorm, n: int, path: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _force(monkeypatch, *PATHS[path])
+def test_held(spec: RowNorm, n: int, path: str, device: str, force: Callable[[object, object], None]) -> None:
+    force(*PATHS[path])
     _check(spec, 7, n, device)
 
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("n", EDGES)
-def test_wide(spec: RowNorm, n: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _force(monkeypatch, *WIDE)
+def test_wide(spec: RowNorm, n: int, device: str, force: Callable[[object, object], None]) -> None:
+    force(*WIDE)
     _check(spec, 3, n, device)
 
 
@@ -133,10 +136,10 @@ def test_only_what_is_asked_for(
     plan: RowBackward | RowBackwardFew | RowBackwardWide,
     want: str,
     device: str,
-    monkeypatch: pytest.MonkeyPatch,
+    force: Callable[[object, object], None],
 ) -> None:
     """Any subset of the gradients, each equal to the bit to its value when all are asked for."""
-    _force(monkeypatch, WIDE[0], plan)
+    force(WIDE[0], plan)
     x, dy = torch.randn(5, 96, device=device), torch.randn(5, 96, device=device)
     weight = torch.randn(96, device=device)
     _, mean, rstd = rows.forward(spec, x, 1, weight, None, 1e-5, save=True)

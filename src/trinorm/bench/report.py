@@ -9,24 +9,22 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..inspection import KINDS
-from .cases import OPS
+from .cases import CEILINGS, HOST_PASSES, OPS
 from .predict import Prediction
 from .providers import OURS
 from .records import Record
-
-_CEILINGS = {"forward": "copy", "backward": "add"}
 
 
 def table(records: Sequence[Record]) -> Table:
     """The records of one op, pass and dtype; those of a shape stand together."""
     first = records[0]
-    ceiling = _CEILINGS[first.pass_]
+    ceiling = CEILINGS[first.pass_]
     found = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
         title=f"{OPS[first.op].title} {first.pass_}, {first.dtype}, {first.gpu}",
         caption=(
-            f"µs: median device time of a call, by graph replay. of {ceiling}: the {ceiling}'s time over this one.\n"
+            f"µs: median device time of a norm, by graph replay. of {ceiling}: the {ceiling}'s time over this one.\n"
             "host µs: an eager call on the CPU. error: largest distance from float64 over that of torch's own result."
         ),
     )
@@ -59,9 +57,36 @@ def _cells(row: Record, by_torch: float | None) -> tuple[str, ...]:
     )
 
 
+def host_table(records: Sequence[Record]) -> Table:
+    """The host times of one op, shape and dtype: a row for each function or module."""
+    first = records[0]
+    found = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"{OPS[first.op].title}, {_size(first.shape)}, {first.dtype}: host time of an eager call",
+        caption=(
+            "µs: median time that a call keeps the CPU.\n"
+            "/ torch: that over the time of torch's own function, or module, in the same process."
+        ),
+    )
+    found.add_column("", no_wrap=True)
+    for pass_ in HOST_PASSES:
+        found.add_column(f"{pass_.removeprefix('host_').replace('_', ' ')}, µs", justify="right")
+        found.add_column("/ torch", justify="right")
+    times = {(record.provider, record.pass_): record.host_us for record in records}
+    for provider in dict.fromkeys(record.provider for record in records):
+        cells = []
+        for pass_ in HOST_PASSES:
+            time = times[provider, pass_]
+            by_torch = times.get(("torch.nn" if provider.endswith(".nn") else "torch", pass_))
+            cells += [_number(time), _number(time / by_torch if time and by_torch else None)]
+        found.add_row(provider, *cells, style="bold" if provider.removesuffix(".nn") == OURS else None)
+    return found
+
+
 def failures(records: Sequence[Record]) -> list[str]:
-    """A line for each record of a table that lacks its figures, with the reason."""
-    return [f"{row.provider}, {_size(row.shape)}: {row.failure}" for row in records if row.failure]
+    """A line for each shape and provider of a table that lacks its figures, with the reason."""
+    return list(dict.fromkeys(f"{row.provider}, {_size(row.shape)}: {row.failure}" for row in records if row.failure))
 
 
 def seed(records: Sequence[Record]) -> str:
@@ -104,7 +129,7 @@ def prediction_table(predictions: Sequence[Prediction]) -> Table:
     words = ("rows × columns", "kernel", "limit")
     headers = (
         *("rows × columns", "kernel", "warps", "registers", "spills", "shared", "resident", "limit", "loads", "stores"),
-        *("MB", "memory", "issue", "µs", f"of {_CEILINGS[first.case.pass_]}"),
+        *("MB", "memory", "issue", "µs", f"of {CEILINGS[first.case.pass_]}"),
     )
     for header in headers:
         found.add_column(header, justify="left" if header in words else "right", no_wrap=header in words)

@@ -9,22 +9,23 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..bench.cases import OPS, PASSES, SEED_SHAPE, SHAPES, SWEEPS, Case
+from ..bench.cases import CHAIN, HOST, NAMED_SHAPES, OPS, PASSES, SEED_SHAPE, SHAPES, SWEEPS, Case
 from ..bench.providers import OURS, PEERS, load
 from ..bench.records import Record, provenance, results_path
 from ..cases import DTYPES
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import names, shape_list, wide_console
+from . import names, shapes, wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from rich.table import Table
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
@@ -39,10 +40,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         ),
     )
     parser.add_argument("--op", type=names(OPS), default=list(OPS), help=f"comma-separated: {', '.join(OPS)}")
-    parser.add_argument("--shapes", type=shape_list, help="rows x columns, comma-separated, e.g. 128x768,8192x4096")
+    parser.add_argument(
+        "--shapes",
+        type=shapes,
+        help=f"rows x columns, comma-separated, e.g. 128x768,8192x4096; or a list's name: {', '.join(NAMED_SHAPES)}",
+    )
     parser.add_argument("--dtype", type=names(DTYPES), default=["bf16"], help=f"comma-separated: {', '.join(DTYPES)}")
     parser.add_argument(
-        "--pass", dest="passes", type=names(PASSES), default=list(PASSES), help=f"comma-separated: {', '.join(PASSES)}"
+        "--pass",
+        dest="passes",
+        type=names((*PASSES, CHAIN, HOST)),
+        default=list(PASSES),
+        help=(
+            "comma-separated: forward, backward (these two if not given); chain: one of many forwards in a CUDA graph, "
+            "each of what the one before wrote, below 2^22 elements; host: eager calls of functions and modules, at 128x768"
+        ),
     )
     parser.add_argument("--peers", type=_peers, default=list(PEERS), help=f"comma-separated: {', '.join(PEERS)}; or none")
     parser.add_argument(
@@ -52,7 +64,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         "--plot",
         type=Path,
         metavar="FOLDER",
-        help="draw times over hidden size and batch size; without --shapes, measures more shapes for it",
+        help=(
+            "draw times over hidden size and batch size, and the ceiling's ratio over every hidden size; without --shapes, "
+            "measures more shapes for it"
+        ),
     )
     parser.add_argument(
         "--compare",
@@ -104,6 +119,7 @@ def _compare(before: Path, after: Path) -> int:
 
 def _measure(args: argparse.Namespace, console: Console) -> int:
     from ..bench import report
+    from ..bench.host import measure_host
     from ..bench.measure import measure
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -114,10 +130,23 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
         console.print(f"{name} is not measured: {reason}", markup=False)
 
     shapes = list(args.shapes or SHAPES + SWEEPS * (args.plot is not None))
-    tables = _tables(args)
+    tables = _tables(args, (*PASSES, CHAIN))
+    hosted = [Case(op, "backward", *SEED_SHAPE, DTYPES[dtype], DTYPES[dtype]) for dtype in args.dtype for op in args.op]
+    hosted *= HOST in args.passes
     path = args.json and results_path(args.json, here.gpu, here.date, "-".join(args.op + args.dtype))
     with _progress(console) as progress, _opened(path) as file:
-        task = progress.add_task("", total=len(tables) * len(shapes) * len(providers))
+        counts = [len(_cases(table, shapes)) for table in tables]
+        task = progress.add_task("", total=sum(counts) * len(providers) + len(hosted))
+
+        def write(records: Iterable[Record]) -> None:
+            if file is not None:
+                file.writelines(record.to_json() + "\n" for record in records)
+                file.flush()
+
+        def show(table: Table, records: Sequence[Record]) -> None:
+            console.print(table)
+            for line in report.failures(records):
+                console.print(line, style="red", markup=False)
 
         def measured(table: _Table, shapes: Iterable[tuple[int, int]]) -> list[Record]:
             records: list[Record] = []
@@ -128,9 +157,7 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
 
                 found = measure(case, providers, here, device, started)
                 progress.advance(task, len(found))
-                if file is not None:
-                    file.writelines(record.to_json() + "\n" for record in found)
-                    file.flush()
+                write(found)
                 records += found
             return records
 
@@ -140,11 +167,22 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
             console.print(report.seed(records), end="\n\n")
         for table, records in by_table.items():
             records += measured(table, [shape for shape in shapes if shape != SEED_SHAPE])
-            console.print(report.table(records))
-            for line in report.failures(records):
-                console.print(line, style="red", markup=False)
+            if records:
+                show(report.table(records), records)
 
-    records = list(itertools.chain.from_iterable(by_table.values()))
+        of_host: list[Record] = []
+        for case in hosted:
+
+            def begun(pass_: str, case: Case = case) -> None:
+                progress.update(task, description=f"{case.op} {pass_}")
+
+            found = measure_host(case, providers, here, device, torch.cuda.current_stream(device), begun)
+            progress.advance(task)
+            write(found)
+            show(report.host_table(found), found)
+            of_host += found
+
+    records = [*itertools.chain.from_iterable(by_table.values()), *of_host]
     if path is not None:
         console.print(f"wrote {path}")
     if args.plot is not None:
@@ -154,7 +192,7 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
         console.print(*(f"wrote {found}" for found in drawn), sep="\n")
         if not drawn:
             console.print("nothing to draw: no two shapes share their rows or their columns")
-    return int(any(record.provider == OURS and record.ok is False for record in records))
+    return int(any(record.provider.removesuffix(".nn") == OURS and record.ok is False for record in records))
 
 
 def _predict(args: argparse.Namespace, console: Console) -> int:
@@ -166,7 +204,7 @@ def _predict(args: argparse.Namespace, console: Console) -> int:
         console.print("--json and --plot hold measurements only: nothing is written.")
     status = _check_interpreted(args)
     shapes = args.shapes or SHAPES
-    tables = _tables(args)
+    tables = _tables(args, PASSES)
     with _progress(console) as progress:
         task = progress.add_task("", total=len(tables) * len(shapes))
         for table in tables:
@@ -190,13 +228,16 @@ def _check_interpreted(args: argparse.Namespace) -> int:
 _Table = tuple[str, str, torch.dtype]
 
 
-def _tables(args: argparse.Namespace) -> list[_Table]:
-    return [(op, pass_, DTYPES[dtype]) for dtype in args.dtype for op in args.op for pass_ in args.passes]
+def _tables(args: argparse.Namespace, passes: Sequence[str]) -> list[_Table]:
+    """The tables of those passes that were asked for."""
+    asked = [pass_ for pass_ in args.passes if pass_ in passes]
+    return [(op, pass_, DTYPES[dtype]) for dtype in args.dtype for op in args.op for pass_ in asked]
 
 
 def _cases(table: _Table, shapes: Iterable[tuple[int, int]]) -> list[Case]:
     op, pass_, dtype = table
-    return [Case(op, pass_, m, n, dtype, weight_dtype=dtype) for m, n in shapes]
+    cases = [Case(op, pass_, m, n, dtype, weight_dtype=dtype) for m, n in shapes]
+    return [case for case in cases if case.worthwhile]
 
 
 def _description(case: Case) -> str:

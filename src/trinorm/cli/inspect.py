@@ -12,7 +12,7 @@ from ..bench import cases as bench_cases
 from ..bench.cases import OPS, PASSES, Case
 from ..cases import DTYPES
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import names, shape_list, wide_console
+from . import names, shapes, wide_console
 
 # What is measured; wide rows of which there are few; and wider ones, so that every kernel is met.
 SHAPES = (*bench_cases.SHAPES, (256, 12288), (1024, 65536))
@@ -38,7 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--shape",
         dest="shapes",
-        type=shape_list,
+        type=shapes,
         default=SHAPES,
         help="rows x columns, comma-separated, e.g. 8192x4096; a selection that meets every kernel unless given",
     )
