@@ -1,16 +1,27 @@
-"""What the kernels compile to, with no GPU: no spill, wide accesses, registers within written bounds."""
+"""What the kernels compile to, with no GPU: no spill, wide accesses, registers and instructions within written bounds."""
 
 from __future__ import annotations
 
+import copy
 import functools
-import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
+from filelock import FileLock
+
+from trinorm import inspection
+from trinorm.bench import changes
+
+ROOT = Path(__file__).parents[1]
+KNOWN = changes.read(ROOT / "benchmarks/instructions/sm_90.jsonl")
+RENEW = "if this is meant: trinorm inspect --json benchmarks/instructions/sm_90.jsonl"
 
 # Registers a thread may take (sm_90), by the kernel and the target that a regression would show on first. Warps of a
 # multiprocessor share 65536: what each bound keeps is the number of programs in flight that the tables were tuned at.
@@ -26,7 +37,7 @@ REGISTERS = {
     ("row_backward", "layer_norm", 1024): 128,
     ("row_backward_few", "rms_norm", 768): 128,
     ("row_backward_apply", "layer_norm", 16384): 80,
-    ("sum_partials", "layer_norm", 768): 64,
+    ("sum_partials", "layer_norm", 1024): 64,
 }
 
 # Bytes of local memory allowed: one value, which ptxas parks at a step of occupancy, here or there with its version; and
@@ -38,26 +49,39 @@ SPILLS = {("row_backward", "rms_norm", 16384): 96}
 LANES = {"sm_80": 32, "sm_90": 32, "gfx942": 64}
 
 
-@functools.cache
-def _compiled(target: str) -> list[dict[str, Any]]:
-    """tests/compile_guard.py's list, from a process in which the kernels are compiled and not interpreted."""
-    script = Path(__file__).with_name("compile_guard.py")
+# The lines of ``trinorm inspect`` for a target.
+Compiled = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """From a process in which the kernels are compiled and not interpreted; once, however many processes run tests."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    run = subprocess.run(
-        [sys.executable, str(script), target], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+
+    @functools.cache
+    def lines(target: str) -> list[dict[str, Any]]:
+        path = folder / f"{target}.jsonl"
+        with FileLock(folder / f"{target}.lock"):
+            if not path.exists():
+                command = [sys.executable, "-m", "trinorm", "inspect", "--target", target, "--json", str(path)]
+                run = subprocess.run(command, env=environment, capture_output=True, text=True)
+                assert run.returncode == 0, run.stderr
+        return changes.read(path)
+
+    return lines
 
 
 def _name(record: dict[str, Any]) -> str:
-    return "{kernel} of {spec} {m}x{n}".format(**record)
+    return "{kernel} of {op} {shape}".format(**record)
 
 
 @pytest.mark.parametrize("target", LANES)
-def test_every_kernel_is_compiled(target: str) -> None:
-    kernels = {record["kernel"] for record in _compiled(target)}
+def test_every_kernel_is_compiled(target: str, compiled: Compiled) -> None:
+    kernels = {record["kernel"] for record in compiled(target)}
     assert kernels == {
         "row_forward",
         "row_forward_streamed",
@@ -70,32 +94,178 @@ def test_every_kernel_is_compiled(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", LANES)
-def test_nothing_spills(target: str) -> None:
+def test_nothing_spills(target: str, compiled: Compiled) -> None:
     spilled = {
         _name(record): record["spills"]
-        for record in _compiled(target)
-        if record["spills"] > SPILLS.get((record["kernel"], record["spec"], record["n"]), SPILLED_VALUE)
+        for record in compiled(target)
+        if record["spills"] > SPILLS.get((record["kernel"], record["op"], record["shape"][1]), SPILLED_VALUE)
     }
     assert not spilled
 
 
 @pytest.mark.parametrize("target", LANES)
-def test_rows_are_read_and_written_as_wide_as_their_tile_allows(target: str) -> None:
+def test_rows_are_read_and_written_as_wide_as_their_tile_allows(target: str, compiled: Compiled) -> None:
     """128 bits at a time, or as many as a chunk of bf16 has for each thread."""
-    for record in _compiled(target):
+    for record in compiled(target):
         if record["kernel"] == "sum_partials":
             continue
-        share = 16 * record["chunk"] * record["rows"] // (LANES[target] * record["warps"])
-        widest = {kind: max(width for k, width, _ in record["accesses"] if k == kind) for kind in ("load", "store")}
+        options = record["options"]
+        share = 16 * options["CHUNK"] * options.get("ROWS", 1) // (LANES[target] * record["warps"])
+        widest = {kind: max(map(int, record["ordinary"][kind])) for kind in ("loads", "stores")}
         expected = min(128, share)
-        assert widest["load"] >= expected, _name(record)
+        assert widest["loads"] >= expected, _name(record)
         if record["kernel"] != "row_backward_moments":
-            assert widest["store"] >= expected, _name(record)
+            assert widest["stores"] >= expected, _name(record)
 
 
 @pytest.mark.parametrize("bound", REGISTERS, ids=str)
-def test_registers_stay_within_bounds(bound: tuple[str, str, int]) -> None:
-    kernel, spec, n = bound
-    found = [r["registers"] for r in _compiled("sm_90") if (r["kernel"], r["spec"], r["n"]) == (kernel, spec, n)]
+def test_registers_stay_within_bounds(bound: tuple[str, str, int], compiled: Compiled) -> None:
+    kernel, op, n = bound
+    found = [r["registers"] for r in compiled("sm_90") if (r["kernel"], r["op"], r["shape"][1]) == (kernel, op, n)]
     assert found, "the bound names a kernel that is compiled"
     assert max(found) <= REGISTERS[bound]
+
+
+@pytest.mark.parametrize("target", LANES)
+def test_counts_belong_together(target: str, compiled: Compiled) -> None:
+    for record in compiled(target):
+        every, ordinary = record["instructions"], record["ordinary"]["instructions"]
+        assert sum(every.values()) >= sum(ordinary.values()), _name(record)
+        assert record["options"].get("RESCUE") or every == ordinary, _name(record)
+        for code in (record, record["ordinary"]):
+            # No more widths than accesses; what is in the loop is in the code.
+            assert 0 < sum(code["loads"].values()) <= code["instructions"]["global load"], _name(record)
+            assert all(count <= code["instructions"][kind] for kind, count in code["loop"].items()), _name(record)
+        # What walks over tiles or rows does so in a loop that reads memory.
+        if record["kernel"] in ("row_backward", "row_backward_apply"):
+            assert record["loop"]["global load"], _name(record)
+        assert record["occupancy"]["programs"] >= 1, _name(record)
+
+
+# --- the file of what is known ---
+
+
+def test_no_kernel_grew(compiled: Compiled) -> None:
+    """In registers, spills or instructions, beyond what bench.changes allows."""
+    if KNOWN[0]["triton"] != triton.__version__:
+        pytest.skip(f"the file holds what Triton {KNOWN[0]['triton']} makes, and this is {triton.__version__}")
+    found = changes.compare_lines(KNOWN, compiled("sm_90"))
+    assert [str(change) for change in found.failures] == [], RENEW
+    assert (found.only_before, found.only_after) == ((), ()), RENEW
+
+
+def test_the_file_is_of_the_triton_that_ci_installs() -> None:
+    pin = re.search(r"^triton==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pin is not None
+    assert {line["triton"] for line in KNOWN} == {pin[1]}, RENEW
+
+
+def _more(line: dict[str, Any], key: str, by: float) -> None:
+    line[key] += by
+
+
+def _add_instructions(line: dict[str, Any], code: str, share: float) -> None:
+    mix = line["ordinary"][code]
+    mix["alu"] += int(sum(mix.values()) * share) + 1
+
+
+@pytest.mark.parametrize(
+    ("quantity", "grow", "within"),
+    [
+        ("registers", lambda line, n: _more(line, "registers", n), (9, 8)),
+        ("bytes spilled", lambda line, n: _more(line, "spills", n), (9, 8)),
+        ("programs at once", lambda line, n: _more(line["occupancy"], "programs", -n), (1, 0)),
+        ("instructions", lambda line, n: _add_instructions(line, "instructions", n), (0.05, 0.04)),
+        ("instructions in loop", lambda line, n: _add_instructions(line, "loop", n), (0.05, 0.04)),
+    ],
+)
+def test_a_kernel_that_grew_is_found(
+    quantity: str, grow: Callable[[dict[str, Any], float], None], within: tuple[float, float]
+) -> None:
+    i = next(i for i, line in enumerate(KNOWN) if line["kernel"] == "row_backward")
+    for by, failures in zip(within, (1, 0), strict=True):
+        now = copy.deepcopy(KNOWN)
+        grow(now[i], by)
+        found = changes.compare_lines(KNOWN, now)
+        assert [change.quantity for change in found.failures] == [quantity] * failures
+        # The other way around it is no failure.
+        assert changes.compare_lines(now, KNOWN).failures == []
+
+
+def test_a_loop_that_comes_or_goes_is_not_a_loop_that_grew() -> None:
+    i = next(i for i, line in enumerate(KNOWN) if line["kernel"] == "row_backward")
+    unrolled = copy.deepcopy(KNOWN)
+    unrolled[i]["ordinary"]["loop"] = {}
+    for before, after in ((KNOWN, unrolled), (unrolled, KNOWN)):
+        assert changes.compare_lines(before, after).failures == []
+
+
+# --- reading machine code ---
+
+SASS = """
+        /*0000*/                   S2R R0, SR_TID.X ;                            /* 0x0000000000007919 */
+                                                                                 /* 0x000e620000002500 */
+        /*0010*/                   LDG.E.64.CONSTANT R2, desc[UR4][R2.64] ;      /* 0x0000000402027981 */
+        /*0020*/               @P0 BRA 0x90 ;                                    /* 0x0000000000847947 */
+        /*0030*/                   LDGSTS.E.BYPASS.LTC128B.128 [R3], desc[UR4][R4.64] ; /* 0x00 */
+        /*0040*/                   LDGDEPBAR ;                                   /* 0x00000000000079af */
+        /*0050*/                   FFMA R4, R5, R6, R7 ;                         /* 0x0000000605047223 */
+        /*0060*/              @!P1 BRA 0x30 ;                                    /* 0x0000000000007947 */
+        /*0070*/               @P2 EXIT ;                                        /* 0x000000000000294d */
+        /*0080*/                   EXIT ;                                        /* 0x000000000000794d */
+        /*0090*/                   STG.E.U16 desc[UR4][R2.64], R9 ;              /* 0x0000000902007986 */
+        /*00a0*/                   F2FP.BF16.F32.PACK_AB R9, R9, R8 ;            /* 0x000000080909723e */
+        /*00b0*/                   BRA 0x30 ;                                    /* 0x0000000000307947 */
+        /*00c0*/                   BRA 0xc0;                                     /* 0xfffffffc00fc7947 */
+        /*00d0*/                   NOP;                                          /* 0x0000000000007918 */
+"""
+
+AMDGCN = """
+\ts_load_dwordx2 s[4:5], s[0:1], 0x0
+\ts_cbranch_scc0 .LBB0_3
+.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
+\tbuffer_load_dwordx2 v[2:3], v4, s[4:7], 0 offen
+\ts_waitcnt vmcnt(0)
+\tv_pk_fma_f32 v[2:3], v[2:3], v[6:7], v[8:9]
+\tv_add_f32_dpp v2, v2, v2 quad_perm:[1,0,3,2]
+\ts_nop 1
+\ts_cbranch_vccz .LBB0_1
+\ts_endpgm
+.LBB0_3:
+\tglobal_store_short_d16_hi v0, v1, s[2:3]
+\ts_branch .LBB0_1
+"""
+
+
+def test_sass_is_read() -> None:
+    code = inspection.sass(SASS)
+    assert [(i.kind, i.bits) for i in code] == [
+        *(("alu", 0), ("global load", 64), ("branch", 0)),
+        *(("global load", 128), ("wait", 0), ("fma", 0), ("branch", 0)),
+        *(("branch", 0), ("branch", 0), ("global store", 16), ("convert", 0), ("branch", 0)),
+    ]  # and neither the branch to itself nor NOP, which fill up the last lines
+    assert [i.target for i in code if i.kind == "branch"] == [0x90, 0x30, None, None, 0x30]
+    assert [i.falls for i in code if i.kind == "branch"] == [True, True, True, False, False]
+
+
+def test_amdgcn_is_read() -> None:
+    code = inspection.amdgcn(AMDGCN)
+    assert [(i.kind, i.bits) for i in code] == [
+        *(("uniform", 0), ("branch", 0)),
+        *(("global load", 64), ("wait", 0), ("fma", 0), ("shuffle", 0), ("branch", 0), ("branch", 0)),
+        *(("global store", 16), ("branch", 0)),
+    ]
+    assert [i.target for i in code if i.kind == "branch"] == [8, 2, None, 2]
+    assert [i.falls for i in code if i.kind == "branch"] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("code", "loop"),
+    [(inspection.sass(SASS), range(3, 7)), (inspection.amdgcn(AMDGCN), range(2, 7))],
+    ids=["sass", "amdgcn"],
+)
+def test_a_jump_back_is_a_loop_only_where_its_target_leads_to_it(code: list[inspection.Instruction], loop: range) -> None:
+    assert inspection.longest_loop(code) == [code[i] for i in loop]
+    assert inspection.longest_loop(code[loop.stop :]) == []
+    # A loop that touches no global memory is none of those meant.
+    assert inspection.longest_loop([i._replace(bits=0) for i in code]) == []

@@ -46,7 +46,7 @@ def test_a_second_device_is_made_current_for_the_launch_and_no_longer() -> None:
 
 
 def test_devices_are_described() -> None:
-    assert describe(torch.device("cpu")) == Device(132, 227 << 10)
+    assert describe(torch.device("cpu")) == Device(132, 227 << 10, dependent_launch=False, programs_wait=False)
     if torch.cuda.is_available():
         here = describe(torch.device("cuda", 0))
         assert here.multiprocessors == torch.cuda.get_device_properties(0).multi_processor_count

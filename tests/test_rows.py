@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from trinorm import reference
 from trinorm.compare import assert_no_worse
+from trinorm.forced import forced
 from trinorm.ops import rows
 from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
-from trinorm.tuning import RowBackward, RowBackwardFew, RowBackwardWide, RowForward, RowForwardWide, Tile
+from trinorm.tuning import (
+    RowBackward,
+    RowBackwardFew,
+    RowBackwardSplit,
+    RowBackwardWide,
+    RowForward,
+    RowForwardSplit,
+    RowForwardWide,
+    Tile,
+)
 
 SPECS = [pytest.param(LAYER_NORM, id="layer_norm"), pytest.param(RMS_NORM, id="rms_norm")]
 ON_GPU = torch.cuda.is_available()
@@ -23,26 +34,34 @@ HELD = [n for n in EDGES if n <= 12288]
 # Chunks that divide few of the sizes, so that the last one is ragged.
 PATHS = {
     "row a program": (
-        RowForward(Tile(1, 1024, 4), stream=False, preload=False),
-        RowBackward(Tile(1, 1024, 4), stages=3, per_sm=1, stream=True),
+        RowForward(Tile(1, 1024, 4), tiles=1, stream=False, preload=False, early=True),
+        RowBackward(Tile(1, 1024, 4), tiles=1, stages=3, per_sm=1, stream=True),
     ),
     "rows a program": (
-        RowForward(Tile(4, 512, 4), stream=False, preload=True),
-        RowBackward(Tile(4, 512, 4), stages=1, per_sm=1, stream=False),
+        RowForward(Tile(4, 512, 4), tiles=1, stream=False, preload=True, early=False),
+        RowBackward(Tile(4, 512, 4), tiles=1, stages=1, per_sm=1, stream=False),
+    ),
+    "tiles a program": (
+        RowForward(Tile(2, 512, 4), tiles=4, stream=False, preload=True, early=True),
+        RowBackward(Tile(1, 512, 4), tiles=2, stages=3, per_sm=2, stream=False),
     ),
     "few": (
-        RowForward(Tile(2, 2048, 8), stream=True, preload=True),
+        RowForward(Tile(2, 2048, 8), tiles=1, stream=True, preload=True, early=True),
         RowBackwardFew(Tile(2, 2048, 8), sums=Tile(4, 1024, 8)),
     ),
 }
+# Teams of 2 to 96 programs: of a power of two and not, of more words than a warp has lanes.
+SPLIT = (RowForwardSplit(Tile(1, 512, 4), 1024), RowBackwardSplit(Tile(1, 512, 4), 1024, stages=3, per_sm=2))
 WIDE = (RowForwardWide(Tile(1, 1024, 4)), RowBackwardWide(Tile(1, 1024, 4), stages=2, per_sm=4))
 
 
-def _force(monkeypatch: pytest.MonkeyPatch, forward: object, backward: object) -> None:
-    """Make every call take these launches, whatever its size."""
-    monkeypatch.setattr(rows, "choose_forward", lambda *_: forward)
-    monkeypatch.setattr(rows, "choose_backward", lambda *_: backward)
-    monkeypatch.setattr(rows, "TOTAL", Tile(4, 1024, 4))
+@pytest.fixture
+def force() -> Iterator[Callable[[object, object], None]]:
+    """Makes every call of the test take these launches, whatever its size."""
+    with contextlib.ExitStack() as stack:
+        yield lambda forward, backward: stack.enter_context(
+            forced(forward=forward, backward=backward, total=Tile(4, 1024, 4))
+        )
 
 
 def _check(spec: RowNorm, m: int, n: int, device: str, dtype: torch.dtype = torch.float32) -> None:
@@ -90,16 +109,46 @@ def _results(
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("n", HELD)
 @pytest.mark.parametrize("path", PATHS)
-def test_held(spec: RowNorm, n: int, path: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _force(monkeypatch, *PATHS[path])
+def test_held(spec: RowNorm, n: int, path: str, device: str, force: Callable[[object, object], None]) -> None:
+    force(*PATHS[path])
     _check(spec, 7, n, device)
 
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("n", EDGES)
-def test_wide(spec: RowNorm, n: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _force(monkeypatch, *WIDE)
+def test_wide(spec: RowNorm, n: int, device: str, force: Callable[[object, object], None]) -> None:
+    force(*WIDE)
     _check(spec, 3, n, device)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="programs wait for each other, which the interpreter runs one after the other")
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("n", [2048, 3072, 5120, 12288, 32768, 65536, 98304])
+@pytest.mark.parametrize("m", [1, 7, 150, 600])
+def test_split(spec: RowNorm, m: int, n: int, device: str, force: Callable[[object, object], None]) -> None:
+    force(*SPLIT)
+    _check(spec, m, n, device)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="programs wait for each other, which the interpreter runs one after the other")
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_split_rows_beyond_the_range_of_squares(
+    spec: RowNorm, scale: float, device: str, force: Callable[[object, object], None]
+) -> None:
+    """Rows to rescue among others: the others' bits are those that they have alone."""
+    force(*SPLIT)
+    x = torch.randn(9, 65536, device=device)
+    alone = rows.forward(spec, x, 1, None, None, 0.0, save=True)
+    mixed = x.clone()
+    mixed[::2] *= scale
+    y, _, rstd = rows.forward(spec, mixed, 1, None, None, 0.0, save=True)
+    exact = reference.oracle(spec, mixed, (65536,), None, None, 0.0)
+    by_torch = reference.oracle(spec, x, (65536,), None, None, 0.0).y.float()  # what fp32 can show of the unscaled rows
+    assert_no_worse("y", y, exact.y, torch.where(torch.arange(9, device=device)[:, None] % 2 == 0, by_torch, alone.y))
+    assert torch.equal(y[1::2], alone.y[1::2])
+    assert rstd is not None
+    assert torch.isfinite(rstd).all()
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -133,10 +182,10 @@ def test_only_what_is_asked_for(
     plan: RowBackward | RowBackwardFew | RowBackwardWide,
     want: str,
     device: str,
-    monkeypatch: pytest.MonkeyPatch,
+    force: Callable[[object, object], None],
 ) -> None:
     """Any subset of the gradients, each equal to the bit to its value when all are asked for."""
-    _force(monkeypatch, WIDE[0], plan)
+    force(WIDE[0], plan)
     x, dy = torch.randn(5, 96, device=device), torch.randn(5, 96, device=device)
     weight = torch.randn(96, device=device)
     _, mean, rstd = rows.forward(spec, x, 1, weight, None, 1e-5, save=True)

@@ -1,4 +1,4 @@
-"""What a kernel compiles to, with no GPU: registers, spills, shared memory, the width of every global access."""
+"""What a kernel compiles to, with no GPU: registers, spills, shared memory, and its instructions by kind and by width."""
 
 from __future__ import annotations
 
@@ -8,32 +8,75 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
+import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from .ops import rows
+from .targets import TARGETS
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+# Kinds of instruction, by how their mnemonics start; the first that fits counts. What none fits is "alu": integers, logic,
+# comparisons, moves. Widening bf16 is one of those (a shift); narrowing to it is a conversion.
+_CUDA_KINDS = {
+    "wait": "BAR|DEPBAR|LDGDEPBAR|MEMBAR|FENCE|SYNCS|WARPSYNC|UCGABAR|ACQBULK|PREEXIT",
+    "global load": r"LDG|LD\b|UTMALDG|UBLKCP",
+    "global store": r"STG|ST\b|UTMASTG|REDG|RED\b|ATOMG|ATOM\b",
+    "shared load": "LDS|ATOMS",
+    "shared store": "STS",
+    "local": "LDL|STL",
+    "shuffle": "SHFL|REDUX|VOTE",
+    "special": "MUFU",
+    "convert": r"F2|I2F|FRND|HADD2\.F32",
+    "fma": "FFMA|FMUL|FADD|HFMA2|HMUL2|HADD2|IMAD|DFMA|DMUL|DADD",
+    "branch": "BRA|BRX|EXIT|BSSY|BSYNC|BREAK|CALL|RET|JMP",
+    "uniform": "U[A-Z]|S2UR|R2UR",
 }
+_HIP_KINDS = {
+    "wait": "s_barrier|s_waitcnt|s_sleep",
+    "global load": "(global|buffer|flat)_load",
+    "global store": "(global|buffer|flat)_(store|atomic)",
+    "shuffle": r"ds_b?permute|ds_swizzle|v_readlane|v_writelane|v_readfirstlane|\w+_dpp",
+    "shared load": "ds_(read|load)",
+    "shared store": "ds_(write|store)",
+    "local": "scratch_",
+    "special": "v_(rsq|rcp|sqrt|exp|log|sin|cos)_",
+    "convert": "v_cvt_",
+    "fma": r"v_(pk_)?(fma|mad|mul|add|sub)\w*_f\d",
+    "branch": "s_branch|s_cbranch|s_endpgm|s_setpc|s_swappc",
+    "uniform": "s_",
+}
+KINDS = (*_CUDA_KINDS, "alu")
+
+
+class Instruction(NamedTuple):
+    """One instruction of a kernel's machine code.
+
+    kind: one of KINDS. bits: that a thread loads or stores, of a global access. address: where it stands. target: where it
+    may branch to. falls: whether the next may follow it.
+    """
+
+    kind: str
+    bits: int
+    address: int
+    target: int | None
+    falls: bool
 
 
 @dataclass(frozen=True)
 class Compiled:
     """The resources of one kernel compiled for one target.
 
-    registers: per thread. spills: bytes of local memory per thread. shared: bytes per program. accesses: how many
-    global loads and stores of each width in bits the machine code holds, e.g. ``{("load", 128): 4}``. warps: of a program.
+    registers: per thread. spills: bytes of local memory per thread. shared: bytes per program. warps: of a program.
+    loads, stores: how many global accesses of each width in bits, e.g. ``{128: 4}``. instructions: how many of each of
+    KINDS, without padding. loop: those of the longest loop that touches global memory; empty where none does. loop_bytes:
+    what a thread loads and stores there in one turn.
     """
 
     kernel: str
@@ -42,8 +85,11 @@ class Compiled:
     registers: int
     spills: int
     shared: int
-    accesses: dict[tuple[str, int], int]
-    instructions: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    instructions: dict[str, int]
+    loop: dict[str, int]
+    loop_bytes: int
 
 
 def compile_call(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any], target: str) -> Compiled:
@@ -51,9 +97,7 @@ def compile_call(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, 
 
     Tensors may live on the meta device: of a pointer, only its dtype counts, and it is taken as 16-byte aligned.
     """
-    gpu = TARGETS[target]
-    if not (gpu.backend == "cuda" and gpu.arch >= 90):
-        options = options | dict(PDL=False, launch_pdl=False)
+    gpu = TARGETS[target].gpu
     backend = make_backend(gpu)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, rest = bind(*args, **options)
@@ -61,57 +105,127 @@ def compile_call(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, 
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=gpu, options=parsed.__dict__)
     read = _read_cuda if gpu.backend == "cuda" else _read_hip
-    return read(kernel.__name__, target, parsed.num_warps, compiled)
+    registers, spills, code = read(compiled.asm)
+    loop = longest_loop(code)
+    return Compiled(
+        kernel=kernel.__name__,
+        target=target,
+        warps=parsed.num_warps,
+        registers=registers,
+        spills=spills,
+        shared=compiled.metadata.shared,
+        loads=_widths(code, "global load"),
+        stores=_widths(code, "global store"),
+        instructions=_mix(code),
+        loop=_mix(loop),
+        loop_bytes=sum(instruction.bits for instruction in loop) // 8,
+    )
 
 
-def _read_cuda(kernel: str, target: str, warps: int, compiled: Any) -> Compiled:
+def _mix(code: Iterable[Instruction]) -> dict[str, int]:
+    count = Counter(instruction.kind for instruction in code)
+    return {kind: count[kind] for kind in KINDS if count[kind]}
+
+
+def _widths(code: Iterable[Instruction], kind: str) -> dict[int, int]:
+    """The widest first."""
+    return dict(sorted(Counter(i.bits for i in code if i.kind == kind and i.bits).items(), reverse=True))
+
+
+def longest_loop(code: list[Instruction]) -> list[Instruction]:
+    """The longest loop that touches global memory, or nothing. Of nested loops, the outermost."""
+    where = {instruction.address: i for i, instruction in enumerate(code)}
+    following: list[list[int]] = [[] for _ in code]
+    preceding: list[list[int]] = [[] for _ in code]
+    for i, instruction in enumerate(code):
+        jumps = [where[instruction.target]] if instruction.target in where else []
+        for j in [*jumps, *([i + 1] if instruction.falls and i + 1 < len(code) else [])]:
+            following[i].append(j)
+            preceding[j].append(i)
+    loops = []
+    for i, instruction in enumerate(code):
+        # A jump back is a loop only if its target leads to it again: code set apart jumps back too.
+        if instruction.target in where and where[instruction.target] <= i:
+            body = _reached(following, where[instruction.target]) & _reached(preceding, i)
+            loops.append([code[j] for j in sorted(body)])
+    return max((loop for loop in loops if any(i.bits for i in loop)), key=len, default=[])
+
+
+def _reached(edges: list[list[int]], start: int) -> set[int]:
+    found, waiting = {start}, [start]
+    while waiting:
+        new = set(edges[waiting.pop()]) - found
+        found |= new
+        waiting += new
+    return found
+
+
+def _kind(mnemonic: str, kinds: Mapping[str, str]) -> str:
+    return next((kind for kind, start in kinds.items() if re.match(start, mnemonic)), "alu")
+
+
+def _read_cuda(asm: dict[str, Any]) -> tuple[int, int, list[Instruction]]:
+    """Registers, spills and code."""
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _cuobjdump("--dump-resource-usage", cubin)
-        sass = _cuobjdump("--dump-sass", cubin)
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*);", sass, re.MULTILINE)
-    accesses: Counter[tuple[str, int]] = Counter()
-    for line in lines:
-        if match := re.search(r"\b(LDG|STG|LDGSTS)\.(\S*)", line):
-            kind = "store" if match[1] == "STG" else "load"
-            width = re.search(r"\b(128|64|U?16|U?8)\b", match[2].replace(".", " "))
-            accesses[kind, int(width[1].lstrip("US")) if width else 32] += 1
-    return Compiled(
-        kernel=kernel,
-        target=target,
-        warps=warps,
-        registers=used["REG"],
-        spills=used["STACK"] + used["LOCAL"],
-        shared=compiled.metadata.shared,
-        accesses=dict(accesses),
-        instructions=len(lines),
-    )
+        cubin.write_bytes(asm["cubin"])
+        command = [tool, "--dump-resource-usage", "--dump-sass", str(cubin)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return used["REG"], used["STACK"] + used["LOCAL"], sass(text)
 
 
-def _cuobjdump(flag: str, cubin: Path) -> str:
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    return subprocess.run([tool, flag, str(cubin)], check=True, capture_output=True, text=True).stdout
+def sass(text: str) -> list[Instruction]:
+    """The instructions of cuobjdump's listing of one kernel, without the padding at its end."""
+    code = []
+    line = r"^\s+/\*([0-9a-f]{4,})\*/\s+(@\S+ )?(\S+)(?: (.*?))?\s*;"
+    for number, predicate, mnemonic, operands in re.findall(line, text, re.MULTILINE):
+        kind, address, bits, target = _kind(mnemonic, _CUDA_KINDS), int(number, 16), 0, None
+        if kind.startswith("global") and not mnemonic.startswith("U"):  # U: a tile, and not of one thread
+            width = re.search(r"\.[US]?(128|64|16|8)\b", mnemonic)
+            bits = int(width[1]) if width else 32
+        if mnemonic.startswith(("BRA", "JMP")) and (to := re.search(r"\b0x([0-9a-f]+)$", operands)):
+            target = int(to[1], 16)
+        if mnemonic == "NOP" or target == address:
+            continue
+        conditional = predicate or re.search(r"\bU?P\d", operands)
+        leaves = mnemonic.startswith(("BRA", "BRX", "JMP", "EXIT", "RET"))
+        code.append(Instruction(kind, bits, address, target, falls=bool(conditional or not leaves)))
+    return code
 
 
-def _read_hip(kernel: str, target: str, warps: int, compiled: Any) -> Compiled:
-    text = compiled.asm["amdgcn"]
+def _read_hip(asm: dict[str, Any]) -> tuple[int, int, list[Instruction]]:
+    """Registers, spills and code."""
+    text = asm["amdgcn"]
     used = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)}
-    accesses: Counter[tuple[str, int]] = Counter()
-    widths = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "ushort": 16, "byte": 8, "ubyte": 8}
-    for kind, width in re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+?)(?:_d16\w*)?\s", text):
-        accesses[kind, widths.get(width, 0)] += 1
-    return Compiled(
-        kernel=kernel,
-        target=target,
-        warps=warps,
-        registers=used["vgpr_count"],
-        spills=used["private_segment_fixed_size"],
-        shared=compiled.metadata.shared,
-        accesses=dict(accesses),
-        instructions=len(re.findall(r"^\t[vs]_|^\t(?:global|buffer|ds)_", text, re.MULTILINE)),
-    )
+    return used["vgpr_count"], used["private_segment_fixed_size"], amdgcn(text)
+
+
+_HIP_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "ushort": 16, "byte": 8, "ubyte": 8}
+
+
+def amdgcn(text: str) -> list[Instruction]:
+    """The instructions of LLVM's assembly of one kernel. Addresses count instructions."""
+    lines = re.findall(r"^(\.L\w+):|^\t((?:[vs]|ds|global|buffer|flat|scratch)_\w+)[ \t]*(.*)$", text, re.MULTILINE)
+    lines = [line for line in lines if line[1] != "s_nop"]
+    labels: dict[str, int] = {}
+    for i, (label, _, _) in enumerate(lines):
+        if label:
+            labels[label] = i - len(labels)
+    code: list[Instruction] = []
+    for _, mnemonic, operands in (line for line in lines if line[1]):
+        access = re.match(r"(?:global|buffer|flat)_(?:load|store)_([a-z]+?(?:x\d)?)(?:_|$)", mnemonic)
+        code.append(
+            Instruction(
+                kind=_kind(mnemonic, _HIP_KINDS),
+                bits=_HIP_BITS.get(access[1], 0) if access else 0,
+                address=len(code),
+                target=labels.get(operands.strip()) if "branch" in mnemonic else None,
+                falls=mnemonic not in ("s_branch", "s_endpgm"),
+            )
+        )
+    return code
 
 
 class Call(NamedTuple):
@@ -124,8 +238,10 @@ class Call(NamedTuple):
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Call]]:
-    """Inside, launches are listed and nothing runs: give the ops tensors on the meta device, and compile what they ask.
+def recorded(target: str = "sm_90") -> Iterator[list[Call]]:
+    """Inside, launches are listed as they would be on ``target``, and nothing runs.
+
+    Give the ops tensors on the meta device, and compile what they ask:
 
     >>> with recorded() as calls:
     ...     rows.forward(RMS_NORM, torch.empty(8192, 4096, device="meta"), 1, None, None, 1e-6, save=True)
@@ -133,12 +249,10 @@ def recorded() -> Iterator[list[Call]]:
     """
     calls: list[Call] = []
 
-    def record(kernel: Any, grid: tuple[int, ...], device: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def record(
+        kernel: Any, grid: tuple[int, ...], device: torch.device, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
         calls.append(Call(kernel, grid, args, options))
 
-    actual = rows.launch
-    rows.launch = record
-    try:
+    with mock.patch.multiple(rows, launch=record, describe=lambda device: TARGETS[target].device):
         yield calls
-    finally:
-        rows.launch = actual

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .. import reference
 from ..compare import Comparison, compare
-from .cases import OPS, Case, Inputs
+from .cases import CHAIN, OPS, Case, Inputs
 from .providers import OURS, Norm, Provider
 from .records import Provenance, Record
-from .timing import device_time, host_time, sets_past_l2
+from .timing import Replay, device_time, host_times, sets_past_l2
 
-# A forward's y, or a backward's (dx, dw) or (dx, dw, db).
+# A forward's or a chain's y, or a backward's (dx, dw) or (dx, dw, db).
 TimedCall = Callable[[], Tensor | tuple[Tensor, ...]]
 
 
@@ -63,18 +63,20 @@ def _measure(
     try:
         generator = torch.Generator(device).manual_seed(0)
         expected = expect(case, case.draw(device, generator))
-        count = sets_past_l2(case.bytes, torch.cuda.get_device_properties(device).L2_cache_size)
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        # A chain's x are just written, wherever the allocator put them: that is what is to be seen.
+        count = 1 if case.pass_ == CHAIN else sets_past_l2(case.bytes, l2_bytes)
         sets = [case.draw(device, generator) for _ in range(count)]
-        ceiling = device_time(ceiling_calls(sets), stream).median
+        ceiling = device_time(ceiling_calls(case, sets), stream, case.norms).median
     except Exception as error:  # out of memory, above all: no provider can be measured
-        return [replace(blank(provider=provider.name), failure=_reason(error)) for provider in providers]
+        return [replace(blank(provider=provider.name), failure=reason(error)) for provider in providers]
     for provider in providers:
         started(provider.name)
         record = replace(blank(provider=provider.name), ceiling_us=ceiling)
         try:
             record = _measure_one(record, case, provider, expected, sets, stream)
         except Exception as error:  # whatever a provider raises is its row
-            record = replace(record, failure=_reason(error))
+            record = replace(record, failure=reason(error))
         records.append(record)
     return records
 
@@ -83,7 +85,12 @@ def _measure_one(
     record: Record, case: Case, provider: Provider, expected: Expected, sets: Sequence[Inputs], stream: torch.cuda.Stream
 ) -> Record:
     norm = provider.build(case)
-    comparisons = verify(norm, expected)
+    if case.pass_ == CHAIN:
+        norm = chained(norm)
+        # Norms that overlap do so only where the host is not between them, in a graph: that is what must be right.
+        comparisons = verify(functools.partial(_replayed, norm, stream), expected)
+    else:
+        comparisons = verify(norm, expected)
     ratios = [found.error / found.torch_error for found in comparisons if found.torch_error]
     record = replace(record, ok=all(found.ok for found in comparisons), error_ratio=max(ratios, default=None))
     if provider.name == OURS and not record.ok:
@@ -92,7 +99,7 @@ def _measure_one(
         if inputs.dy is not None:
             inputs.dy.normal_()  # a peer may have written into it
     calls = calls_of(norm, sets)
-    device = device_time(calls, stream)
+    device = device_time(calls, stream, case.norms)
     return replace(
         record,
         device_us=device.median,
@@ -100,8 +107,26 @@ def _measure_one(
         device_us_std=device.std,
         replays=device.replays,
         rotated=len(sets),
-        host_us=host_time(calls[0], stream),
+        host_us=None if case.pass_ == CHAIN else host_times(calls[:1], stream)[0],
     )
+
+
+def chained(norm: Norm) -> Norm:
+    """Norms one after the other: each has its own row of the weights, and its y is the next one's x."""
+
+    def chain(x: Tensor, *parameters: Tensor) -> Tensor:
+        for own in zip(*parameters, strict=True):
+            x = norm(x, *own)
+        return x
+
+    return chain
+
+
+def _replayed(norm: Norm, stream: torch.cuda.Stream, *arguments: Tensor) -> Tensor:
+    """The norm's result as a replay of its graph computes it."""
+    (y,) = Replay([functools.partial(norm, *arguments)], stream).results
+    assert isinstance(y, Tensor)
+    return y.clone()  # the graph's own memory goes with the graph
 
 
 def calls_of(norm: Norm, sets: Sequence[Inputs]) -> list[TimedCall]:
@@ -116,8 +141,13 @@ def calls_of(norm: Norm, sets: Sequence[Inputs]) -> list[TimedCall]:
     return calls
 
 
-def ceiling_calls(sets: Sequence[Inputs]) -> list[TimedCall]:
-    """What moves the same bytes with no arithmetic to speak of: torch's copy for a forward, its add for a backward."""
+def ceiling_calls(case: Case, sets: Sequence[Inputs]) -> list[TimedCall]:
+    """What moves the same bytes with no arithmetic to speak of.
+
+    torch's copy for a forward, its add for a backward; for a chain, copies of which each copies what the one before wrote.
+    """
+    if case.pass_ == CHAIN:
+        return calls_of(chained(lambda x, *_: x.clone()), sets)
     calls: list[TimedCall] = []
     for inputs in sets:
         x, out = inputs.x.detach(), torch.empty_like(inputs.x)
@@ -131,9 +161,20 @@ def ceiling_calls(sets: Sequence[Inputs]) -> list[TimedCall]:
 def expect(case: Case, inputs: Inputs) -> Expected:
     """What a case's results should be."""
     op = OPS[case.op]
-    call = op.spec, inputs.x, (case.n,), inputs.weight, inputs.bias, op.eps
     if inputs.dy is None:
-        return Expected(inputs, (("y", reference.oracle(*call).y, reference.composite(*call)),))
+
+        def exact_y(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            return reference.oracle(op.spec, x, (case.n,), weight, bias, op.eps).y
+
+        def y_by_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            return reference.composite(op.spec, x, (case.n,), weight, bias, op.eps)
+
+        norms: tuple[Norm, Norm] = (exact_y, y_by_torch)
+        if case.pass_ == CHAIN:
+            norms = chained(exact_y), chained(y_by_torch)
+        y, by_torch_y = (norm(*inputs.arguments) for norm in norms)
+        return Expected(inputs, (("y", y, by_torch_y),))
+    call = op.spec, inputs.x, (case.n,), inputs.weight, inputs.bias, op.eps
     exact = reference.oracle_gradients(*call, inputs.dy)
     by_torch = reference.torch_gradients(*call, inputs.dy)
     return Expected(
@@ -151,7 +192,11 @@ def verify(norm: Norm, expected: Expected) -> list[Comparison]:
     inputs = expected.inputs
     if inputs.dy is not None:
         inputs = inputs._replace(dy=inputs.dy.clone())  # a peer may write into it
-    found = calls_of(norm, [inputs])[0]()
+    return compared(calls_of(norm, [inputs])[0](), expected)
+
+
+def compared(found: Tensor | tuple[Tensor, ...], expected: Expected) -> list[Comparison]:
+    """Each result that was found compared with float64."""
     results = (found,) if isinstance(found, Tensor) else found
     return [
         compare(name, result, exact, by_torch)
@@ -159,6 +204,7 @@ def verify(norm: Norm, expected: Expected) -> list[Comparison]:
     ]
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What a record says of a failure."""
     first_line = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first_line}"[:160]

@@ -58,11 +58,12 @@ def _commit() -> str | None:
 class Record:
     """One provider at one case.
 
-    device_us: median device time of a call. host_us: median host time of an eager call: of the forward without grad, or of
-    ``torch.autograd.grad`` alone. ceiling_us: the copy (forward) or the add (backward) of the same run. bytes: the fewest
-    that the pass can move. rotated: the sets of buffers rotated through. ok: whether ``trinorm.compare`` finds the result
-    right; error_ratio: its largest distance from float64 over that of torch's own. failure: why a figure is missing.
-    None: not measured.
+    device_us: median device time of a call, or of one norm of a chain. host_us: median host time of an eager call: of the
+    forward without grad, of ``torch.autograd.grad`` alone, or of what a pass of HOST_PASSES names. ceiling_us: the copy
+    (forward), the add (backward) or a link of the chain of copies, of the same run. bytes: the fewest that the pass can
+    move. rotated: the sets of buffers rotated through. ok: whether ``trinorm.compare`` finds the result right;
+    error_ratio: its largest distance from float64 over that of torch's own. failure: why a figure is missing. None: not
+    measured.
     """
 
     op: str

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from .cases import OPS
-from .predict import MEMORY_SPEED, TARGET, Prediction
+from ..inspection import KINDS
+from .cases import CEILINGS, HOST_PASSES, OPS
+from .predict import Prediction
 from .providers import OURS
 from .records import Record
-
-_CEILINGS = {"forward": "copy", "backward": "add"}
 
 
 def table(records: Sequence[Record]) -> Table:
     """The records of one op, pass and dtype; those of a shape stand together."""
     first = records[0]
-    ceiling = _CEILINGS[first.pass_]
+    ceiling = CEILINGS[first.pass_]
     found = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
         title=f"{OPS[first.op].title} {first.pass_}, {first.dtype}, {first.gpu}",
         caption=(
-            f"µs: median device time of a call, by graph replay. of {ceiling}: the {ceiling}'s time over this one.\n"
+            f"µs: median device time of a norm, by graph replay. of {ceiling}: the {ceiling}'s time over this one.\n"
             "host µs: an eager call on the CPU. error: largest distance from float64 over that of torch's own result."
         ),
     )
@@ -59,9 +57,36 @@ def _cells(row: Record, by_torch: float | None) -> tuple[str, ...]:
     )
 
 
+def host_table(records: Sequence[Record]) -> Table:
+    """The host times of one op, shape and dtype: a row for each function or module."""
+    first = records[0]
+    found = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"{OPS[first.op].title}, {_size(first.shape)}, {first.dtype}: host time of an eager call",
+        caption=(
+            "µs: median time that a call keeps the CPU.\n"
+            "/ torch: that over the time of torch's own function, or module, in the same process."
+        ),
+    )
+    found.add_column("", no_wrap=True)
+    for pass_ in HOST_PASSES:
+        found.add_column(f"{pass_.removeprefix('host_').replace('_', ' ')}, µs", justify="right")
+        found.add_column("/ torch", justify="right")
+    times = {(record.provider, record.pass_): record.host_us for record in records}
+    for provider in dict.fromkeys(record.provider for record in records):
+        cells = []
+        for pass_ in HOST_PASSES:
+            time = times[provider, pass_]
+            by_torch = times.get(("torch.nn" if provider.endswith(".nn") else "torch", pass_))
+            cells += [_number(time), _number(time / by_torch if time and by_torch else None)]
+        found.add_row(provider, *cells, style="bold" if provider.removesuffix(".nn") == OURS else None)
+    return found
+
+
 def failures(records: Sequence[Record]) -> list[str]:
-    """A line for each record of a table that lacks its figures, with the reason."""
-    return [f"{row.provider}, {_size(row.shape)}: {row.failure}" for row in records if row.failure]
+    """A line for each shape and provider of a table that lacks its figures, with the reason."""
+    return list(dict.fromkeys(f"{row.provider}, {_size(row.shape)}: {row.failure}" for row in records if row.failure))
 
 
 def seed(records: Sequence[Record]) -> str:
@@ -87,54 +112,92 @@ def _mean_std(record: Record | None) -> str:
 
 
 def prediction_table(predictions: Sequence[Prediction]) -> Table:
-    """The predictions of one op, pass and dtype: a row for each kernel."""
-    case = predictions[0].case
+    """The predictions of one op, pass, dtype and target: a row for each kernel."""
+    first = predictions[0]
     found = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
-        title=f"{OPS[case.op].title} {case.pass_}, {str(case.dtype).removeprefix('torch.')}, compiled for {TARGET}",
+        title=f"{_of(first)}, compiled for {first.target}",
         caption=(
-            "registers: of a thread. spills, shared: bytes, of a thread and of a program. loads, stores: how many × bits.\n"
-            f"MB: the fewest that the pass can move. prediction: those at {MEMORY_SPEED * 1e-12:.1f} TB/s, which a copy "
-            "reaches on an H200;\nnothing was timed. Where it is under 1 µs, the cost of a launch decides."
+            "registers: of a thread. spills, shared: bytes, of a thread and of a program. resident: programs × warps that\n"
+            "a multiprocessor keeps at once, and what allows no more. loads, stores: how many × bits, in ordinary rows'\n"
+            "code. MB: what the kernel is given, read or written once. memory, issue: µs that these and its instructions\n"
+            "take at full rate. µs: a launch and the larger of the two for each kernel, an estimate from below; of copy,\n"
+            "of add: their time over it. Nothing was timed."
         ),
     )
+    words = ("rows × columns", "kernel", "limit")
     headers = (
-        "rows × columns",
-        "kernel",
-        "warps",
-        "registers",
-        "spills",
-        "shared",
-        "loads",
-        "stores",
-        "MB",
-        "prediction, µs",
+        *("rows × columns", "kernel", "warps", "registers", "spills", "shared", "resident", "limit", "loads", "stores"),
+        *("MB", "memory", "issue", "µs", f"of {CEILINGS[first.case.pass_]}"),
     )
     for header in headers:
-        found.add_column(header, justify="left" if header in headers[:2] else "right", no_wrap=header in headers[:2])
+        found.add_column(header, justify="left" if header in words else "right", no_wrap=header in words)
     for prediction in predictions:
         found.add_section()
-        whole = (f"{prediction.case.bytes * 1e-6:.2f}", _number(prediction.microseconds))
+        call = (_number(prediction.microseconds), _number(prediction.ceiling_ratio))
         for i, kernel in enumerate(prediction.kernels):
+            compiled, resident = kernel.compiled, kernel.occupancy
             found.add_row(
                 _size((prediction.case.m, prediction.case.n)) if i == 0 else "",
-                kernel.kernel,
-                str(kernel.warps),
-                str(kernel.registers),
-                f"[red]{kernel.spills}[/]" if kernel.spills else "0",
-                str(kernel.shared),
-                _widths(kernel.accesses, "load"),
-                _widths(kernel.accesses, "store"),
-                *(whole if i == 0 else ("", "")),
+                compiled.kernel,
+                str(compiled.warps),
+                str(compiled.registers),
+                f"[red]{compiled.spills}[/]" if compiled.spills else "0",
+                str(compiled.shared),
+                f"{resident.programs}×{compiled.warps}",
+                resident.limit,
+                _widths(kernel.ordinary.loads),
+                _widths(kernel.ordinary.stores),
+                f"{kernel.bytes * 1e-6:.2f}",
+                _number(kernel.memory_us),
+                _number(kernel.issue_us),
+                *(call if i == 0 else ()),
             )
     return found
 
 
-def _widths(accesses: dict[tuple[str, int], int], kind: str) -> str:
+def instruction_table(predictions: Sequence[Prediction]) -> Table:
+    """The instructions of the same kernels: a row for the ordinary rows' code, and one for the loop in it."""
+    first = predictions[0]
+    found = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"{_of(first)}, instructions on {first.target}",
+        caption=(
+            "total: of the code that ordinary rows run; in brackets, of all code. in loop: the longest that touches\n"
+            "global memory. wait: barriers, and for copies. local: spills. special: rsqrt, exp and the like. convert:\n"
+            "between types, but to widen bf16 is alu. fma: products and sums."
+        ),
+    )
+    for header in ("rows × columns", "kernel", "total", *KINDS):
+        left = header in ("rows × columns", "kernel")
+        found.add_column(header, justify="left" if left else "right", no_wrap=left or header == "total")
+    for prediction in predictions:
+        found.add_section()
+        for i, kernel in enumerate(prediction.kernels):
+            size = _size((prediction.case.m, prediction.case.n)) if i == 0 else ""
+            every, code = (sum(of.instructions.values()) for of in (kernel.compiled, kernel.ordinary))
+            total = str(code) if code == every else f"({every}) {code}"
+            found.add_row(size, kernel.compiled.kernel, total, *_counts(kernel.ordinary.instructions))
+            if kernel.ordinary.loop:
+                loop = kernel.ordinary.loop
+                found.add_row("", "  in loop", str(sum(loop.values())), *_counts(loop), style="dim")
+    return found
+
+
+def _of(prediction: Prediction) -> str:
+    case = prediction.case
+    return f"{OPS[case.op].title} {case.pass_}, {str(case.dtype).removeprefix('torch.')}"
+
+
+def _counts(instructions: dict[str, int]) -> list[str]:
+    return [str(instructions.get(kind, "")) for kind in KINDS]
+
+
+def _widths(accesses: dict[int, int]) -> str:
     """How many accesses of each width in bits, the widest first, e.g. ``4×128 1×32``."""
-    widths = Counter({width: count for (what, width), count in accesses.items() if what == kind})
-    return " ".join(f"{widths[width]}×{width}" for width in sorted(widths, reverse=True))
+    return " ".join(f"{count}×{width}" for width, count in accesses.items())
 
 
 def _size(shape: tuple[int, int]) -> str:

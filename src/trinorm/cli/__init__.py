@@ -1,24 +1,49 @@
-"""The command line: ``trinorm check`` and ``trinorm bench``."""
+"""The command line: ``trinorm check``, ``bench``, ``inspect``, ``profile`` and ``tune``."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, of ``sys.argv`` unless ``arguments`` are given; its exit status."""
     from .. import __version__
-    from . import bench, check
+    from . import bench, check, inspect, profile, tune
 
     parser = argparse.ArgumentParser(prog="trinorm", description="Normalization for PyTorch, written in Triton.")
     parser.add_argument("--version", action="version", version=__version__)
-    subparsers = parser.add_subparsers(title="commands", required=True, metavar="check | bench")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="check | bench | inspect | profile | tune")
     check.add_parser(subparsers)
     bench.add_parser(subparsers)
+    inspect.add_parser(subparsers)
+    profile.add_parser(subparsers)
+    tune.add_parser(subparsers)
     args = parser.parse_args(arguments)
     status: int = args.func(args)
     return status
+
+
+def shape(text: str) -> tuple[int, int]:
+    """``128x768`` as a pair, for an argument's ``type``."""
+    m, _, n = text.partition("x")
+    if not (m.isdecimal() and n.isdecimal() and int(m) and int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape; write rows x columns, e.g. 128x768")
+    return int(m), int(n)
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    """``128x768,8192x4096`` as pairs, for an argument's ``type``; a name of NAMED_SHAPES stands for its list."""
+    from ..bench.cases import NAMED_SHAPES
+
+    found: list[tuple[int, int]] = []
+    for part in text.split(","):
+        found += NAMED_SHAPES[part] if part in NAMED_SHAPES else [shape(part)]
+    return list(dict.fromkeys(found))
 
 
 def names(known: Iterable[str]) -> Callable[[str], list[str]]:
@@ -32,3 +57,13 @@ def names(known: Iterable[str]) -> Callable[[str], list[str]]:
         return given
 
     return parse
+
+
+def wide_console() -> Console:
+    """A console for tables: as wide as the terminal, or as the widest table where the output goes elsewhere."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    return console

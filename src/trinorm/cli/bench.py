@@ -9,22 +9,23 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..bench.cases import OPS, PASSES, SEED_SHAPE, SHAPES, SWEEPS, Case
+from ..bench.cases import CHAIN, HOST, NAMED_SHAPES, OPS, PASSES, SEED_SHAPE, SHAPES, SWEEPS, Case
 from ..bench.providers import OURS, PEERS, load
 from ..bench.records import Record, provenance, results_path
 from ..cases import DTYPES
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import names
+from . import names, shapes, wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from rich.table import Table
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
@@ -39,10 +40,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         ),
     )
     parser.add_argument("--op", type=names(OPS), default=list(OPS), help=f"comma-separated: {', '.join(OPS)}")
-    parser.add_argument("--shapes", type=_shapes, help="rows x columns, comma-separated, e.g. 128x768,8192x4096")
+    parser.add_argument(
+        "--shapes",
+        type=shapes,
+        help=f"rows x columns, comma-separated, e.g. 128x768,8192x4096; or a list's name: {', '.join(NAMED_SHAPES)}",
+    )
     parser.add_argument("--dtype", type=names(DTYPES), default=["bf16"], help=f"comma-separated: {', '.join(DTYPES)}")
     parser.add_argument(
-        "--pass", dest="passes", type=names(PASSES), default=list(PASSES), help=f"comma-separated: {', '.join(PASSES)}"
+        "--pass",
+        dest="passes",
+        type=names((*PASSES, CHAIN, HOST)),
+        default=list(PASSES),
+        help=(
+            "comma-separated: forward, backward (these two if not given); chain: one of many forwards in a CUDA graph, "
+            "each of what the one before wrote, below 2^22 elements; host: eager calls of functions and modules, at 128x768"
+        ),
     )
     parser.add_argument("--peers", type=_peers, default=list(PEERS), help=f"comma-separated: {', '.join(PEERS)}; or none")
     parser.add_argument(
@@ -52,26 +64,37 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         "--plot",
         type=Path,
         metavar="FOLDER",
-        help="draw times over hidden size and batch size; without --shapes, measures more shapes for it",
+        help=(
+            "draw times over hidden size and batch size, and the ceiling's ratio over every hidden size; without --shapes, "
+            "measures more shapes for it"
+        ),
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("BEFORE", "AFTER"),
+        help=(
+            "measure nothing, but show what got slower and what faster between two --json files (of any GPU; none is "
+            "needed), or what grew between two files of `trinorm inspect --json`; the exit status is 1 where a time or a "
+            "kernel of trinorm's is worse by more than noise, or than is allowed"
+        ),
     )
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; its exit status: 0, 1 where one of trinorm's results is wrong, 2 where it cannot run here."""
+    """Run the command; its exit status: 0, 1 where a result of trinorm's is wrong (or worse), 2 where it cannot run."""
     needed = ["rich"] + ["matplotlib"] * (args.plot is not None)
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         return _refuse(f"{' and '.join(missing)} not installed; pip install 'trinorm[bench]'")
+    if args.compare:
+        return _compare(*args.compare)
     if not HAS_TRITON:
         return _refuse("Triton is not installed, so there is no kernel to measure or compile")
     if INTERPRETED:
         return _refuse("TRITON_INTERPRET is set, which leaves nothing to time or compile; unset it")
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 132
-    return _measure(args, console) if torch.cuda.is_available() else _predict(args, console)
+    return _measure(args, wide_console()) if torch.cuda.is_available() else _predict(args, wide_console())
 
 
 def _refuse(reason: str) -> int:
@@ -79,8 +102,24 @@ def _refuse(reason: str) -> int:
     return 2
 
 
+def _compare(before: Path, after: Path) -> int:
+    from ..bench import changes
+
+    try:
+        found = changes.compare_lines(changes.read(before), changes.read(after))
+    except KeyError as missing:
+        return _refuse(f"--compare: a line without {missing}, so not one of trinorm's --json files")
+    except ValueError as error:
+        return _refuse(f"--compare: {error}")
+    console = wide_console()
+    console.print(changes.table(found))
+    console.print(changes.summary(found))
+    return int(bool(found.failures))
+
+
 def _measure(args: argparse.Namespace, console: Console) -> int:
     from ..bench import report
+    from ..bench.host import measure_host
     from ..bench.measure import measure
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -91,10 +130,23 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
         console.print(f"{name} is not measured: {reason}", markup=False)
 
     shapes = list(args.shapes or SHAPES + SWEEPS * (args.plot is not None))
-    tables = _tables(args)
+    tables = _tables(args, (*PASSES, CHAIN))
+    hosted = [Case(op, "backward", *SEED_SHAPE, DTYPES[dtype], DTYPES[dtype]) for dtype in args.dtype for op in args.op]
+    hosted *= HOST in args.passes
     path = args.json and results_path(args.json, here.gpu, here.date, "-".join(args.op + args.dtype))
     with _progress(console) as progress, _opened(path) as file:
-        task = progress.add_task("", total=len(tables) * len(shapes) * len(providers))
+        counts = [len(_cases(table, shapes)) for table in tables]
+        task = progress.add_task("", total=sum(counts) * len(providers) + len(hosted))
+
+        def write(records: Iterable[Record]) -> None:
+            if file is not None:
+                file.writelines(record.to_json() + "\n" for record in records)
+                file.flush()
+
+        def show(table: Table, records: Sequence[Record]) -> None:
+            console.print(table)
+            for line in report.failures(records):
+                console.print(line, style="red", markup=False)
 
         def measured(table: _Table, shapes: Iterable[tuple[int, int]]) -> list[Record]:
             records: list[Record] = []
@@ -105,9 +157,7 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
 
                 found = measure(case, providers, here, device, started)
                 progress.advance(task, len(found))
-                if file is not None:
-                    file.writelines(record.to_json() + "\n" for record in found)
-                    file.flush()
+                write(found)
                 records += found
             return records
 
@@ -117,11 +167,22 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
             console.print(report.seed(records), end="\n\n")
         for table, records in by_table.items():
             records += measured(table, [shape for shape in shapes if shape != SEED_SHAPE])
-            console.print(report.table(records))
-            for line in report.failures(records):
-                console.print(line, style="red", markup=False)
+            if records:
+                show(report.table(records), records)
 
-    records = list(itertools.chain.from_iterable(by_table.values()))
+        of_host: list[Record] = []
+        for case in hosted:
+
+            def begun(pass_: str, case: Case = case) -> None:
+                progress.update(task, description=f"{case.op} {pass_}")
+
+            found = measure_host(case, providers, here, device, torch.cuda.current_stream(device), begun)
+            progress.advance(task)
+            write(found)
+            show(report.host_table(found), found)
+            of_host += found
+
+    records = [*itertools.chain.from_iterable(by_table.values()), *of_host]
     if path is not None:
         console.print(f"wrote {path}")
     if args.plot is not None:
@@ -131,7 +192,7 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
         console.print(*(f"wrote {found}" for found in drawn), sep="\n")
         if not drawn:
             console.print("nothing to draw: no two shapes share their rows or their columns")
-    return int(any(record.provider == OURS and record.ok is False for record in records))
+    return int(any(record.provider.removesuffix(".nn") == OURS and record.ok is False for record in records))
 
 
 def _predict(args: argparse.Namespace, console: Console) -> int:
@@ -143,7 +204,7 @@ def _predict(args: argparse.Namespace, console: Console) -> int:
         console.print("--json and --plot hold measurements only: nothing is written.")
     status = _check_interpreted(args)
     shapes = args.shapes or SHAPES
-    tables = _tables(args)
+    tables = _tables(args, PASSES)
     with _progress(console) as progress:
         task = progress.add_task("", total=len(tables) * len(shapes))
         for table in tables:
@@ -167,13 +228,16 @@ def _check_interpreted(args: argparse.Namespace) -> int:
 _Table = tuple[str, str, torch.dtype]
 
 
-def _tables(args: argparse.Namespace) -> list[_Table]:
-    return [(op, pass_, DTYPES[dtype]) for dtype in args.dtype for op in args.op for pass_ in args.passes]
+def _tables(args: argparse.Namespace, passes: Sequence[str]) -> list[_Table]:
+    """The tables of those passes that were asked for."""
+    asked = [pass_ for pass_ in args.passes if pass_ in passes]
+    return [(op, pass_, DTYPES[dtype]) for dtype in args.dtype for op in args.op for pass_ in asked]
 
 
 def _cases(table: _Table, shapes: Iterable[tuple[int, int]]) -> list[Case]:
     op, pass_, dtype = table
-    return [Case(op, pass_, m, n, dtype, weight_dtype=dtype) for m, n in shapes]
+    cases = [Case(op, pass_, m, n, dtype, weight_dtype=dtype) for m, n in shapes]
+    return [case for case in cases if case.worthwhile]
 
 
 def _description(case: Case) -> str:
@@ -191,17 +255,6 @@ def _opened(path: Path | None) -> contextlib.AbstractContextManager:  # type: ig
         return contextlib.nullcontext()
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.open("a")  # each record says where it comes from, so runs of one day may share a file
-
-
-def _shapes(text: str) -> list[tuple[int, int]]:
-    """``128x768,8192x4096`` as pairs."""
-    shapes = []
-    for part in text.split(","):
-        m, _, n = part.partition("x")
-        if not (m.isdecimal() and n.isdecimal() and int(m) and int(n)):
-            raise argparse.ArgumentTypeError(f"{part!r} is not a shape; write rows x columns, e.g. 128x768,8192x4096")
-        shapes.append((int(m), int(n)))
-    return shapes
 
 
 def _peers(text: str) -> list[str]:

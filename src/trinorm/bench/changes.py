@@ -1,0 +1,251 @@
+"""What changed from one file of records to another: times beyond their noise, kernels beyond what is allowed them.
+
+A file holds the lines of ``trinorm bench --json`` (times) or those of ``trinorm inspect --json`` (kernels). What both files
+hold is compared: times where they are of the same GPU, kernels where they are for the same target.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .providers import PEERS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Line = dict[str, Any]
+
+# Two runs of the same code on one H200 may differ by so much.
+NOISE = 0.02
+# How far a median of replays may be off, in its standard errors; one is σ·√(π/2)/√replays.
+_STANDARD_ERRORS = 3
+
+# What a kernel may grow by, by which a change of a few lines moves ptxas: a step of the registers that a thread is given
+# (as long as as many programs run at once), a value parked in local memory, and so much of its instructions.
+REGISTERS = 8
+SPILLS = 8
+INSTRUCTIONS = 0.05
+
+
+class Subject(NamedTuple):
+    """What a line is about. where: a GPU or a target. who: a provider or a kernel. launch: of the call's, the kernel's."""
+
+    op: str
+    pass_: str
+    shape: tuple[int, ...]
+    layout: str
+    dtype: str
+    weight_dtype: str
+    where: str
+    who: str
+    launch: int
+
+    @classmethod
+    def of(cls, line: Line) -> Subject:
+        """Raises KeyError for a line that is neither a time's nor a kernel's."""
+        kernel = "kernel" in line
+        return cls(
+            op=line["op"],
+            pass_=line["pass"],
+            shape=tuple(line["shape"]),
+            layout=line.get("layout", "contiguous"),
+            dtype=line["dtype"],
+            weight_dtype=line["weight_dtype"],
+            where=line["target" if kernel else "gpu"],
+            who=line["kernel" if kernel else "provider"],
+            launch=line["launch"] if kernel else 0,
+        )
+
+    def __str__(self) -> str:
+        weight = "" if self.weight_dtype == self.dtype else f", {self.weight_dtype} weight"
+        return f"{self.op} {self.pass_} {'×'.join(map(str, self.shape))} {self.dtype}{weight}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One quantity of one subject, before and after. allowed: the difference that says nothing. more: is it better?"""
+
+    subject: Subject
+    quantity: str
+    before: float
+    after: float
+    allowed: float
+    more: bool = False
+
+    @property
+    def worse_by(self) -> float:
+        """The worse over the better value, less 1; negative where it is after that is better."""
+        low, high = sorted((self.before, self.after))
+        by = high / low - 1 if low else math.inf if high else 0.0
+        return by if self._growth > 0 else -by
+
+    @property
+    def worse(self) -> bool:
+        return self._growth > self.allowed
+
+    @property
+    def better(self) -> bool:
+        return self._growth < -self.allowed
+
+    @property
+    def _growth(self) -> float:
+        return self.before - self.after if self.more else self.after - self.before
+
+    @property
+    def fails(self) -> bool:
+        """Whether it is worse, and ours: that a peer got slower is shown and no fault."""
+        return self.worse and self.subject.who not in PEERS
+
+    def __str__(self) -> str:
+        return f"{self.subject}, {self.subject.who}: {self.quantity} {self.before:.4g} → {self.after:.4g}"
+
+
+@dataclass(frozen=True)
+class Changes:
+    """compared: every quantity that both files hold, the worst first. only_before, only_after: what one of them lacks."""
+
+    compared: tuple[Change, ...]
+    only_before: tuple[Subject, ...]
+    only_after: tuple[Subject, ...]
+
+    @property
+    def failures(self) -> list[Change]:
+        return [change for change in self.compared if change.fails]
+
+
+def read(path: Path) -> list[Line]:
+    """A file's lines. Raises ValueError where it does not hold such lines."""
+    try:
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not all(isinstance(line, dict) for line in lines):
+        raise ValueError(f"{path}: not every line is an object")
+    return lines
+
+
+def compare_lines(before: Sequence[Line], after: Sequence[Line]) -> Changes:
+    """What changed. Raises ValueError where nothing can be compared, KeyError where a line lacks what it should have."""
+    old, new = _by_subject(before), _by_subject(after)
+    if not old.keys() & new.keys():
+        raise ValueError("the files have nothing in common: no op, pass, shape and dtype on the same GPU or target")
+    compared = [change for subject in old if subject in new for change in _changes(subject, old[subject], new[subject])]
+    return Changes(
+        tuple(sorted(compared, key=lambda change: change.worse_by, reverse=True)),
+        tuple(subject for subject in old if subject not in new),
+        tuple(subject for subject in new if subject not in old),
+    )
+
+
+def _by_subject(lines: Iterable[Line]) -> dict[Subject, list[Line]]:
+    found = defaultdict(list)
+    for line in lines:
+        found[Subject.of(line)].append(line)
+    return dict(found)
+
+
+def _changes(subject: Subject, before: list[Line], after: list[Line]) -> Iterator[Change]:
+    if "kernel" not in before[0]:
+        yield from _time_changes(subject, before, after)
+        return
+    versions = {line["triton"] for line in before + after}
+    if len(versions) > 1:
+        raise ValueError(
+            f"compiled by Triton {' and '.join(sorted(versions))}, whose code differs: make both files with one version"
+        )
+    old, new = before[-1], after[-1]
+    yield Change(subject, "registers", old["registers"], new["registers"], REGISTERS)
+    yield Change(subject, "bytes spilled", old["spills"], new["spills"], SPILLS)
+    programs, programs_now = (line["occupancy"]["programs"] for line in (old, new))
+    yield Change(subject, "programs at once", programs, programs_now, 0, more=True)
+    for quantity, code in (("instructions", "instructions"), ("instructions in loop", "loop")):
+        count, count_now = (sum(line["ordinary"][code].values()) for line in (old, new))
+        if count and count_now:  # a loop that came or went, unrolled or not, is in the count of all instructions
+            yield Change(subject, quantity, count, count_now, count * INSTRUCTIONS)
+
+
+class _Time(NamedTuple):
+    """In microseconds: the median of the lines' medians, and the ceiling's. Relative: how far apart the lines are (spread),
+    and the standard error of their medians.
+    """
+
+    median: float
+    ceiling: float | None
+    spread: float
+    error: float
+
+
+def _time_changes(subject: Subject, before: list[Line], after: list[Line]) -> Iterator[Change]:
+    """Device time. Its noise is the largest of: NOISE; the standard errors of both medians; how far apart the lines of one
+    file are; how far the copy or add went, which did not change. Host times are not compared: of their noise nothing is
+    recorded. A time that is there no more (a wrong result, an error) is infinite.
+    """
+    old, new = _time(before), _time(after)
+    if old is None:
+        return
+    if new is None:
+        yield Change(subject, "µs", old.median, math.inf, 0)
+        return
+    drift = abs(new.ceiling / old.ceiling - 1) if new.ceiling and old.ceiling else 0.0
+    noise = max(NOISE, drift, old.spread, new.spread, _STANDARD_ERRORS * math.hypot(old.error, new.error))
+    yield Change(subject, "µs", old.median, new.median, noise * old.median)
+
+
+def _time(lines: list[Line]) -> _Time | None:
+    timed = [line for line in lines if line["device_us"] is not None]
+    if not timed:
+        return None
+    times = [line["device_us"] for line in timed]
+    median = statistics.median(times)
+    errors = [math.sqrt(math.pi / 2 / line["replays"]) * line["device_us_std"] / median for line in timed]
+    ceilings = [line["ceiling_us"] for line in timed if line["ceiling_us"]]
+    ceiling = statistics.median(ceilings) if ceilings else None
+    return _Time(median, ceiling, (max(times) - min(times)) / median, max(errors))
+
+
+def table(changes: Changes) -> Table:
+    """What changed by more than is allowed, the worst first."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    found = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        caption=(
+            f"allowed: a difference that says nothing. Of a time, the noise: the largest of {NOISE:.0%},\n"
+            "three standard errors of the medians, what the copy or add of the runs changed by,\n"
+            "and what lines of one file differ by."
+        ),
+    )
+    for header in ("call", "who", "quantity", "before", "after", "change", "allowed"):
+        found.add_column(header, justify="left" if header in ("call", "who", "quantity") else "right", no_wrap=True)
+    for change in changes.compared:
+        if change.worse or change.better:
+            found.add_row(
+                str(change.subject),
+                change.subject.who,
+                change.quantity,
+                f"{change.before:.4g}",
+                "none" if math.isinf(change.after) else f"{change.after:.4g}",
+                f"{change.after / change.before - 1:+.1%}" if change.before and math.isfinite(change.after) else "",
+                f"{change.allowed:.2g}",
+                style="red" if change.fails else "green" if change.better else "dim",
+            )
+    return found
+
+
+def summary(changes: Changes) -> str:
+    """One line."""
+    worse, better = (sum(getattr(change, which) for change in changes.compared) for which in ("worse", "better"))
+    same = len(changes.compared) - worse - better
+    text = f"{len(changes.compared)} compared: {worse} worse, {better} better, {same} the same within what is allowed."
+    if alone := len(changes.only_before) + len(changes.only_after):
+        text += f" In one file only: {alone} ({len(changes.only_before)} before, {len(changes.only_after)} after)."
+    return text

@@ -1,0 +1,99 @@
+"""Host time of eager calls, of functions and modules alike: without grad, with it, and together with the backward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import nn
+from ..compare import Comparison
+from .cases import HOST_PASSES, OPS, Case, Inputs
+from .measure import compared, expect, reason
+from .providers import OURS, Provider
+from .records import Provenance, Record
+from .timing import host_times
+
+# Providers that have modules too, which are measured as <provider>.nn.
+_MODULES = {OURS: nn, "torch": torch.nn}
+
+
+class _Eager(NamedTuple):
+    """A call as a user writes it, and what its result is differentiated by, and from."""
+
+    forward: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
+    dy: Tensor
+
+    def forward_and_backward(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.forward(), self.leaves, self.dy)
+
+
+def measure_host(
+    case: Case,
+    providers: Sequence[Provider],
+    provenance: Provenance,
+    device: torch.device,
+    stream: torch.cuda.Stream,
+    started: Callable[[str], None],
+) -> list[Record]:
+    """A record for each pass of HOST_PASSES of each function and module; one that is wrong or raises is not timed.
+
+    ``case`` is a backward. ``stream`` is the current stream. ``started`` hears each pass before its turn.
+    """
+    records: dict[str, Record] = {}
+    right: dict[str, _Eager] = {}
+    for provider in providers:
+        served = provider.served(case)
+        inputs = served.draw(device, torch.Generator(device).manual_seed(0))
+        for name, build in _subjects(provider, served, inputs):
+            record = Record.of(served, name, provenance)
+            try:
+                eager = build()
+                wrong = [str(comparison) for comparison in _verify(eager, served, inputs) if not comparison.ok]
+            except Exception as error:  # whatever a provider raises is its row
+                records[name] = replace(record, failure=reason(error))
+                continue
+            records[name] = replace(record, ok=not wrong, failure=wrong[0] if wrong else None)
+            if not wrong:
+                right[name] = eager
+    found = []
+    for pass_ in HOST_PASSES:
+        started(pass_)
+        together = pass_ == "host_forward_and_backward"
+        with torch.set_grad_enabled(pass_ != "host_forward"):
+            calls = [eager.forward_and_backward if together else eager.forward for eager in right.values()]
+            times = dict(zip(right, host_times(calls, stream), strict=True))
+        found += [replace(record, pass_=pass_, host_us=times.get(name)) for name, record in records.items()]
+    return found
+
+
+def _subjects(provider: Provider, case: Case, inputs: Inputs) -> Iterator[tuple[str, Callable[[], _Eager]]]:
+    """The provider's function, and its module if it has one."""
+    assert inputs.dy is not None
+    dy = inputs.dy
+    yield provider.name, lambda: _Eager(functools.partial(provider.build(case), *inputs.arguments), inputs.arguments, dy)
+    if provider.name in _MODULES:
+        yield f"{provider.name}.nn", functools.partial(_module, _MODULES[provider.name], case, inputs, dy)
+
+
+def _module(namespace: object, case: Case, inputs: Inputs, dy: Tensor) -> _Eager:
+    """The module of a namespace like torch.nn, with the parameters given."""
+    op = OPS[case.op]
+    module: torch.nn.Module = getattr(namespace, op.title)(case.n, eps=op.eps, device=inputs.x.device)
+    for name, parameter in (("weight", inputs.weight), ("bias", inputs.bias)):
+        if parameter is not None:
+            setattr(module, name, torch.nn.Parameter(parameter.detach()))
+    return _Eager(functools.partial(module, inputs.x), (inputs.x, *module.parameters()), dy)
+
+
+def _verify(eager: _Eager, case: Case, inputs: Inputs) -> list[Comparison]:
+    """y and every gradient compared with float64."""
+    y = compared(eager.forward().detach(), expect(replace(case, pass_="forward"), inputs._replace(dy=None)))
+    expected = expect(case, inputs)
+    eager = eager._replace(dy=eager.dy.clone())  # a peer may write into it
+    return y + compared(eager.forward_and_backward(), expected)

@@ -1,0 +1,95 @@
+"""``trinorm inspect``: what the kernels of a call compile to and what bounds them, with no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import sys
+from pathlib import Path
+
+from ..bench import cases as bench_cases
+from ..bench.cases import OPS, PASSES, Case
+from ..cases import DTYPES
+from ..ops.road import HAS_TRITON, INTERPRETED
+from . import names, shapes, wide_console
+
+# What is measured; wide rows of which there are few; and wider ones, so that every kernel is met.
+SHAPES = (*bench_cases.SHAPES, (256, 12288), (1024, 65536))
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``inspect`` to the ``trinorm`` command's subparsers."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="show what the kernels compile to: registers, instructions, occupancy; no GPU is needed",
+        description=(
+            "Compile what a call would launch, and show of each kernel its registers, spills and shared memory, its "
+            "instructions by kind, the width of its loads and stores, how many programs a multiprocessor keeps at once and "
+            "what allows no more, the bytes that it moves, and the time that these and its instructions take at full rate. "
+            "Nothing runs. What grew between two --json files, `trinorm bench --compare` shows."
+        ),
+        epilog=(
+            "The repository keeps what all kernels compile to, and its tests fail where one grew. After a change that is "
+            "meant, and after one of Triton's version: trinorm inspect --json benchmarks/instructions/sm_90.jsonl"
+        ),
+    )
+    parser.add_argument("op", nargs="?", type=names(OPS), default=list(OPS), help=f"comma-separated: {', '.join(OPS)}")
+    parser.add_argument(
+        "--shape",
+        dest="shapes",
+        type=shapes,
+        default=SHAPES,
+        help="rows x columns, comma-separated, e.g. 8192x4096; a selection that meets every kernel unless given",
+    )
+    parser.add_argument("--dtype", type=names(DTYPES), default=["bf16"], help=f"comma-separated: {', '.join(DTYPES)}")
+    parser.add_argument(
+        "--pass", dest="passes", type=names(PASSES), default=list(PASSES), help=f"comma-separated: {', '.join(PASSES)}"
+    )
+    parser.add_argument("--target", default="sm_90", help="sm_80, sm_90 (H100, H200), sm_100 or gfx942")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON line for each kernel; - prints them")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; its exit status: 0, or 2 where it cannot run here."""
+    if importlib.util.find_spec("rich") is None:
+        return _refuse("rich is not installed; pip install 'trinorm[bench]'")
+    if not HAS_TRITON:
+        return _refuse("Triton is not installed, so there is no kernel to compile")
+    if INTERPRETED:
+        return _refuse("TRITON_INTERPRET is set, which leaves nothing to compile; unset it")
+    from rich.console import Console
+    from rich.progress import track
+
+    from ..bench import report
+    from ..bench.predict import predict
+    from ..targets import TARGETS
+
+    if args.target not in TARGETS:
+        return _refuse(f"{args.target!r} is not one of {', '.join(TARGETS)}")
+    cases = [
+        Case(op, pass_, m, n, DTYPES[dtype], weight_dtype=DTYPES[dtype])
+        for dtype, op, pass_, (m, n) in itertools.product(args.dtype, args.op, args.passes, args.shapes)
+    ]
+    shown = track(cases, "compile", console=Console(stderr=True), transient=True)
+    predictions = [predict(case, args.target) for case in shown]
+    if args.json is not None:
+        lines = "".join(f"{line}\n" for prediction in predictions for line in prediction.to_json())
+        if args.json == Path("-"):
+            sys.stdout.write(lines)
+        else:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(lines, "utf-8")
+        return 0
+    console = wide_console()
+    for _, group in itertools.groupby(predictions, lambda of: (of.case.dtype, of.case.op, of.case.pass_)):
+        together = list(group)
+        console.print(report.prediction_table(together))
+        console.print(report.instruction_table(together))
+    return 0
+
+
+def _refuse(reason: str) -> int:
+    print(f"trinorm inspect: {reason}", file=sys.stderr)
+    return 2

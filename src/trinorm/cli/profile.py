@@ -1,0 +1,143 @@
+"""``trinorm profile``: what the GPU's own counters say bounds each kernel of a call."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..bench.cases import OPS, PASSES, Case
+from ..bench.counters import Kernel, Refused, profile
+from ..cases import DTYPES
+from ..ops.road import HAS_TRITON
+from . import shape
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_STALLS_SHOWN = 3
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    """Add ``profile`` to the ``trinorm`` command's subparsers."""
+    parser = subparsers.add_parser(
+        "profile",
+        help="what bounds each kernel of a call, by Nsight Compute",
+        description=(
+            "Run one call under Nsight Compute (ncu) and show, for each of its kernels, the bytes that DRAM moved beside "
+            "the fewest possible, the bandwidth beside that of a kernel that only moves bytes, hits in L2, occupancy, "
+            "issue slots, what warps waited for, and what that means. Needs a GPU and leave to read its counters."
+        ),
+    )
+    parser.add_argument("op", choices=OPS, metavar="op", help=" or ".join(OPS))
+    parser.add_argument("--shape", type=shape, required=True, help="rows x columns, e.g. 8192x4096")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the weights (bf16)")
+    parser.add_argument("--pass", dest="pass_", choices=PASSES, default="forward", help="(forward)")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; its exit status: 0, or 2 where nothing can be counted here."""
+    if not torch.cuda.is_available() or not HAS_TRITON:
+        return _refuse("there is no GPU with Triton here, so there is nothing to count; trinorm inspect needs none")
+    try:
+        from rich.console import Console
+    except ImportError:
+        return _refuse("rich is not installed; pip install 'trinorm[bench]'")
+
+    (m, n), dtype = args.shape, DTYPES[args.dtype]
+    case = Case(args.op, args.pass_, m, n, dtype, dtype)
+    try:
+        ceiling, kernels = profile(case)
+    except Refused as refusal:
+        return _refuse(str(refusal))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table(case, ceiling, kernels))
+    return 0
+
+
+def _refuse(reason: str) -> int:
+    print(f"trinorm profile: {reason}", file=sys.stderr)
+    return 2
+
+
+def table(case: Case, ceiling: Kernel, kernels: list[Kernel]) -> Table:
+    """A row for each kernel, between the ceiling's kernel and the fewest bytes that the whole call can move."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    found = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"{OPS[case.op].title} {case.pass_}, {case.m}×{case.n}, {str(case.dtype).removeprefix('torch.')}",
+        caption=(
+            "Each kernel starts with cold caches. of ceiling: its bandwidth over that of the first row's kernel. sectors: "
+            "of a request to L2, 4 at best.\nwarps: at work on a multiprocessor, of those that fit. issue: cycles in which "
+            "a scheduler issues. bound by memory: from 0.9 of the ceiling;\nelse by issue: from 60% of the cycles; else by "
+            "latency."
+        ),
+    )
+    found.add_column("kernel", no_wrap=True)
+    for header in (
+        "µs",
+        "MB read",
+        "MB written",
+        "TB/s",
+        "of ceiling",
+        "L2 hits",
+        "sectors",
+        "warps",
+        "issue",
+        "registers",
+    ):
+        found.add_column(header, justify="right", no_wrap=True)
+    found.add_column("warps wait for", no_wrap=True)
+    found.add_column("bound", no_wrap=True)
+    ceiling_name = "torch.add" if case.backward else "torch.neg"
+    found.add_row(*_cells(ceiling_name, ceiling, ceiling), "", style="dim")
+    for kernel in kernels:
+        found.add_row(*_cells(kernel.name, kernel, ceiling), kernel.verdict(ceiling), style="bold")
+    found.add_section()
+    if len(kernels) > 1:
+        sums = (_sum([getattr(kernel, name) for kernel in kernels]) for name in ("seconds", "bytes_read", "bytes_written"))
+        found.add_row("together", *(_scaled(total, 1e6 if i == 0 else 1e-6) for i, total in enumerate(sums)))
+    found.add_row("fewest possible", "", _scaled(case.bytes_read, 1e-6), _scaled(case.bytes_written, 1e-6))
+    return found
+
+
+def _cells(name: str, kernel: Kernel, ceiling: Kernel) -> tuple[str, ...]:
+    bandwidth = kernel.bandwidth
+    of_ceiling = bandwidth / ceiling.bandwidth if bandwidth is not None and ceiling.bandwidth else None
+    warps = f"{kernel.warps:.1f} of {kernel.warps_fitting:.0f}" if kernel.warps and kernel.warps_fitting else ""
+    stalls = list(kernel.stalls.items())[:_STALLS_SHOWN]
+    return (
+        name,
+        _scaled(kernel.seconds, 1e6),
+        _scaled(kernel.bytes_read, 1e-6),
+        _scaled(kernel.bytes_written, 1e-6),
+        _scaled(bandwidth, 1e-12),
+        _scaled(of_ceiling, 1),
+        _percent(kernel.l2_hits),
+        _scaled(kernel.sectors, 1),
+        warps,
+        _percent(kernel.issue),
+        "" if kernel.registers is None else str(kernel.registers),
+        "\n".join(f"{reason} {_percent(share)}" for reason, share in stalls),
+    )
+
+
+def _sum(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _scaled(value: float | None, scale: float) -> str:
+    return "" if value is None else f"{value * scale:.2f}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"

@@ -1,0 +1,228 @@
+"""What ``trinorm bench`` measures besides single passes: chains of norms, and eager calls on the host."""
+
+from __future__ import annotations
+
+import functools
+import io
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from trinorm import cli
+from trinorm.bench import cases, host, measure, providers, report, timing
+from trinorm.bench.cases import CHAIN, HOST_PASSES, LINKS, NAMED_SHAPES, Case
+from trinorm.bench.providers import OURS, Provider
+from trinorm.bench.records import Provenance, Record
+from trinorm.cli import bench
+
+ON_GPU = torch.cuda.is_available()
+HERE = Provenance(gpu="Made-up GPU 9", torch="0.0", triton="0.0", commit=None, date="2000-01-01")
+
+
+def chain(op: str, m: int = 3, n: int = 40, dtype: torch.dtype = torch.bfloat16) -> Case:
+    return Case(op, CHAIN, m, n, dtype, dtype)
+
+
+# --- the matrix ---
+
+
+def test_the_matrix_has_every_width_and_the_rows_of_decoding() -> None:
+    matrix = NAMED_SHAPES["matrix"]
+    assert len(matrix) == len(set(matrix)) == 25
+    assert {1 << k for k in range(6, 19) if k != 9} <= {n for _, n in matrix}
+    assert {(m, 4096) for m in (1, 16, 64, 256)} | {cases.SEED_SHAPE} <= set(matrix)
+    assert set(NAMED_SHAPES["quartet"]) <= set(matrix)
+
+
+def test_only_small_norms_are_chained() -> None:
+    assert Case("rms_norm", CHAIN, 256, 4096, torch.bfloat16, torch.bfloat16).worthwhile
+    assert not Case("rms_norm", CHAIN, 1024, 4096, torch.bfloat16, torch.bfloat16).worthwhile
+    assert Case("rms_norm", "forward", 1024, 4096, torch.bfloat16, torch.bfloat16).worthwhile
+
+
+def test_a_name_stands_for_its_shapes() -> None:
+    assert cli.shapes("8x16,quartet,128x768") == [(8, 16), *NAMED_SHAPES["quartet"]]
+
+
+def test_of_the_matrix_six_shapes_are_chained() -> None:
+    chained = bench._cases(("rms_norm", CHAIN, torch.bfloat16), NAMED_SHAPES["matrix"])
+    assert {(of.m, of.n) for of in chained} == {(128, 768), (64, 8192), *((m, 4096) for m in (1, 16, 64, 256))}
+
+
+# --- chains ---
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_a_chain_feeds_each_norm_with_the_one_before(op: str, device: torch.device) -> None:
+    of = chain(op)
+    expected = measure.expect(of, of.draw(device))
+    y = x = expected.inputs.x
+    bias = expected.inputs.bias
+    for i in range(LINKS):
+        y = getattr(F, op)(y, (of.n,), expected.inputs.weight[i], *([] if bias is None else [bias[i]]), cases.OPS[op].eps)
+    ((what, _, by_torch),) = expected.results
+    assert what == "y"
+    assert torch.equal(by_torch, y)
+    for provider in providers.load(["torch"])[0]:
+        (found,) = measure.verify(measure.chained(provider.build(of)), expected)
+        assert found.ok, (provider.name, found)
+    assert torch.equal(expected.inputs.x, x)
+
+
+@pytest.mark.parametrize("broken", [0, 1, LINKS - 1])
+def test_one_wrong_link_is_found(broken: int) -> None:
+    of = chain("rms_norm")
+    expected = measure.expect(of, of.draw(torch.device("cpu")))
+    calls = iter(range(LINKS))
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        y = F.rms_norm(x, (of.n,), weight, 1e-6)
+        return y.roll(1, -1) if next(calls) == broken else y
+
+    (found,) = measure.verify(measure.chained(norm), expected)
+    assert not found.ok
+
+
+def test_the_ceiling_of_a_chain_is_a_chain_of_copies() -> None:
+    of = chain("layer_norm")
+    inputs = of.draw(torch.device("cpu"))
+    (call,) = measure.ceiling_calls(of, [inputs])
+    with torch.profiler.profile() as seen:
+        found = call()
+    assert isinstance(found, Tensor)
+    assert torch.equal(found, inputs.x)
+    assert {event.key: event.count for event in seen.key_averages()}["aten::clone"] == LINKS
+
+
+def test_a_chains_record_is_of_one_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[tuple[int, int]] = []
+
+    def device_time(calls: list[timing.Call], stream: object, norms: int) -> timing.DeviceTime:
+        timed.append((len(calls), norms))
+        return timing.DeviceTime(mean=3.5, std=0.25, median=3.0, replays=7)
+
+    monkeypatch.setattr(measure, "device_time", device_time)
+    # With no GPU there is no graph to replay.
+    monkeypatch.setattr(measure, "_replayed", lambda norm, stream, *arguments: norm(*arguments))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=4096))
+    of = chain("layer_norm")
+    with torch.no_grad():
+        records = measure._measure(of, providers.load(["torch"])[0], HERE, torch.device("cpu"), None, lambda name: None)  # type: ignore[arg-type]
+    assert timed == [(1, LINKS)] * 3  # the ceiling, ours, torch's
+    assert [(record.pass_, record.device_us, record.host_us, record.ok) for record in records] == [
+        ("chain", 3.0, None, True)
+    ] * 2
+    assert {record.bytes for record in records} == {
+        Case("layer_norm", "forward", 3, 40, torch.bfloat16, torch.bfloat16).bytes
+    }
+
+
+@pytest.mark.skipif(not ON_GPU, reason="graphs are only ever replayed on a GPU")
+def test_a_replay_times_one_norm_and_keeps_its_results() -> None:
+    x = torch.zeros(1 << 20, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        replay = timing.Replay([lambda: x + 1, lambda: x + 2], stream)
+        assert [result[0].item() for result in replay.results] == [1, 2]  # type: ignore[index]
+
+        def thrice() -> None:
+            for _ in range(3):
+                x.add_(1)
+
+        alone, of_three = timing.device_time([lambda: x.add_(1)], stream), timing.device_time([thrice], stream, norms=3)
+    assert of_three.median == pytest.approx(alone.median, rel=0.25)
+
+
+# --- host times ---
+
+
+class _Silent:
+    def synchronize(self) -> None:
+        pass
+
+
+def test_host_times_take_turns_and_tell_calls_apart() -> None:
+    order: list[str] = []
+
+    def call(name: str, seconds: float) -> None:
+        if order[-1:] != [name]:
+            order.append(name)
+        time.sleep(seconds)
+
+    calls = [functools.partial(call, "slow", 4e-4), functools.partial(call, "fast", 0.0)]
+    slow, fast = timing.host_times(calls, _Silent())  # type: ignore[arg-type]
+    assert order[:4] == ["slow", "fast", "slow", "fast"]
+    assert slow > 400 > fast
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, list[bool]]]:
+    """Every call is made once and takes made-up times, 10 µs more for each; the list says of each turn whether grad was on,
+    and whether each call's result can be differentiated (a tensor) or has been (a tuple)."""
+    seen: list[tuple[bool, list[bool]]] = []
+
+    def host_times(calls: list[timing.Call], stream: object) -> list[float]:
+        results = [call() for call in calls]
+        differentiable = [isinstance(result, tuple) or result.requires_grad for result in results]  # type: ignore[attr-defined]
+        seen.append((torch.is_grad_enabled(), differentiable))
+        return [10.0 * (i + 1) for i in range(len(calls))]
+
+    monkeypatch.setattr(host, "host_times", host_times)
+    return seen
+
+
+def measured(op: str, who: list[Provider], started: list[str]) -> list[Record]:
+    of = Case(op, "backward", 4, 24, torch.float32, torch.float32)
+    return host.measure_host(of, who, HERE, torch.device("cpu"), _Silent(), started.append)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_functions_and_modules_are_measured_without_grad_with_it_and_with_the_backward(
+    op: str, counted: list[tuple[bool, list[bool]]]
+) -> None:
+    started: list[str] = []
+    records = measured(op, providers.load(["torch"])[0], started)
+    assert tuple(started) == HOST_PASSES
+    assert counted == [(False, [False] * 4), (True, [True] * 4), (True, [True] * 4)]
+    names = [OURS, f"{OURS}.nn", "torch", "torch.nn"]
+    assert [(record.provider, record.pass_) for record in records] == [
+        (name, pass_) for pass_ in HOST_PASSES for name in names
+    ]
+    assert all(record.ok for record in records)
+    assert [record.host_us for record in records] == [10.0, 20.0, 30.0, 40.0] * 3
+    assert all(record.device_us is None and record.ceiling_us is None for record in records)
+
+
+def test_what_is_wrong_or_raises_is_not_timed(counted: list[tuple[bool, list[bool]]]) -> None:
+    def refuses(_: Case) -> providers.Norm:
+        raise RuntimeError("not here\nand so on")
+
+    def wrong(of: Case) -> providers.Norm:
+        return lambda x, w: F.rms_norm(x, (of.n,), w.detach() + 0 * w, 1e-6)
+
+    records = measured("rms_norm", [Provider("refuses", refuses), Provider("wrong", wrong), providers.PEERS["torch"]()], [])
+    by = {record.provider: record for record in records}
+    assert by["refuses"].failure == "RuntimeError: not here"
+    assert by["refuses"].ok is None
+    assert by["wrong"].ok is False
+    assert by["wrong"].failure is not None
+    assert by["wrong"].failure.startswith("dw: error")
+    assert (by["wrong"].host_us, by["refuses"].host_us) == (None, None)
+    assert by["torch"].host_us == 10.0
+
+
+def test_the_host_table_divides_functions_by_functions_and_modules_by_modules(
+    counted: list[tuple[bool, list[bool]]],
+) -> None:
+    console = Console(width=160, file=io.StringIO())
+    with console.capture() as shown:
+        console.print(report.host_table(measured("layer_norm", providers.load(["torch"])[0], [])))
+    rows = {line.split()[0]: line.split()[1:] for line in shown.get().splitlines() if line.split()}
+    assert rows[OURS] == ["10.0", "0.33"] * 3
+    assert rows[f"{OURS}.nn"] == ["20.0", "0.50"] * 3
+    assert rows["torch.nn"] == ["40.0", "1.00"] * 3

@@ -1,0 +1,148 @@
+"""What got slower between two files of times, told from noise. Kernels that grew: tests/test_inspection.py."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trinorm.bench import changes
+from trinorm.bench.changes import Line
+from trinorm.cli import bench, main
+
+RESULTS = sorted((Path(__file__).parents[1] / "benchmarks/results").rglob("*.jsonl"))
+
+
+def line(us: float | None, **others: Any) -> Line:
+    """A made-up line. Its medians are sure to far less than NOISE."""
+    made_up: Line = dict(op="rms_norm", shape=[8192, 4096], layout="contiguous", dtype="bfloat16", weight_dtype="bfloat16")
+    made_up |= {"pass": "forward", "provider": "trinorm", "gpu": "Made-up GPU 9", "triton": "0.0"}
+    made_up |= dict(device_us=us, device_us_std=0.01, replays=50, ceiling_us=30.0, host_us=7.0)
+    return made_up | others
+
+
+def found(before: list[Line], after: list[Line]) -> list[str]:
+    """The quantities that are worse (+) or better (-)."""
+    compared = changes.compare_lines(before, after).compared
+    return [f"{'+' if change.worse else '-'}{change.subject.who}" for change in compared if change.worse or change.better]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (100.0, 101.9, []),
+        (100.0, 102.1, ["+trinorm"]),
+        (100.0, 98.1, []),
+        (100.0, 97.9, ["-trinorm"]),
+        (100.0, None, ["+trinorm"]),
+        (None, 100.0, []),
+        (None, None, []),
+    ],
+)
+def test_two_percent_is_noise(before: float | None, after: float | None, expected: list[str]) -> None:
+    assert found([line(before)], [line(after)]) == expected
+
+
+def test_a_time_that_is_there_no_more_is_a_failure() -> None:
+    compared = changes.compare_lines([line(100.0)], [line(None, ok=False)])
+    assert [change.after for change in compared.failures] == [math.inf]
+
+
+def test_the_spread_of_replays_is_noise() -> None:
+    # σ = 10 over 50 replays: a median of 100 is known to 10·√(π/2)/√50 = 1.77, the ratio of two to 2.4%; three times that.
+    assert found([line(100.0, device_us_std=10.0)], [line(107.0, device_us_std=10.0)]) == []
+    assert found([line(100.0, device_us_std=10.0)], [line(107.6, device_us_std=10.0)]) == ["+trinorm"]
+    assert found([line(100.0, device_us_std=10.0, replays=5000)], [line(107.0, device_us_std=0.0)]) == ["+trinorm"]
+
+
+def test_what_the_copy_went_is_noise() -> None:
+    assert found([line(100.0)], [line(104.9, ceiling_us=31.5)]) == []
+    assert found([line(100.0)], [line(105.1, ceiling_us=31.5)]) == ["+trinorm"]
+    assert found([line(100.0)], [line(95.1, ceiling_us=31.5)]) == []
+
+
+def test_lines_of_one_file_that_differ_are_noise() -> None:
+    assert found([line(98.0), line(102.0), line(100.0)], [line(103.9)]) == []
+    assert found([line(98.0), line(102.0), line(100.0)], [line(104.1)]) == ["+trinorm"]
+    assert found([line(100.0)], [line(101.0), line(107.0), line(104.0)]) == []
+
+
+def test_a_peer_that_got_slower_is_shown_and_no_failure() -> None:
+    before, after = [line(10.0, provider="quack"), line(10.0)], [line(20.0, provider="quack"), line(10.0)]
+    assert found(before, after) == ["+quack"]
+    assert changes.compare_lines(before, after).failures == []
+
+
+def test_only_the_same_thing_is_compared() -> None:
+    before = [line(10.0), line(10.0, dtype="float16"), line(10.0, gpu="Made-up GPU 8"), line(10.0, weight_dtype="float32")]
+    after = [line(10.0), line(90.0, **{"pass": "backward"}), line(90.0, shape=[1, 4096]), line(90.0, op="layer_norm")]
+    result = changes.compare_lines(before, after)
+    assert len(result.compared) == 1
+    assert (len(result.only_before), len(result.only_after)) == (3, 3)
+    assert "In one file only: 6 (3 before, 3 after)" in changes.summary(result)
+    with pytest.raises(ValueError, match="nothing in common"):
+        changes.compare_lines(before[1:], after)
+
+
+def test_the_worst_comes_first() -> None:
+    shapes = [[1, n] for n in range(4)]
+    before = [line(us, shape=shape) for us, shape in zip((100.0, 10.0, 50.0, 1.0), shapes, strict=True)]
+    after = [line(us, shape=shape) for us, shape in zip((150.0, 5.0, 100.0, None), shapes, strict=True)]
+    compared = changes.compare_lines(before, after).compared
+    assert [change.subject.shape[1] for change in compared] == [3, 2, 0, 1]
+
+
+def test_kernels_of_two_versions_of_triton_are_not_compared() -> None:
+    kernel = dict(
+        op="rms_norm", shape=[1, 2], dtype="bfloat16", weight_dtype="bfloat16", target="sm_90", kernel="k", launch=0
+    )
+    kernel["pass"] = "forward"
+    with pytest.raises(ValueError, match=r"Triton 3\.6\.0 and 3\.7\.1"):
+        changes.compare_lines([kernel | {"triton": "3.7.1"}], [kernel | {"triton": "3.6.0"}])
+
+
+# --- the command ---
+
+
+def write(path: Path, *lines: Line) -> str:
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    return str(path)
+
+
+def test_the_command_shows_what_changed_and_fails_where_it_is_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "HAS_TRITON", False)  # it needs neither Triton nor a GPU
+    a = write(tmp_path / "a.jsonl", line(100.0), line(100.0, shape=[1, 64]), line(3.0, provider="torch"))
+    b = write(tmp_path / "b.jsonl", line(110.0), line(50.0, shape=[1, 64]), line(3.0, provider="torch"))
+    assert main(["bench", "--compare", a, b]) == 1
+    shown = capsys.readouterr().out
+    worse, better = (next(row for row in shown.splitlines() if shape in row).split() for shape in ("8192×4096", "1×64"))
+    assert worse[-4:] == ["100", "110", "+10.0%", "2"]
+    assert better[-4:] == ["100", "50", "-50.0%", "2"]
+    assert "3 compared: 1 worse, 1 better, 1 the same within what is allowed.\n" in shown
+    assert main(["bench", "--compare", a, a]) == 0
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_results_file_equals_itself(path: Path) -> None:
+    lines = changes.read(path)
+    result = changes.compare_lines(lines, lines)
+    assert len(result.compared) > 0
+    assert not any(change.worse or change.better for change in result.compared)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{]", "Expecting"), ("[1]\n", "not every line is an object"), ('{"op": "rms_norm"}\n', "a line without 'pass'")],
+)
+def test_what_is_no_such_file_is_refused(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
+    assert main(["bench", "--compare", str(path), str(path)]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["bench", "--compare", str(tmp_path / "absent"), str(path)]) == 2
+    assert "absent" in capsys.readouterr().err
