@@ -26,25 +26,24 @@ RENEW = "if this is meant: trinorm inspect --json benchmarks/instructions/sm_90.
 # Registers a thread may take (sm_90), by the kernel and the target that a regression would show on first. Warps of a
 # multiprocessor share 65536: what each bound keeps is the number of programs in flight that the tables were tuned at.
 REGISTERS = {
-    ("row_forward", "rms_norm", 768): 48,
+    ("row_forward", "rms_norm", 768): 64,
     ("row_forward", "rms_norm", 4096): 40,
     ("row_forward", "rms_norm", 8192): 64,
-    ("row_forward", "layer_norm", 768): 64,
-    ("row_forward", "layer_norm", 4096): 80,
-    ("row_forward", "layer_norm", 16384): 128,
-    ("row_forward_streamed", "layer_norm", 65536): 48,
-    ("row_backward", "rms_norm", 1024): 96,
+    ("row_forward", "layer_norm", 768): 72,
+    ("row_forward", "layer_norm", 4096): 48,
+    ("row_forward", "layer_norm", 16384): 64,
+    ("row_forward_split", "layer_norm", 65536): 56,
+    ("row_forward_streamed", "layer_norm", 66000): 48,
+    ("row_backward", "rms_norm", 1024): 192,
     ("row_backward", "layer_norm", 1024): 128,
     ("row_backward_few", "rms_norm", 768): 128,
-    ("row_backward_apply", "layer_norm", 16384): 80,
+    ("row_backward_split", "rms_norm", 65536): 128,
+    ("row_backward_apply", "layer_norm", 66000): 80,
     ("sum_partials", "layer_norm", 1024): 64,
 }
 
-# Bytes of local memory allowed: one value, which ptxas parks at a step of occupancy, here or there with its version; and
-# more where that was measured to be the best there is (RMSNorm's backward at 16384 columns is 0.72 of the add so, and 0.56
-# by the two launches that need none).
+# Bytes of local memory allowed: one value, which ptxas parks at a step of occupancy, here or there with its version.
 SPILLED_VALUE = 8
-SPILLS = {("row_backward", "rms_norm", 16384): 96}
 
 LANES = {"sm_80": 32, "sm_90": 32, "gfx942": 64}
 
@@ -82,7 +81,8 @@ def _name(record: dict[str, Any]) -> str:
 @pytest.mark.parametrize("target", LANES)
 def test_every_kernel_is_compiled(target: str, compiled: Compiled) -> None:
     kernels = {record["kernel"] for record in compiled(target)}
-    assert kernels == {
+    teams = {"forget_words", "row_forward_split", "row_backward_split"} if target.startswith("sm_") else set()
+    assert kernels == teams | {
         "row_forward",
         "row_forward_streamed",
         "row_backward",
@@ -95,11 +95,7 @@ def test_every_kernel_is_compiled(target: str, compiled: Compiled) -> None:
 
 @pytest.mark.parametrize("target", LANES)
 def test_nothing_spills(target: str, compiled: Compiled) -> None:
-    spilled = {
-        _name(record): record["spills"]
-        for record in compiled(target)
-        if record["spills"] > SPILLS.get((record["kernel"], record["op"], record["shape"][1]), SPILLED_VALUE)
-    }
+    spilled = {_name(record): record["spills"] for record in compiled(target) if record["spills"] > SPILLED_VALUE}
     assert not spilled
 
 
@@ -107,7 +103,7 @@ def test_nothing_spills(target: str, compiled: Compiled) -> None:
 def test_rows_are_read_and_written_as_wide_as_their_tile_allows(target: str, compiled: Compiled) -> None:
     """128 bits at a time, or as many as a chunk of bf16 has for each thread."""
     for record in compiled(target):
-        if record["kernel"] == "sum_partials":
+        if record["kernel"] in ("sum_partials", "forget_words"):
             continue
         options = record["options"]
         share = 16 * options["CHUNK"] * options.get("ROWS", 1) // (LANES[target] * record["warps"])
@@ -134,7 +130,8 @@ def test_counts_belong_together(target: str, compiled: Compiled) -> None:
         assert record["options"].get("RESCUE") or every == ordinary, _name(record)
         for code in (record, record["ordinary"]):
             # No more widths than accesses; what is in the loop is in the code.
-            assert 0 < sum(code["loads"].values()) <= code["instructions"]["global load"], _name(record)
+            if record["kernel"] != "forget_words":  # which only writes
+                assert 0 < sum(code["loads"].values()) <= code["instructions"]["global load"], _name(record)
             assert all(count <= code["instructions"][kind] for kind, count in code["loop"].items()), _name(record)
         # What walks over tiles or rows does so in a loop that reads memory.
         if record["kernel"] in ("row_backward", "row_backward_apply"):

@@ -47,7 +47,7 @@ _STEPPING = (RowForwardWide, RowForwardSplit, RowBackwardWide, RowBackwardSplit)
 # chunk, that it holds altogether, and that a tile of several rows has: wider rows keep a program busy alone.
 _LOADED = (4, 32)
 _HELD = 64
-_SHARED_TILE = 8192
+_SHARED_TILE = 16384
 _CHUNKS = (256, 8192)
 _MOST_ROWS, _MOST_WARPS = 64, 32
 
@@ -105,8 +105,13 @@ def chosen(case: Case, device: torch.device) -> Launch:
 
 def start(case: Case, kind: type, device: torch.device) -> Launch:
     """A launch of this kind to begin with: the case's own, or that of the nearest problem that has one."""
-    sizes = itertools.product((case.n, *(1 << k for k in range(6, 20))), (case.m, 1, 128, 1 << 15))
+    widths = (case.n, *(1 << k for k in range(6, 20)), _NO_BLOCKS)
+    sizes = itertools.product(widths, (case.m, 1, 128, 1 << 15))
     return next(found for n, m in sizes if isinstance(found := chosen(replace(case, m=m, n=n), device), kind))
+
+
+# Rows that no block divides, nor any program holds.
+_NO_BLOCKS = 66001
 
 
 def tiles(n: int, held: bool = True) -> Iterator[Tile]:

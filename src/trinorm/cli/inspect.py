@@ -15,7 +15,7 @@ from ..ops.road import HAS_TRITON, INTERPRETED
 from . import names, shapes, wide_console
 
 # What is measured; wide rows of which there are few; and wider ones, so that every kernel is met.
-SHAPES = (*bench_cases.SHAPES, (256, 12288), (1024, 65536))
+SHAPES = (*bench_cases.SHAPES, (256, 12288), (1024, 65536), (1024, 66000))
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

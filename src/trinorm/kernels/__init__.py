@@ -6,5 +6,7 @@ Two launched families (DESIGN: row norms here; channel norms to come) over small
 - ``stats``   mean and rstd of a row, held in registers or streamed
 - ``affine``  y = x̂·w + b and its gradients
 - ``row``     the launched forward kernels
-- ``row_backward``  the launched backward kernels
+- ``row_backward``, ``row_backward_wide``  the launched backward kernels
+- ``row_split``  both, of rows that several programs share
+- ``overlap`` what lets a kernel be put on the device before the one ahead of it ends
 """

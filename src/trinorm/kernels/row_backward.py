@@ -8,9 +8,9 @@ in a fixed order, in fp32, with no atomics: the same bits on every run.
 
 - ``row_backward_few``       few rows: one launch, in which some programs take rows (dx) and others columns (dw, db)
 - ``row_backward``           many rows: persistent programs walk tiles of whole rows, dw and db in registers
-- ``row_backward_moments``   rows too wide to hold: c1 and c2 of each row,
-- ``row_backward_apply``     then dx, dw and db, the columns split over programs
-- ``sum_partials``           the last step of the two above: one partial of dw and db per program, summed
+- ``sum_partials``           the last step where each program made a partial of dw and db: their sum
+
+Rows too wide to hold are split over a team (row_split.py) or read twice (row_backward_wide.py).
 """
 
 import triton
@@ -22,8 +22,6 @@ from .index import (
     columns_live,
     first_program,
     load,
-    load_once,
-    load_or,
     load_row,
     load_row_or,
     program_count,
@@ -146,6 +144,12 @@ def add_db(db, dys, ACC: tl.constexpr):
     return chunks
 
 
+@triton.constexpr_function
+def halvings(rows):
+    """How often a power of two can be halved."""
+    return rows.bit_length() - 1
+
+
 @triton.jit
 def column_sums(x):
     """The sum of a tile over its rows, ``[1, CHUNK]``: one half of the rows added to the other until one is left.
@@ -153,7 +157,7 @@ def column_sums(x):
     ``tl.sum`` would pass the rows of different warps through shared memory with all lanes of a warp on one bank (16384x768
     in tiles of 4 rows: 44 µs).
     """
-    for _ in tl.static_range(x.shape[0].bit_length() - 1):
+    for _ in tl.static_range(halvings(x.shape[0])):
         upper, lower = tl.split(tl.permute(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), (1, 2, 0)))
         x = upper + lower
     return x
@@ -284,103 +288,6 @@ def row_backward_few(
         if DB is not None:
             total = tl.sum(db, axis=0, keep_dims=True).to(DB.dtype.element_ty)
             tl.store(DB + columns, total, mask=in_row)
-
-
-@triton.jit
-def row_backward_moments(
-    C1,
-    C2,
-    DY,
-    X,
-    W,
-    MEAN,
-    RSTD,
-    x_odd_sizes,
-    x_strides,
-    dy_odd_sizes,
-    dy_strides,
-    N: tl.constexpr,
-    CENTER: tl.constexpr,
-    ACC: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """c1 and, with CENTER, c2 of one row a program."""
-    wait_for_previous(PDL)
-    let_next_launch(PDL)
-    row = tile_rows(first_program(), 1)
-    x_row = X + row_offsets(row, x_odd_sizes, x_strides)
-    dy_row = DY + row_offsets(row, dy_odd_sizes, dy_strides)
-    mean, rstd = load_stats(MEAN, RSTD, row, rows_live(row, 0, 1), CENTER)
-
-    g_xhat = tl.zeros([1, CHUNK], ACC)
-    g_sum = tl.zeros([1, CHUNK], ACC)
-    for start in tl.range(0, N, CHUNK):
-        columns = chunk_columns(start, CHUNK)
-        live = columns_live(columns, rounded_up(N, CHUNK), N)
-        g = affine_backward(load(dy_row + columns, live).to(ACC), load_or(W, columns, live, NO_WEIGHT, False))
-        g_xhat += g * normalized(load(x_row + columns, live), mean, rstd, ACC)
-        if CENTER:
-            g_sum += g
-
-    tl.store(C1 + row, mean_of(row_sum(g_xhat), N))
-    if CENTER:
-        tl.store(C2 + row, mean_of(row_sum(g_sum), N))
-
-
-@triton.jit(do_not_specialize=["M"])
-def row_backward_apply(
-    DX,
-    DW,
-    DB,
-    DY,
-    X,
-    W,
-    MEAN,
-    RSTD,
-    C1,
-    C2,
-    M: tl.int64,  # M + ROWS passes 2^31 before M does
-    x_odd_sizes,
-    x_strides,
-    dy_odd_sizes,
-    dy_strides,
-    N: tl.constexpr,
-    CENTER: tl.constexpr,
-    ACC: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """dx, dw and db of one chunk of columns (grid axis 1), over the rows of a persistent program (axis 0)."""
-    wait_for_previous(PDL)
-    columns = chunk_columns(second_program() * CHUNK, CHUNK)
-    in_row = columns_live(columns, rounded_up(N, CHUNK), N)
-    w = load_or(W, columns, in_row, NO_WEIGHT, False)
-    dw = tl.zeros([1, CHUNK], ACC)
-    db = tl.zeros([1, CHUNK], ACC)
-
-    for row_number in tl.range(first_program(), M, program_count(), num_stages=STAGES):
-        row = tile_rows(row_number, 1)
-        live = rows_live(row, 0, 1)
-        mean, rstd = load_stats(MEAN, RSTD, row, live, CENTER)
-        dy = load_once(DY + row_offsets(row, dy_odd_sizes, dy_strides) + columns, in_row, True).to(ACC)
-        x = load_once(X + row_offsets(row, x_odd_sizes, x_strides) + columns, in_row, True)
-        xhat = normalized(x, mean, rstd, ACC)
-        if DW is not None:
-            dw += dy * xhat
-        if DB is not None:
-            db += dy
-        if DX is not None:
-            c2, c1 = load_stats(C2, C1, row, live, CENTER)
-            dx = dx_of(affine_backward(dy, w), xhat, rstd, c1, c2, CENTER)
-            tl.store(DX + row * N + columns, dx.to(DX.dtype.element_ty), mask=in_row, cache_modifier=".cs")
-    let_next_launch(PDL)
-
-    if DW is not None:
-        tl.store(DW + first_program() * N + columns, dw, mask=in_row)
-    if DB is not None:
-        tl.store(DB + first_program() * N + columns, db, mask=in_row)
 
 
 @triton.jit

@@ -9,13 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels.row import row_forward, row_forward_streamed
-from ..kernels.row_backward import (
-    row_backward,
-    row_backward_apply,
-    row_backward_few,
-    row_backward_moments,
-    sum_partials,
-)
+from ..kernels.row_backward import row_backward, row_backward_few, sum_partials
+from ..kernels.row_backward_wide import row_backward_apply, row_backward_moments
 from ..kernels.row_split import forget_words, row_backward_split, row_forward_split
 from ..launch import describe, launch
 from ..spec import RowNorm
@@ -158,8 +153,10 @@ def _words(m: int, team: int, device: torch.device) -> Tensor:
 
 def _started_by(tile: Tile, device: torch.device, early: bool = True) -> dict[str, Any]:
     """What every launch is told. early: it may be put on the device before the kernel ahead of it ends."""
-    pdl = early and describe(device).dependent_launch
-    return dict(PDL=pdl, launch_pdl=pdl, num_warps=tile.warps, enable_fp_fusion=True)
+    started: dict[str, Any] = dict(PDL=False, num_warps=tile.warps, enable_fp_fusion=True)
+    if early and describe(device).dependent_launch:
+        started.update(PDL=True, launch_pdl=True)
+    return started
 
 
 _ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
