@@ -1,5 +1,6 @@
-"""How torch sees the kernels: the guard that picks the road, and autograd."""
+"""How torch sees the kernels: the guard that picks the road, the calls seen before, and autograd."""
 
-from .row import row_norm
+from .calls import call_key
+from .row import SEEN, row_norm
 
-__all__ = ["row_norm"]
+__all__ = ["SEEN", "call_key", "row_norm"]
