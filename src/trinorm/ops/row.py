@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +12,11 @@ from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from .. import reference
 from ..spec import RowNorm
 from . import road
-from .calls import Seen
+from .calls import Bounded, Calls
 from .layout import readable
 
 if TYPE_CHECKING:
-    from ..replay import Replayed
+    from ..replay import Function, Results
 
 
 def row_norm(
@@ -26,9 +26,12 @@ def row_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    key: Hashable,
+    asked: tuple[Sequence[int], float | None],
 ) -> Tensor:
-    """The norm of checked arguments, by the road that serves them; SEEN keeps a call that the kernels serve as ``key``."""
+    """The norm of checked arguments, by the road that serves them. CALLS keeps what the kernels can do again.
+
+    asked: normalized_shape and eps as the caller gave them, by which the next call is recalled.
+    """
     if not road.kernels_serve(spec.name, x, weight, bias):
         return reference.composite(spec, x, normalized_shape, weight, bias, eps)
     given = x, weight, bias
@@ -39,37 +42,39 @@ def row_norm(
     x = readable(x, dims)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     call = RowCall(spec, dims, x, weight, bias, eps)
-    if all(t is g for t, g in zip((x, weight, bias), given, strict=True)):
-        SEEN.remember(key, call)
+    if all(now is before for now, before in zip((x, weight, bias), given, strict=True)):
+        CALLS.keep(spec.name, x, asked[0], weight, bias, asked[1], call)
     return call(x, weight, bias)
 
 
 class RowCall:
     """The norm, and its gradients, of arguments that differ from those of one call in their values alone."""
 
-    __slots__ = ("_backwards", "_bias_dtype", "_dims", "_eps", "_forward", "_needs_grad", "_spec")
+    __slots__ = ("_bias_dtype", "_dims", "_eps", "_gradients", "_needs_grad", "_replay", "_spec")
 
     def __init__(self, spec: RowNorm, dims: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-        from ..replay import Replayed
-        from . import rows
-
-        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
         self._spec, self._dims, self._eps = spec, dims, eps
         self._bias_dtype = None if bias is None else bias.dtype
-        self._needs_grad = needs_grad
-        self._forward = Replayed(lambda x, weight, bias: rows.forward(spec, x, dims, weight, bias, eps, save=needs_grad))
-        self._backwards: Seen[Replayed] = Seen(8)
+        self._needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        self._replay: Function | None = None
+        self._gradients: Bounded[Function] = Bounded(8)
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self._needs_grad:
             return _apply(x, weight, bias, self)
-        y = self._forward(x, weight, bias)[0]
-        assert y is not None
-        return y
+        return (self._replay or self.forward)(x, weight, bias)[0]  # type: ignore[return-value]
 
-    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(self, *inputs: Tensor | None) -> Results:
         """(y, mean, rstd), the statistics where a backward will ask for them."""
-        return self._forward(x, weight, bias)
+        from .. import replay
+        from . import rows
+
+        def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Results:
+            return rows.forward(self._spec, x, self._dims, weight, bias, self._eps, save=self._needs_grad)
+
+        results, again = replay.record(forward, *inputs)
+        self._replay = again
+        return results
 
     def backward(
         self,
@@ -79,38 +84,39 @@ class RowCall:
         weight: Tensor | None,
         mean: Tensor | None,
         rstd: Tensor,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> Results:
         """(dx, dw, db), those that are ``wanted``."""
         if torch.is_grad_enabled() or is_batchedtensor(dy) or is_legacy_batchedtensor(dy):
             # Someone differentiates this backward, to whom a kernel's result would be a constant, silently; or maps over
             # it (is_grads_batched, vmap), with tensors that have no storage.
             return reference.composite_gradients(self._spec, x, self._dims, weight, self._bias_dtype, self._eps, dy)
         dy = readable(dy, self._dims)
-        key = (wanted, dy.dtype, dy.is_contiguous() or dy.stride())
-        replayed = self._backwards.get(key)
-        if replayed is None:
-            replayed = self._gradients(wanted, weight)
-            self._backwards.remember(key, replayed)
-        return replayed(dy, x, weight, mean, rstd)
+        key = wanted, dy.dtype, dy.is_contiguous() or dy.stride()
+        if (gradients := self._gradients.get(key)) is not None:
+            return gradients(dy, x, weight, mean, rstd)
+        return self._backward(key, dy, x, weight, mean, rstd)
 
-    def _gradients(self, wanted: tuple[bool, ...], weight: Tensor | None) -> Replayed:
-        from ..replay import Replayed
+    def _backward(self, key: tuple[Any, ...], *inputs: Tensor | None) -> Results:
+        from .. import replay
         from . import rows
 
-        spec, dims = self._spec, self._dims
-        dw = weight.dtype if wanted[1] and weight is not None else None
-        db = self._bias_dtype if wanted[2] else None
-        return Replayed(
-            lambda dy, x, weight, mean, rstd: rows.backward(
-                spec, dy, x, dims, weight, mean, rstd, dx=wanted[0], dw=dw, db=db
-            )
-        )
+        (dx, dw, db, *_), *_ = key
+
+        def backward(dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor) -> Results:
+            dw_dtype = weight.dtype if dw and weight is not None else None
+            db_dtype = self._bias_dtype if db else None
+            return rows.backward(self._spec, dy, x, self._dims, weight, mean, rstd, dx=dx, dw=dw_dtype, db=db_dtype)
+
+        results, again = replay.record(backward, *inputs)
+        if again is not None:
+            self._gradients[key] = again
+        return results
 
 
 class _RowNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: RowCall) -> Tensor | None:
-        y, mean, rstd = call.forward(x, weight, bias)
+        y, mean, rstd = (call._replay or call.forward)(x, weight, bias)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.call = call
         return y
@@ -124,5 +130,5 @@ class _RowNorm(torch.autograd.Function):
 # 1.3 of 3.8 µs.
 _apply = super(torch.autograd.Function, _RowNorm).apply
 
-# A model has a few dozen calls, times the row counts it serves; one takes about 3 KB.
-SEEN: Seen[RowCall] = Seen(2048)
+# Row counts times the shapes of a model. One takes about 4 KB.
+CALLS: Calls[RowCall] = Calls(2048)
