@@ -48,7 +48,7 @@ def record(function: Function, *inputs: Tensor | None) -> tuple[Results, Functio
     are. Where another device is current, a profiler listens or a tensor is less aligned, it calls ``function``.
 
     ``function`` allocates by torch.empty, starts kernels by launch.launch, and does nothing else: what torch's own ops
-    computed would not be repeated.
+    computed would not be repeated. So each result must be one that a launch was given.
     """
     # Each its own object, which tells one input from another where a tensor is passed twice.
     inputs = tuple(None if t is None else t.detach() for t in inputs)
@@ -60,11 +60,13 @@ def record(function: Function, *inputs: Tensor | None) -> tuple[Results, Functio
 def _replay(
     function: Function, inputs: Sequence[Tensor | None], results: Results, started: Sequence[Started]
 ) -> Function | None:
-    given = {id(t) for t in inputs if t is not None}
-    seen = [t for t in (*results, *(arg for launch in started for arg in launch.args)) if isinstance(t, Tensor)]
-    made = list({id(t): t for t in seen if id(t) not in given}.values())
-    aligned = all(t.data_ptr() % _ALIGNMENT == 0 for t in (*inputs, *made) if t is not None)
-    if not aligned or _listened_to() or any(launch.compiled is None for launch in started):
+    given = {id(t): t for t in inputs if t is not None}
+    used = {id(t): t for launch in started for t in launch.args if isinstance(t, Tensor)}
+    made = [t for key, t in used.items() if key not in given]
+    aligned = all(t.data_ptr() % _ALIGNMENT == 0 for t in (used | given).values())
+    launched = all(t is None or id(t) in used for t in results)
+    interpreted = any(launch.compiled is None for launch in started)
+    if not aligned or not launched or interpreted or _listened_to():
         return None
 
     pointers = {id(t): f"p{i}" for i, t in enumerate(inputs) if t is not None}

@@ -46,6 +46,10 @@ class Calls(Generic[T]):
     def __init__(self, limit: int) -> None:
         self._seen: Bounded[tuple[_Entry[T], ...]] = Bounded(limit)
 
+    def clear(self) -> None:
+        """Forget them all."""
+        self._seen.clear()
+
     def recall(
         self,
         op: str,
