@@ -11,6 +11,7 @@ import os
 import re
 import struct
 import subprocess
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,13 @@ class Launch:
     parameters: tuple[int, ...]
 
 
+class _Current(threading.local):
+    device = 0
+    stream = 0
+
+
 class Stub:
-    """The recording driver, and the device and stream that it says are current."""
+    """The recording driver. current: the device and stream that it says are current on this thread; may be set."""
 
     def __init__(self, folder: Path) -> None:
         import triton
@@ -60,8 +66,7 @@ class Stub:
         # Loaded under its own name, so that Triton finds this one when it asks for libcuda.so.1.
         self._library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-        self.device = 0
-        self.stream = 0
+        self.current = _Current()
         self._names: dict[int, str] = {}
         self._seen = 0
         triton.runtime.driver.set_active(self._driver())
@@ -71,8 +76,8 @@ class Stub:
 
         driver = CudaDriver()
         driver.get_device_capability = lambda device=0: (9, 0)
-        driver.get_current_device = lambda: self.device
-        driver.get_current_stream = lambda device: self.stream
+        driver.get_current_device = lambda: self.current.device
+        driver.get_current_stream = lambda device: self.current.stream
         load = driver.utils.load_binary
 
         def load_binary(name: str, binary: bytes, *rest: Any) -> Any:
