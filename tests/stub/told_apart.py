@@ -136,8 +136,9 @@ def test_no_tensor_is_held(stub: Stub) -> None:
 
 def test_a_gradient_that_is_the_input_itself(stub: Stub) -> None:
     """A tensor passed twice at first does not tie its two places together."""
-    x, weight = draw(RMS_NORM, 8, 64, torch.float32, grad=True)
-    call(RMS_NORM, x, weight).backward(x.detach())
+    x, weight = draw(RMS_NORM, 8, 64, torch.float32, grad=False)
+    weight.requires_grad_()
+    call(RMS_NORM, x, weight).backward(x)
     dy = torch.randn(8, 64)
     y = call(RMS_NORM, x, weight)
     stub.launches()
@@ -145,3 +146,25 @@ def test_a_gradient_that_is_the_input_itself(stub: Stub) -> None:
     (backward,) = stub.launches()
     assert backward.parameters.count(dy.data_ptr()) == 1
     assert backward.parameters.count(x.data_ptr()) == 1
+
+
+def test_gradients_of_other_layouts_and_dtypes_are_told_apart(stub: Stub, ordinary: list[str]) -> None:
+    x, weight = draw(RMS_NORM, 8, 64, torch.float32, grad=True)
+    given = [torch.randn(8, 64), torch.randn(8, 192)[:, :64], torch.randn(64).expand(8, 64), torch.randn(8, 64).double()]
+    expected = []
+    for first in (True, False):
+        for i, dy in enumerate(given):
+            y = call(RMS_NORM, x, weight)
+            stub.launches()
+            ordinary.clear()
+            with torch.no_grad():
+                y.grad_fn.apply(dy)  # type: ignore[union-attr]  # as autograd does, but that it would cast the last one
+            assert bool(ordinary) == first
+            (backward,) = stub.launches()
+            assert dy.data_ptr() in backward.parameters
+            numbers = (backward.function, [p for p in backward.parameters if p < 1 << 32])
+            if first:
+                expected.append(numbers)
+            assert numbers == expected[i]
+    assert {192, 64} <= set(expected[1][1])
+    assert len({function for function, _ in expected}) == 2
