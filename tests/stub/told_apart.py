@@ -168,3 +168,14 @@ def test_gradients_of_other_layouts_and_dtypes_are_told_apart(stub: Stub, ordina
             assert numbers == expected[i]
     assert {192, 64} <= set(expected[1][1])
     assert len({function for function, _ in expected}) == 2
+
+
+def test_without_torchs_guard_nothing_is_kept(stub: Stub, ordinary: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = draw(RMS_NORM, 8, 64, torch.float32, grad=False)
+    for guard in (None, lambda *tensors: None):  # one that cannot be called so, and another signature
+        monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", guard)
+        for _ in range(3):
+            call(RMS_NORM, x, weight)
+    monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    call(RMS_NORM, x, weight)
+    assert len(ordinary) == len(stub.launches()) == 7

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -83,11 +83,8 @@ class Calls(Generic[T]):
         call: T,
     ) -> None:
         """Recall ``call`` for calls like this one, which was checked and which no observer sees."""
-        if _TensorGuards is None or type(eps) not in _NUMBERS:
-            return
-        tensors = _present(x, weight, bias)
-        alike = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-        if not alike(*tensors):  # one is passed twice, which the guard never agrees to
+        alike = _alike(*_present(x, weight, bias))
+        if alike is None or type(eps) not in _NUMBERS:
             return
         # A tuple is recognized by its identity, which a list could keep while it changes.
         shape = normalized_shape if isinstance(normalized_shape, tuple) else torch.Size(normalized_shape)
@@ -99,6 +96,15 @@ def _present(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Ten
     if weight is None:
         return (x,) if bias is None else (x, bias)
     return (x, weight) if bias is None else (x, weight, bias)
+
+
+def _alike(*tensors: Tensor) -> Callable[..., bool] | None:
+    """The guard of these tensors; None where it does not know them again: one is passed twice, or torch's guard changed."""
+    try:
+        alike = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        return alike if alike(*tensors) else None
+    except (AttributeError, TypeError):
+        return None
 
 
 def _size(normalized_shape: Sequence[int]) -> torch.Size | None:
@@ -114,6 +120,5 @@ _NUMBERS = (float, type(None), int)
 # Of one shape: dtypes, layouts, with a gradient and without, under autocast and not.
 _VARIANTS = 8
 
-_TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 _is_compiling = torch.compiler.is_compiling
 _grad_is_on = torch.is_grad_enabled
