@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,16 +26,6 @@ class Bounded(dict[Hashable, T]):
         super().__setitem__(key, value)
 
 
-class _Entry(NamedTuple, Generic[T]):
-    """alike: whether tensors have the types, dtypes, device, sizes, strides and needs of gradients of those seen, and torch
-    dispatches as it did: no torch.func transform, mode or tracer has come, and autocast is on or off as it was.
-    """
-
-    alike: Callable[..., bool]
-    normalized_shape: Sequence[int]
-    call: T
-
-
 class Calls(Generic[T]):
     """The calls of a family of norms, told apart by all that their checks and launches depend on but addresses and values.
 
@@ -44,7 +34,8 @@ class Calls(Generic[T]):
     """
 
     def __init__(self, limit: int) -> None:
-        self._seen: Bounded[tuple[_Entry[T], ...]] = Bounded(limit)
+        # For each key, (the guard of the tensors, normalized_shape, what is kept), the latest first.
+        self._seen: Bounded[tuple[tuple[Callable[..., bool], Sequence[int], T], ...]] = Bounded(limit)
 
     def clear(self) -> None:
         """Forget them all."""
@@ -89,7 +80,7 @@ class Calls(Generic[T]):
         # A tuple is recognized by its identity, which a list could keep while it changes.
         shape = normalized_shape if isinstance(normalized_shape, tuple) else torch.Size(normalized_shape)
         key = op, x.shape, eps, weight is None, bias is None, torch.is_grad_enabled()
-        self._seen[key] = (_Entry(alike, shape, call), *self._seen.get(key, ())[: _VARIANTS - 1])
+        self._seen[key] = ((alike, shape, call), *self._seen.get(key, ())[: _VARIANTS - 1])
 
 
 def _present(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
@@ -99,7 +90,11 @@ def _present(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Ten
 
 
 def _alike(*tensors: Tensor) -> Callable[..., bool] | None:
-    """The guard of these tensors; None where it does not know them again: one is passed twice, or torch's guard changed."""
+    """Whether others have the types, dtypes, device, sizes, strides and needs of gradients of these, while torch dispatches
+    as now: no torch.func transform, mode or tracer has come, and autocast is on or off as it is.
+
+    None where torch's guard does not know these again: one is passed twice, or another torch has another guard.
+    """
     try:
         alike = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
         return alike if alike(*tensors) else None
