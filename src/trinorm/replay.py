@@ -77,7 +77,7 @@ def _replay(
         current_device=getattr(torch._C, "_cuda_getDevice", None) or driver.active.get_current_device,
         device=driver.active.get_current_device(),
         stream_of=driver.active.get_current_stream,
-        empty=_empty(made[0].device),
+        empty=_empty(next(iter(used.values())).device),
         runtime=knobs.runtime,
         enter=_ENTER,
         leave=_LEAVE,
@@ -88,7 +88,7 @@ def _replay(
         lines += [f"o{i} = empty(size{i}, stride{i}, dtype{i})", f"q{i} = o{i}.data_ptr()"]
         values |= {f"size{i}": tuple(t.shape), f"stride{i}": t.stride(), f"dtype{i}": t.dtype}
     starts = [_start(str(i), launch, pointers, values) for i, launch in enumerate(started)]
-    names = {id(t): f"o{i}" for i, t in enumerate(made)}
+    outputs = {id(t): f"o{i}" for i, t in enumerate(made)}
     arguments = ", ".join(f"i{i}" for i in range(len(inputs)))
     ordinarily = f"    return function({arguments})"
     body = [
@@ -99,7 +99,7 @@ def _replay(
         ordinarily,
         "stream = stream_of(device)",
         *starts,
-        f"return {', '.join(names.get(id(t), 'None') for t in results)},",
+        f"return {', '.join(outputs.get(id(t), 'None') for t in results)},",
     ]
     make = _made_of(tuple(values), f"def replay({arguments}, *, binaries=binaries):", tuple(body))
     return make(**values)
@@ -158,14 +158,11 @@ def _is_plain(run: Any) -> bool:
 # The chains of hooks that Triton starts with: profilers add to them, or put something else in their place.
 _ENTER, _LEAVE = type(knobs.runtime).launch_enter_hook, type(knobs.runtime).launch_exit_hook
 
+# Whether a profiler wants to hear of launches, which Triton's own way tells it.
 _LISTENED_TO = (
     "enter.calls or leave.calls or runtime.launch_enter_hook is not enter or runtime.launch_exit_hook is not leave"
 )
-
-
-def _listened_to() -> bool:
-    """Whether a profiler wants to hear of launches, which Triton's own way tells it."""
-    return bool(eval(_LISTENED_TO, dict(enter=_ENTER, leave=_LEAVE, runtime=knobs.runtime)))
+_listened_to: Callable[[], bool] = eval(f"lambda: {_LISTENED_TO}", dict(enter=_ENTER, leave=_LEAVE, runtime=knobs.runtime))
 
 
 def _empty(device: torch.device) -> Callable[..., Tensor]:
