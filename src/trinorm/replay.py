@@ -68,6 +68,9 @@ def _replay(
     interpreted = any(launch.compiled is None for launch in started)
     if not aligned or not launched or interpreted or _listened_to():
         return None
+    place, device = next(iter(used.values())).device, driver.active.get_current_device()
+    if place.index not in (None, device):  # launch.launch switched to it and back
+        return None
 
     pointers = {id(t): f"p{i}" for i, t in enumerate(inputs) if t is not None}
     lines = [f"{name} = i{name[1:]}.data_ptr()" for name in pointers.values()]
@@ -75,9 +78,9 @@ def _replay(
         function=function,
         # The one below torch.cuda.current_device: that a tensor is on a GPU proves that CUDA is initialized.
         current_device=getattr(torch._C, "_cuda_getDevice", None) or driver.active.get_current_device,
-        device=driver.active.get_current_device(),
+        device=device,
         stream_of=driver.active.get_current_stream,
-        empty=_empty(next(iter(used.values())).device),
+        empty=_empty(place),
         runtime=knobs.runtime,
         enter=_ENTER,
         leave=_LEAVE,

@@ -72,11 +72,14 @@ class Stub:
         triton.runtime.driver.set_active(self._driver())
 
     def _driver(self) -> Any:
+        import torch
         from triton.backends.nvidia.driver import CudaDriver
 
         driver = CudaDriver()
         driver.get_device_capability = lambda device=0: (9, 0)
         driver.get_current_device = lambda: self.current.device
+        if hasattr(torch._C, "_cuda_getDevice"):  # a torch that was built for CUDA
+            torch._C._cuda_getDevice = driver.get_current_device
         driver.get_current_stream = lambda device: self.current.stream
         load = driver.utils.load_binary
 
