@@ -33,8 +33,7 @@ def launch(
 ) -> None:
     """Run ``kernel`` over ``grid`` on the current stream of ``device``, by Triton's own way.
 
-    args are the kernel's run-time arguments in order, tensors (or None) before numbers; options its constexprs by name
-    and Triton's own (num_warps).
+    args are the kernel's run-time arguments in order; options its constexprs by name and Triton's own (num_warps).
     """
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         compiled = kernel[grid](*args, **options)

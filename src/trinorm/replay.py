@@ -49,6 +49,8 @@ def record(function: Function, *inputs: Tensor | None) -> tuple[Results, Functio
 
     ``function`` allocates by torch.empty, starts kernels by launch.launch, and does nothing else: what torch's own ops
     computed would not be repeated. So each result must be one that a launch was given.
+
+    Recording costs 27 µs where the function costs 16 and its repetition 2 (RMSNorm's forward, the driver a stub).
     """
     # Each its own object, which tells one input from another where a tensor is passed twice.
     inputs = tuple(None if t is None else t.detach() for t in inputs)

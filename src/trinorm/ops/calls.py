@@ -73,7 +73,7 @@ class Calls(Generic[T]):
         eps: float | None,
         call: T,
     ) -> None:
-        """Recall ``call`` for calls like this one, which was checked and which no observer sees."""
+        """Recall ``call`` from now on for calls like this one, which was found good and has no observer."""
         alike = _alike(*_present(x, weight, bias))
         if alike is None or type(eps) not in _NUMBERS:
             return
@@ -104,7 +104,9 @@ def _alike(*tensors: Tensor) -> Callable[..., bool] | None:
 
 def _size(normalized_shape: Sequence[int]) -> torch.Size | None:
     try:
-        return torch.Size(normalized_shape)
+        return (
+            torch.Size(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else None
+        )  # no iterator is used up
     except TypeError:
         return None
 

@@ -46,24 +46,18 @@ def observer() -> str | None:
     """What looks inside ops just now and would not see a kernel: torch.compile and torch.jit (Inductor fuses the
     composite), torch.func, forward-mode AD, modes that count or record ATen ops. None when nothing does.
     """
-    if _is_compiling() or _tracing_state() is not None:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return _TRACER
-    if _functorch_is_active():
+    if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode AD is active"
-    if _dispatch_modes():
+    if torch._C._len_torch_dispatch_stack():
         return "a TorchDispatchMode is active"
     return None
 
 
 _TRACER = "a tracer"
-
-# Every eager call asks these, so they are looked up once: together .15 µs.
-_is_compiling = torch.compiler.is_compiling
-_tracing_state = torch._C._get_tracing_state
-_functorch_is_active = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 @functools.cache
