@@ -83,6 +83,13 @@ def test_weight_of_any_floating_dtype(
     _check(op, x, (48,), weight, bias)
 
 
+def test_parameters_of_any_strides(op: str, device: torch.device) -> None:
+    x = torch.randn(24, 48, device=device)
+    weight, bias = _parameters(op, (96,), torch.float32, device)
+    _check(op, x, (48,), weight[::2], None if bias is None else bias[:1].expand(48))
+    _check(op, x.view(24, 6, 8), (6, 8), weight[:48].view(8, 6).T, None if bias is None else bias[::2].view(6, 8))
+
+
 def test_weight_without_bias_and_bias_without_weight(device: torch.device) -> None:
     x = torch.randn(24, 48, device=device)
     weight, bias = _parameters("layer_norm", (48,), torch.float32, device)

@@ -39,6 +39,7 @@ FLOW = (
     "kernels",
     "reference",
     "launch",
+    "replay",
     "tuning",
     "ops",
     "functional",

@@ -1,18 +1,24 @@
-"""launch.py: kernels start on their tensors' device, and what a device is."""
+"""launch.py and replay.py: kernels start on their tensors' device and stream, the first time and when repeated."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from trinorm import functional
+from trinorm import functional, inspection, replay
 from trinorm.launch import Device, describe, launch
+from trinorm.ops import CALLS, rows
+from trinorm.ops.calls import Bounded
+from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
 
 
 class _Kernel:
@@ -45,6 +51,88 @@ def test_a_second_device_is_made_current_for_the_launch_and_no_longer() -> None:
     assert functional.rms_norm(x, (64,)).device == x.device
 
 
+def test_a_full_memory_starts_anew() -> None:
+    seen: Bounded[int] = Bounded(3)
+    for i in (0, 1, 2, 2, 1, 0):
+        seen[i] = 10 * i
+    assert seen == {0: 0, 1: 10, 2: 20}
+    seen[3] = 30
+    assert seen == {3: 30}
+
+
+def test_the_memory_of_calls_is_bounded(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CALLS, "_seen", Bounded(4))
+    for m in range(1, 8):
+        functional.rms_norm(torch.randn(m, 8, device=device), (8,))
+    assert len(CALLS._seen) == 3
+    x = torch.randn(1, 8, device=device)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for grad in (False, True):
+            for parameters in (torch.float32, torch.float64):
+                functional.rms_norm(
+                    x.to(dtype, copy=True).requires_grad_(grad), (8,), torch.ones(8, dtype=parameters, device=device)
+                )
+    assert max(map(len, CALLS._seen.values())) == 8
+
+
+def test_the_interpreter_is_not_repeated() -> None:
+    """It hands back no compiled kernel."""
+    kernel = _Kernel()
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        y = torch.empty_like(x)
+        launch(kernel, (1,), x.device, (y, x), {})
+        return y, None
+
+    x = torch.randn(4)
+    (y, _), again = replay.record(function, x)
+    assert y is kernel.started[0][1][0]
+    assert again is None
+
+
+class _Operators(TorchDispatchMode):
+    """The names of ATen's operators that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spec", [LAYER_NORM, RMS_NORM], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("size", [(5, 96), (100, 640), (3000, 64), (3, 40000)], ids=str)
+def test_between_inputs_and_launches_memory_is_only_allocated(spec: RowNorm, size: tuple[int, int]) -> None:
+    """What else torch's own operators did would be missing from a repeated call."""
+    x, dy, weight = (torch.empty(shape, device="meta") for shape in (size, size, size[1:]))
+    with inspection.recorded() as calls, _Operators() as operators:
+        _, mean, rstd = rows.forward(spec, x, 1, weight, weight, 1e-5, save=True)
+        assert rstd is not None
+        rows.backward(spec, dy, x, 1, weight, mean, rstd, dx=True, dw=weight.dtype, db=weight.dtype)
+    assert len(calls) >= 2
+    assert operators.called <= {"aten::empty.memory_format", "aten::empty_like"}
+
+
+# Other Tritons to try the launch path with, as folders to import them from, beside the one that is installed.
+TRITONS = ["", *filter(None, os.environ.get("TRINORM_TRITONS", "").split(os.pathsep))]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU its own driver is there, and the tests below run on it")
+@pytest.mark.parametrize("triton", TRITONS)
+def test_what_reaches_the_driver(triton: str) -> None:
+    """stub/, in a process in which the kernels are compiled, and a stub of the CUDA driver writes down what it is given."""
+    stub = Path(__file__).parent / "stub"
+    environment = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [triton]), *sys.path])
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", f"--confcutdir={stub}"]
+    command = [sys.executable, "-m", "pytest", *options, str(stub / "launched.py"), str(stub / "told_apart.py")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 def test_devices_are_described() -> None:
     assert describe(torch.device("cpu")) == Device(132, 227 << 10, dependent_launch=False, programs_wait=False)
     if torch.cuda.is_available():
@@ -53,19 +141,152 @@ def test_devices_are_described() -> None:
         assert here.shared_memory >= 48 << 10
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="streams and compiled kernels need a GPU")
-def test_a_side_stream_is_used() -> None:
-    x = torch.randn(4096, 4096, device="cuda")
-    expected = functional.rms_norm(x, (4096,))
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="only compiled kernels are repeated")
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+
+
+@pytest.fixture
+def ordinary(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels started by Triton's own way. A repeated call does not show here."""
+    from triton.runtime.jit import JITFunction
+
+    started: list[str] = []
+    run = JITFunction.run
+    monkeypatch.setattr(JITFunction, "run", lambda self, *a, **k: (started.append(self.fn.__name__), run(self, *a, **k))[1])
+    return started
+
+
+def _norm_and_gradients(op: str, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+    n = x.shape[-1]
+    ramp = torch.linspace(0.5, 1.5, n, device=x.device).to(x.dtype)
+    inputs = [t.detach().requires_grad_() for t in ((x, ramp, -ramp) if op == "layer_norm" else (x, ramp))]
+    y = getattr(functional, op)(inputs[0], (n,), *inputs[1:])
+    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+
+@needs_gpu
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("size", [(128, 768), (5, 96), (3000, 64), (4, 3, 4096), (3, 40000)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_repeated_call_gives_the_same_bits(
+    op: str, size: tuple[int, ...], dtype: torch.dtype, ordinary: list[str]
+) -> None:
+    x, dy, other = (torch.randn(size, device="cuda").to(dtype) for _ in range(3))
+    first = _norm_and_gradients(op, x, dy)
+    assert ordinary
+    ordinary.clear()
+    _norm_and_gradients(op, other, other)  # leaves other values in the memory that is used again
+    second = _norm_and_gradients(op, x, dy)
+    assert ordinary == []
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_gpu
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_a_side_stream_is_used(op: str, ordinary: list[str]) -> None:
+    """By the first call there and by a repeated one: x is ready on that stream alone."""
+    x, dy = torch.randn(4096, 4096, device="cuda"), torch.randn(4096, 4096, device="cuda")
+    expected = _norm_and_gradients(op, x, dy)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        z = x * 1.0
-        for _ in range(20):
-            z = z * 1.0
-        y = functional.rms_norm(z, (4096,))
-    stream.synchronize()
-    assert torch.equal(y, expected)
+    for repeated in (False, True):
+        if not repeated:
+            CALLS.clear()
+        ordinary.clear()
+        with torch.cuda.stream(stream):
+            z = x * 0.0
+            for _ in range(20):
+                z = z * 1.0
+            z = z + x
+            found = _norm_and_gradients(op, z, dy)
+        stream.synchronize()
+        assert bool(ordinary) != repeated
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_gpu
+def test_many_threads_at_once() -> None:
+    """Each with its own stream, values and eps, and sizes that others have too, from the first call on."""
+    drawn = [[torch.randn(m, 768, device="cuda") for m in (8, 16 + i % 2, 128)] for i in range(8)]
+    eps = [0.1 * (1 + i % 3) for i in range(8)]
+    expected = [[functional.layer_norm(x, (768,), None, None, eps[i]) for x in drawn[i]] for i in range(8)]
+    CALLS.clear()
+    start_line, wrong = threading.Barrier(8), []
+
+    def work(i: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            start_line.wait()
+            for j in range(600):
+                y = functional.layer_norm(drawn[i][j % 3], (768,), None, None, eps[i])
+                if j % 50 < 3 and not torch.equal(y, expected[i][j % 3]):
+                    wrong.append((i, j))
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert wrong == []
+
+
+@needs_gpu
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_captured_in_a_graph(op: str, repeated: bool, ordinary: list[str]) -> None:
+    x, dy = torch.randn(128, 768, device="cuda"), torch.randn(128, 768, device="cuda")
+    for _ in range(2):
+        _norm_and_gradients(op, x, dy)
+    if not repeated:
+        CALLS.clear()
+    torch.cuda.synchronize()
+    ordinary.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _norm_and_gradients(op, x, dy)
+    assert bool(ordinary) != repeated
+    for values in (torch.randn_like(x), torch.randn_like(x)):
+        x.copy_(values)
+        graph.replay()
+        for a, b in zip(captured, _norm_and_gradients(op, values, dy), strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_two_gpus
+def test_calls_on_two_devices_are_kept_apart(ordinary: list[str]) -> None:
+    """Whichever is current; a tensor of the other device goes the ordinary way."""
+    tensors = {i: torch.randn(128, 768, device=f"cuda:{i}") for i in (0, 1)}
+    expected = {i: _norm_and_gradients("rms_norm", x.to("cuda:0"), x.to("cuda:0")) for i, x in tensors.items()}
+    for current in (0, 1, 0, 1):
+        with torch.cuda.device(current):
+            for i, x in tensors.items():
+                found = _norm_and_gradients("rms_norm", x, x)
+                for a, b in zip(found, expected[i], strict=True):
+                    assert a.device == x.device
+                    assert torch.equal(a.cpu(), b.cpu())
+    ordinary.clear()
+    functional.rms_norm(tensors[0], (768,))
+    functional.rms_norm(tensors[0], (768,))
+    assert len(ordinary) == 1
+    functional.rms_norm(tensors[1], (768,))
+    functional.rms_norm(tensors[1], (768,))
+    assert len(ordinary) == 3, "recorded under its own device, never repeated while the other is current"
+
+
+@needs_gpu
+def test_a_profiler_that_comes_later_hears_every_launch() -> None:
+    from triton import knobs
+
+    x = torch.randn(8, 768, device="cuda")
+    functional.rms_norm(x, (768,))
+    functional.rms_norm(x, (768,))
+    heard: list[object] = []
+    knobs.runtime.launch_enter_hook.add(heard.append)
+    try:
+        functional.rms_norm(x, (768,))
+    finally:
+        knobs.runtime.launch_enter_hook.remove(heard.append)
+    functional.rms_norm(x, (768,))
+    assert len(heard) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU compiles before its first call")

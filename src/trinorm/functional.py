@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from .ops import row_norm
+from .ops import CALLS, row_norm
 from .ops.road import KERNEL_DTYPES
 from .spec import LAYER_NORM, RMS_NORM
 
@@ -48,10 +48,13 @@ def layer_norm(
 
     Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
     """
+    if (call := CALLS.recall("layer_norm", input, normalized_shape, weight, bias, eps)) is not None:
+        return call(input, weight, bias)
     if type(input) is not Tensor and has_torch_function_unary(input):
         return handle_torch_function(layer_norm, (input,), input, normalized_shape, weight=weight, bias=bias, eps=eps)
+    asked = normalized_shape, eps
     shape, eps = _check("layer_norm", input, normalized_shape, weight, bias, eps)
-    return row_norm(LAYER_NORM, input, shape, weight, bias, eps)
+    return row_norm(LAYER_NORM, input, shape, weight, bias, eps, asked)
 
 
 def rms_norm(
@@ -82,14 +85,17 @@ def rms_norm(
 
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
+    if (call := CALLS.recall("rms_norm", input, normalized_shape, weight, None, eps)) is not None:
+        return call(input, weight, None)
     if type(input) is not Tensor and has_torch_function_unary(input):
         return handle_torch_function(rms_norm, (input,), input, normalized_shape, weight=weight, eps=eps)
+    asked = normalized_shape, eps
     if eps is None:
         # torch's documentation says finfo(x.dtype).eps; its code, CPU and CUDA, uses the dtype it computes in (2.11, 2.13).
         double = isinstance(input, Tensor) and input.dtype == torch.float64
         eps = 2.220446049250313e-16 if double else 1.1920928955078125e-07
     shape, eps = _check("rms_norm", input, normalized_shape, weight, None, eps)
-    return row_norm(RMS_NORM, input, shape, weight, None, eps)
+    return row_norm(RMS_NORM, input, shape, weight, None, eps, asked)
 
 
 def _check(

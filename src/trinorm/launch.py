@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,18 +16,47 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+class Started(NamedTuple):
+    """A launch that happened. compiled: Triton's CompiledKernel, None from its interpreter. The rest as given to launch."""
+
+    compiled: Any
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+
+
+class _Watch(threading.local):
+    started: list[Started] | None = None
+
+
+_watch = _Watch()
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, args: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
-    """Run ``kernel`` over ``grid`` on the current stream of ``device``.
+    """Run ``kernel`` over ``grid`` on the current stream of ``device``, by Triton's own way.
 
     args are the kernel's run-time arguments in order; options its constexprs by name and Triton's own (num_warps).
     """
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        kernel[grid](*args, **options)
-        return
-    with torch.cuda.device(device):
-        kernel[grid](*args, **options)
+        compiled = kernel[grid](*args, **options)
+    else:
+        with torch.cuda.device(device):
+            compiled = kernel[grid](*args, **options)
+    if _watch.started is not None:
+        _watch.started.append(Started(compiled, kernel, grid, args))
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Started]]:
+    """Inside, the launches of this thread are also listed (replay.py repeats them)."""
+    started: list[Started] = []
+    _watch.started = started
+    try:
+        yield started
+    finally:
+        _watch.started = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""How torch sees the kernels: the guard that picks the road, and autograd."""
+"""How torch sees the kernels: the guard that picks the road, the calls seen before, and autograd."""
 
-from .row import row_norm
+from .row import CALLS, row_norm
 
-__all__ = ["row_norm"]
+__all__ = ["CALLS", "row_norm"]

@@ -8,6 +8,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ..launch import INTERPRETED
@@ -16,37 +17,46 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-_PLAIN = (Tensor, Parameter)
+# Types that are no tensor subclass, which the kernels would bypass.
+PLAIN = (Tensor, Parameter)
+PLAIN_OR_NONE = (*PLAIN, type(None))
 
 
 def kernels_serve(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether the kernels compute this call; a GPU call that they do not serve says why, once.
 
-    The composite serves CPU tensors, tensor subclasses, and every transformation that looks inside an op: torch.compile
-    (Inductor fuses it), torch.func, forward-mode AD, and modes that count or record ATen ops.
+    The composite serves CPU tensors, tensor subclasses, and whatever looks inside an op (``observer``).
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
     if not x.is_cuda and not INTERPRETED:
         return False
-    if not HAS_TRITON:
+    reason = observer()
+    if reason is None and not HAS_TRITON:
         reason = "Triton is not installed"
-    elif type(x) not in _PLAIN or type(weight) not in _WEIGHTS or type(bias) not in _WEIGHTS:
+    elif reason is None and (type(x) not in PLAIN or type(weight) not in PLAIN_OR_NONE or type(bias) not in PLAIN_OR_NONE):
         reason = "an argument is a tensor subclass"
-    elif torch._C._are_functorch_transforms_active():
-        reason = "a torch.func transform is active"
-    elif torch.autograd.forward_ad._current_level >= 0:
-        reason = "forward-mode AD is active"
-    elif torch._C._len_torch_dispatch_stack():
-        reason = "a TorchDispatchMode is active"
-    else:
+    if reason is None:
         return True
-    if x.is_cuda:
+    if x.is_cuda and reason != _TRACER:
         _warn_once(op, reason)
     return False
 
 
-_WEIGHTS = (*_PLAIN, type(None))
+def observer() -> str | None:
+    """What looks inside ops just now and would not see a kernel: torch.compile and torch.jit (Inductor fuses the
+    composite), torch.func, forward-mode AD, modes that count or record ATen ops. None when nothing does.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return _TRACER
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD is active"
+    if torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode is active"
+    return None
+
+
+_TRACER = "a tracer"
 
 
 @functools.cache

@@ -1,0 +1,245 @@
+"""What reaches the CUDA driver, by the ordinary road and by a repeated call (replay.py), with no GPU.
+
+test_launch.py runs this file in a process of its own, once for each Triton: kernels are compiled here, and CPU tensors
+stand for a GPU's (stub_driver.py).
+"""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from norms import SPECS, Roles, assert_same, call, draw
+from stub_driver import Launch, Stub
+from torch import Tensor
+from triton import knobs
+from triton.runtime.jit import JITFunction
+
+from trinorm import functional, replay
+from trinorm.launch import launch as start
+from trinorm.ops import rows
+from trinorm.spec import RMS_NORM, RowNorm
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+# (m, n): every kernel of the library is among what these launch, forward and backward.
+PROBLEMS = {
+    "few rows": (5, 96),
+    "more rows": (100, 640),
+    "many rows": (3000, 64),
+    "wide": (3, 40000),
+    "wide, a power of two": (3, 65536),
+}
+LAUNCHED: set[str] = set()
+
+
+def forward_and_backward(
+    spec: RowNorm, m: int, n: int, dtype: torch.dtype, stub: Stub
+) -> tuple[list[Launch], Roles, list[Tensor]]:
+    """What new tensors' call and its gradients launch, what is where, and the tensors, to keep their addresses taken."""
+    tensors = draw(spec, m, n, dtype, grad=True)
+    y, dy = call(spec, *tensors), torch.randn(m, n).to(dtype)
+    everything = [y, dy, *tensors, *torch.autograd.grad(y, tensors, dy)]
+    return stub.launches(), {t.data_ptr(): f"tensor {i}" for i, t in enumerate(everything)}, everything
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("known", [True, False], ids=["below run", "by run"])
+def test_a_repeated_call_passes_what_the_ordinary_road_passes(
+    spec: RowNorm,
+    problem: str,
+    dtype: torch.dtype,
+    known: bool,
+    stub: Stub,
+    ordinary: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By either form of the launch: the one that is known of this Triton, and the one for a Triton that is not known."""
+    if not known:
+        monkeypatch.setattr(replay, "_TRITON", (99, 0))
+    stub.current.stream = 0x1000
+    m, n = PROBLEMS[problem]
+    first, of_first, first_held = forward_and_backward(spec, m, n, dtype, stub)
+    assert ordinary == [launch.kernel for launch in first]
+    ordinary.clear()
+    second, of_second, second_held = forward_and_backward(spec, m, n, dtype, stub)
+    assert ordinary == []
+    assert len(of_first) == len(of_second) == len(first_held) == len(second_held)
+    assert {launch.stream for launch in (*first, *second)} == {0x1000}
+    assert_same(first, second, of_first, of_second)
+    LAUNCHED.update(launch.kernel for launch in first)
+
+
+def test_every_kernel_was_launched() -> None:
+    """By the test above, so it needs it to have run."""
+    kernels = {name for name, value in vars(rows).items() if isinstance(value, JITFunction)}
+    assert kernels == LAUNCHED
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+@pytest.mark.parametrize("way", ["added", "put in its place"])
+def test_a_hook_hears_every_launch(hook: str, way: str, stub: Stub, ordinary: list[str]) -> None:
+    x, weight = draw(RMS_NORM, 8, 64, torch.float32, grad=False)
+    call(RMS_NORM, x, weight)
+    heard: list[str] = []
+    ordinary.clear()
+    with knobs.runtime.scope():
+        if way == "added":
+            getattr(knobs.runtime, hook).add(heard.append)
+        else:
+            setattr(knobs.runtime, hook, heard.append)
+        try:
+            call(RMS_NORM, x, weight)
+            call(RMS_NORM, x, weight, eps=0.5)  # not seen before
+            call(RMS_NORM, x, weight, eps=0.5)
+        finally:
+            if way == "added":
+                getattr(knobs.runtime, hook).remove(heard.append)
+    assert len(heard) == len(ordinary) == 3
+    call(RMS_NORM, x, weight)
+    assert len(heard) == len(ordinary) == 3, "nobody listens any more"
+    call(RMS_NORM, x, weight, eps=0.5)
+    assert len(ordinary) == 4, "what a listener may have had compiled in its own way was not kept"
+    call(RMS_NORM, x, weight, eps=0.5)
+    assert len(ordinary) == 4
+    assert len(stub.launches()) == 7
+
+
+def test_less_alignment_goes_the_ordinary_way(stub: Stub, ordinary: list[str]) -> None:
+    x, weight = draw(RMS_NORM, 8, 64, torch.float32, grad=False)
+    odd_x, odd_weight = torch.randn(8 * 64 + 1)[1:].view(8, 64), torch.randn(65)[1:]
+    call(RMS_NORM, x, weight)
+    (aligned,) = stub.launches()
+    for inputs in ((odd_x, weight), (x, odd_weight)):
+        ordinary.clear()
+        call(RMS_NORM, *inputs)
+        (odd,) = stub.launches()
+        assert ordinary == ["row_forward"]
+        assert odd.function != aligned.function
+        assert {t.data_ptr() for t in inputs} < set(odd.parameters)
+    ordinary.clear()
+    call(RMS_NORM, x, weight)
+    assert ordinary == []
+    assert stub.launches()[0].function == aligned.function
+
+
+def test_an_odd_first_call_does_not_decide_for_the_aligned_ones(stub: Stub, ordinary: list[str]) -> None:
+    x, odd = torch.randn(8, 64), torch.randn(8 * 64 + 1)[1:].view(8, 64)
+    for tensor, expected in ((odd, 1), (x, 1), (x, 0), (odd, 1)):
+        ordinary.clear()
+        call(RMS_NORM, tensor)
+        assert len(ordinary) == expected
+    functions = [launch.function for launch in stub.launches()]
+    assert functions[0] == functions[3] != functions[1] == functions[2]
+
+
+def test_another_device_goes_the_ordinary_way(stub: Stub, ordinary: list[str]) -> None:
+    x = torch.randn(8, 64, requires_grad=True)
+    for device, expected in ((0, 1), (0, 0), (1, 1), (0, 0)):
+        stub.current.device = device
+        ordinary.clear()
+        y = call(RMS_NORM, x)
+        assert len(ordinary) == expected
+        (forward,) = stub.launches()
+        y.sum().backward()
+        assert len(ordinary) == 2 * expected
+        (backward,) = stub.launches()
+        assert (forward.kernel, backward.kernel) == ("row_forward", "row_backward_few")
+
+
+def test_each_call_takes_the_stream_of_its_time(stub: Stub) -> None:
+    x = torch.randn(8, 64, requires_grad=True)
+    for stream in (0, 0x10, 0x20, 0):
+        stub.current.stream = stream
+        y = call(RMS_NORM, x)
+        stub.current.stream = 0x30
+        y.sum().backward()
+        assert [launch.stream for launch in stub.launches()] == [stream, 0x30]
+
+
+def test_threads_do_not_mix(stub: Stub) -> None:
+    """Each on its own stream, with its own x and sizes of which others have some too, from the first call on."""
+    threads, calls = 8, 150
+    start_line = threading.Barrier(threads)
+    drawn = [[torch.randn(m, 64) for m in (8, 16 + i % 2, 40)] for i in range(threads)]
+    faults: list[BaseException] = []
+
+    def work(i: int) -> None:
+        try:
+            stub.current.stream = 1 + i
+            start_line.wait()
+            for j in range(calls):
+                functional.rms_norm(drawn[i][j % 3], (64,), None, 0.5 if j % 2 else 0.25)
+        except BaseException as fault:
+            faults.append(fault)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert faults == []
+    launches = stub.launches()
+    assert len(launches) == threads * calls
+    half, quarter = torch.tensor([0.5, 0.25], dtype=torch.float64).view(torch.int64).tolist()
+    for i in range(threads):
+        mine = [launch.parameters for launch in launches if launch.stream == 1 + i]
+        for j, parameters in enumerate(mine):
+            x = drawn[i][j % 3]
+            assert parameters[1:5] == (x.data_ptr(), len(x), 64, half if j % 2 else quarter)
+        assert len(mine) == calls
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("n", [96, 640])
+def test_two_binaries_of_a_kernel_serve_every_call_of_a_width(spec: RowNorm, n: int, stub: Stub) -> None:
+    """However many rows come, in whatever leading shape, aligned strides and eps."""
+    weight = torch.randn(n, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.randn(n, dtype=torch.bfloat16, requires_grad=True) if spec.center else None
+    packed = torch.empty(40000, 2 * n, dtype=torch.bfloat16)
+    for i, m in enumerate((1, 2, 5, 31, 64, 65, 100, 300, 512, 513, 2000, 9999, 40000)):
+        for x in (packed[:m, :n], torch.empty(m, n, dtype=torch.bfloat16), torch.empty(1, m, 1, n, dtype=torch.bfloat16)):
+            x = x.detach().requires_grad_()
+            call(spec, x, weight, bias, eps=1e-6 * (1 + i)).backward(
+                torch.empty_like(x, memory_format=torch.contiguous_format)
+            )
+    binaries: dict[str, set[int]] = {}
+    for launch in stub.launches():
+        binaries.setdefault(launch.kernel, set()).add(launch.function)
+    assert {"row_forward", "row_backward"} <= set(binaries)
+    assert {kernel: len(functions) for kernel, functions in binaries.items() if len(functions) > 2} == {}
+
+
+@triton.jit
+def copy(Y, X, N: tl.constexpr):
+    columns = tl.arange(0, N)
+    tl.store(Y + columns, tl.load(X + columns))
+
+
+def copied(x: Tensor, **options: object) -> tuple[Tensor, None]:
+    y = torch.empty_like(x)
+    start(copy, (1,), x.device, (y, x), dict(N=64, enable_fp_fusion=True, **options))
+    return y, None
+
+
+def test_launch_options_are_repeated(stub: Stub) -> None:
+    x = torch.randn(64)
+    _, again = replay.record(lambda x: copied(x, launch_pdl=True, num_warps=2), x)
+    assert again is not None
+    again(x)
+    first, second = stub.launches()
+    assert first.attributes == second.attributes == (PROGRAMMATIC_STREAM_SERIALIZATION,)
+    assert first.block == second.block == 64
+
+
+def test_only_launched_results_are_repeated(stub: Stub) -> None:
+    """What torch's own ops compute is not seen by the one who repeats."""
+    x = torch.randn(64)
+    for function in (lambda x: (copied(x)[0] * 2, None), lambda x: (x * 2, None)):
+        assert replay.record(function, x)[1] is None
+    assert replay.record(copied, x)[1] is not None
