@@ -3,6 +3,7 @@
 #   make bench   correctness, then times beside torch and every peer installed   (ARGS='--op rms_norm')
 #   make test    the whole test suite                                            (ARGS='-k backward')
 #   make check   every op against float64, as a table                            (ARGS='--dtype bf16')
+#   make sanitize  every kernel under compute-sanitizer's memcheck and racecheck; needs a GPU
 #   make lint    formatting, rules, types
 #   make clean   remove what these made
 #
@@ -15,7 +16,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: bench test check lint clean
+.PHONY: bench test check sanitize lint clean
 
 bench: $(READY)
 	$(BIN)/trinorm bench $(ARGS)
@@ -26,6 +27,11 @@ test: $(READY)
 
 check: $(READY)
 	$(BIN)/trinorm check $(ARGS)
+
+# Tensors of their own, so that a step past one is past its allocation.
+sanitize: $(READY)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python tests/every_kernel.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python tests/every_kernel.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

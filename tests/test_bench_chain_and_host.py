@@ -92,7 +92,7 @@ def test_the_ceiling_of_a_chain_is_a_chain_of_copies() -> None:
     of = chain("layer_norm")
     inputs = of.draw(torch.device("cpu"))
     (call,) = measure.ceiling_calls(of, [inputs])
-    with torch.profiler.profile() as seen:
+    with torch.profiler.profile(acc_events=True) as seen:
         found = call()
     assert isinstance(found, Tensor)
     assert torch.equal(found, inputs.x)

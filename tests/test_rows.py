@@ -43,7 +43,7 @@ PATHS = {
     ),
     "tiles a program": (
         RowForward(Tile(2, 512, 4), tiles=4, stream=False, preload=True, early=True),
-        RowBackward(Tile(1, 512, 4), tiles=2, stages=3, per_sm=2, stream=False),
+        RowBackward(Tile(1, 512, 4), tiles=2, stages=1, per_sm=2, stream=False),
     ),
     "few": (
         RowForward(Tile(2, 2048, 8), tiles=1, stream=True, preload=True, early=True),
@@ -51,7 +51,7 @@ PATHS = {
     ),
 }
 # Teams of 2 to 96 programs: of a power of two and not, of more words than a warp has lanes.
-SPLIT = (RowForwardSplit(Tile(1, 512, 4), 1024), RowBackwardSplit(Tile(1, 512, 4), 1024, stages=3, per_sm=2))
+SPLIT = (RowForwardSplit(Tile(1, 512, 4), 1024), RowBackwardSplit(Tile(1, 512, 4), 1024, stages=3, per_sm=4))
 WIDE = (RowForwardWide(Tile(1, 1024, 4)), RowBackwardWide(Tile(1, 1024, 4), stages=2, per_sm=4))
 
 
@@ -124,7 +124,7 @@ def test_wide(spec: RowNorm, n: int, device: str, force: Callable[[object, objec
 @pytest.mark.skipif(not ON_GPU, reason="programs wait for each other, which the interpreter runs one after the other")
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("n", [2048, 3072, 5120, 12288, 32768, 65536, 98304])
-@pytest.mark.parametrize("m", [1, 7, 150, 600])
+@pytest.mark.parametrize("m", [1, 7, 90])
 def test_split(spec: RowNorm, m: int, n: int, device: str, force: Callable[[object, object], None]) -> None:
     force(*SPLIT)
     _check(spec, m, n, device)

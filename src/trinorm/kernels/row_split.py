@@ -94,9 +94,9 @@ def merged_blocks(means, squares, N: tl.constexpr, BLOCK: tl.constexpr, CENTER: 
     if CENTER:
         mean = mean_of(team_sum(means), N // BLOCK)
         shift = tl.where(tl.arange(0, means.shape[0]) < N // BLOCK, means - tl.sum(mean), 0.0)
-        return mean, team_sum(squares + shift * shift * BLOCK) * (1.0 / N)
+        return mean, mean_of(team_sum(squares + shift * shift * BLOCK), N)
     else:
-        return tl.zeros([1, 1], tl.float32), team_sum(squares) * (1.0 / N)
+        return tl.zeros([1, 1], tl.float32), mean_of(team_sum(squares), N)
 
 
 @triton.jit

@@ -105,9 +105,9 @@ def held_moments(xs, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr):
         squares += x * x
     if SETTLE:
         squared, moved = row_sums(squares, drift)
-        return settled(mean, squared * (1.0 / N), moved, N)
+        return settled(mean, mean_of(squared, N), moved, N)
     else:
-        return mean, row_sum(squares) * (1.0 / N)
+        return mean, mean_of(row_sum(squares), N)
 
 
 @triton.jit

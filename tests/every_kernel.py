@@ -1,0 +1,50 @@
+"""Runs every kernel once on small tensors, for a checker that watches memory: ``make sanitize``."""
+
+import torch
+
+from trinorm.forced import forced
+from trinorm.ops import rows
+from trinorm.spec import LAYER_NORM, RMS_NORM
+from trinorm.tuning import (
+    RowBackward,
+    RowBackwardFew,
+    RowBackwardSplit,
+    RowBackwardWide,
+    RowForward,
+    RowForwardSplit,
+    RowForwardWide,
+    Tile,
+)
+
+HELD = RowForward(Tile(1, 512, 4), tiles=1, stream=True, preload=False, early=True)
+TILES = RowForward(Tile(4, 256, 4), tiles=2, stream=False, preload=True, early=True)
+# (rows, columns, forward, backward); 1000 columns leave a ragged chunk.
+CALLS = (
+    (300, 1000, HELD, RowBackward(Tile(1, 512, 4), tiles=1, stages=3, per_sm=1, stream=True)),
+    (301, 768, TILES, RowBackward(Tile(4, 256, 4), tiles=2, stages=3, per_sm=1, stream=False)),
+    (37, 1000, HELD, RowBackwardFew(Tile(1, 1024, 4), sums=Tile(32, 32, 4))),
+    (140, 4096, RowForwardSplit(Tile(1, 512, 4), 1024), RowBackwardSplit(Tile(1, 512, 4), 1024, stages=3, per_sm=1)),
+    (20, 5000, RowForwardWide(Tile(1, 1024, 4)), RowBackwardWide(Tile(1, 1024, 4), stages=2, per_sm=4)),
+)
+
+
+def main() -> None:
+    for spec in (LAYER_NORM, RMS_NORM):
+        for m, n, forward, backward in CALLS:
+            for extreme in (False, True):  # with rows whose squares overflow, which take the rescue
+                x, dy = (torch.randn(m, n, device="cuda").bfloat16() for _ in range(2))
+                if extreme:
+                    x[::3] *= 1e30
+                weight = torch.randn(n, device="cuda").bfloat16()
+                bias = weight.clone() if spec.center else None
+                with forced(forward=forward, backward=backward):
+                    _, mean, rstd = rows.forward(spec, x, 1, weight, bias, 1e-5, save=True)
+                    assert rstd is not None
+                    db = weight.dtype if spec.center else None
+                    rows.backward(spec, dy, x, 1, weight, mean, rstd, dx=True, dw=weight.dtype, db=db)
+                torch.cuda.synchronize()
+                print(spec.name, m, n, type(forward).__name__, type(backward).__name__, flush=True)
+
+
+if __name__ == "__main__":
+    main()
