@@ -147,6 +147,25 @@ def test_chans_rule(lanes: list[list[Fraction]]) -> None:
     assert sum(count * (mean - row_mean) for count, mean, _ in parts) == 0
 
 
+@given(st.lists(st.fractions(-100, 100, max_denominator=16), min_size=4, max_size=4), st.sampled_from([1, 2, 4]))
+def test_chans_rule_for_blocks_of_one_size(row: list[Fraction], size: int) -> None:
+    blocks = [moments(row[i : i + size]) for i in range(0, 4, size)]
+    mean = sum(block_mean for block_mean, _ in blocks) / len(blocks)
+    squares = sum(part + size * (block_mean - mean) ** 2 for block_mean, part in blocks)
+    assert (mean, squares) == moments(row)
+
+
+@pytest.mark.parametrize(("dtype", "columns"), [(torch.bfloat16, 65536), (torch.float16, 8192)], ids=str)
+def test_sums_of_equal_values_are_exact(dtype: torch.dtype, columns: int) -> None:
+    """Every partial sum, of the value with the most significant bits; one column more than allowed need not be."""
+    value = 2 - torch.finfo(dtype).eps
+    assert torch.tensor(value, dtype=dtype).item() == value
+    counts = torch.arange(1, columns + 1, dtype=torch.float64)
+    assert torch.equal((counts * value).float().double(), counts * value)
+    beyond = torch.arange(columns, 2 * columns + 1, dtype=torch.float64)
+    assert not torch.equal((beyond * value).float().double(), beyond * value)
+
+
 @given(numbers, st.fractions(-100, 100, max_denominator=16))
 def test_power_about_another_mean(xs: list[Fraction], m: Fraction) -> None:
     mean, squares = moments(xs)
