@@ -1,4 +1,4 @@
-"""The plot of the ceiling's ratio over hidden size."""
+"""The plot of the ceiling's ratio over hidden size, and the legend of every plot."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from trinorm.bench import plots
 from trinorm.bench.cases import CHAIN, HOST_PASSES, PASSES, Case
-from trinorm.bench.providers import OURS
+from trinorm.bench.providers import OURS, PEERS
 from trinorm.bench.records import Provenance, Record
 
 HERE = Provenance(gpu="Made-up GPU 9", torch="0.0", triton="0.0", commit=None, date="2000-01-01")
@@ -51,3 +51,15 @@ def test_it_is_drawn_where_there_are_two_widths_and_chains_and_host_times_are_le
     written = plots.draw(records, tmp_path)
     assert [path.name for path in written] == ["rms_norm-bfloat16-ceiling.png"] * (len(widths) > 1)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+@pytest.mark.parametrize("passes", [PASSES[:1], PASSES])
+def test_the_legend_lies_within_the_figure_and_names_every_provider(passes: tuple[str, ...]) -> None:
+    providers = (OURS, *PEERS)
+    rows = [record(pass_, 8192, n, who) for pass_ in passes for n in (4096, 5120) for who in providers]
+    for figure in (plots._figure(rows, 1, "title"), plots._ceiling_figure(rows, "title")):
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == [*providers, "ceiling"]
+        extent = legend.get_window_extent()
+        assert figure.bbox.x0 <= extent.x0 < extent.x1 <= figure.bbox.x1

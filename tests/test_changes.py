@@ -22,6 +22,13 @@ def line(us: float | None, **others: Any) -> Line:
     return made_up | others
 
 
+def kernel(**others: Any) -> Line:
+    """A made-up line of a kernel."""
+    made_up: Line = dict(op="rms_norm", shape=[1, 2], dtype="bfloat16", weight_dtype="bfloat16", target="sm_90", kernel="k")
+    made_up |= {"pass": "forward", "launch": 0, "triton": "0.0", "registers": 32, "spills": 0, "occupancy": {"programs": 2}}
+    return made_up | {"ordinary": {"instructions": {"fma": 9}, "loop": {}}} | others
+
+
 def found(before: list[Line], after: list[Line]) -> list[str]:
     """The quantities that are worse (+) or better (-)."""
     compared = changes.compare_lines(before, after).compared
@@ -94,12 +101,8 @@ def test_the_worst_comes_first() -> None:
 
 
 def test_kernels_of_two_versions_of_triton_are_not_compared() -> None:
-    kernel = dict(
-        op="rms_norm", shape=[1, 2], dtype="bfloat16", weight_dtype="bfloat16", target="sm_90", kernel="k", launch=0
-    )
-    kernel["pass"] = "forward"
     with pytest.raises(ValueError, match=r"Triton 3\.6\.0 and 3\.7\.1"):
-        changes.compare_lines([kernel | {"triton": "3.7.1"}], [kernel | {"triton": "3.6.0"}])
+        changes.compare_lines([kernel(triton="3.7.1")], [kernel(triton="3.6.0")])
 
 
 # --- the command ---
@@ -135,7 +138,12 @@ def test_a_results_file_equals_itself(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{]", "Expecting"), ("[1]\n", "not every line is an object"), ('{"op": "rms_norm"}\n', "a line without 'pass'")],
+    [
+        ("{]", "Expecting"),
+        ("[1]\n", "not every line is an object"),
+        ('"rms_norm"\n', "not every line is an object"),
+        ('{"op": "rms_norm"}\n', "a line without 'pass'"),
+    ],
 )
 def test_what_is_no_such_file_is_refused(
     text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -146,3 +154,34 @@ def test_what_is_no_such_file_is_refused(
     assert message in capsys.readouterr().err
     assert main(["bench", "--compare", str(tmp_path / "absent"), str(path)]) == 2
     assert "absent" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (line(1.0, shape=5), line(1.0)),
+        (line(1.0), line(1.0, shape=[[1], 2])),
+        (line(1.0, op={}), line(1.0)),
+        (line(1.0), line("1.0")),  # type: ignore[arg-type]
+        (line(1.0, ceiling_us=[30.0]), line(1.0)),
+        (line(1.0, replays=0), line(1.0)),
+        (line(1.0, provider=5), line(2.0, provider=5)),
+        (kernel(registers="32"), kernel()),
+        (kernel(), kernel(occupancy=2)),
+        (kernel(ordinary={"instructions": [9], "loop": {}}), kernel()),
+        (kernel(triton=3), kernel(triton="3")),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused(
+    before: Line, after: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--compare", write(tmp_path / "a.jsonl", before), write(tmp_path / "b.jsonl", after)]) == 2
+    shown = capsys.readouterr()
+    assert not shown.out
+    assert shown.err.startswith("trinorm bench: --compare: a value of the wrong kind (")
+    assert shown.err.count("\n") == 1
+
+
+def test_made_up_kernels_are_right_otherwise(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", kernel())
+    assert main(["bench", "--compare", path, path]) == 0

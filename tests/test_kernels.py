@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trinorm.kernels import affine, index, row_backward, stats
+from trinorm.kernels import affine, index, row_backward, row_split, stats
 
 ROWS, CHUNK = 4, 16
 
@@ -205,3 +205,35 @@ def test_column_sums(device: torch.device) -> None:
     _sums_kernel[(1,)](out, x, dy, N=40, ROWS=4, CHUNK=16)
     assert torch.equal(out[0], 2 * (x * dy).sum(0)), "small integers add exactly"
     assert torch.equal(out[1], dy.sum(0))
+
+
+@triton.jit
+def _blocks_kernel(OUT, MEANS, SQUARES, N: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    lanes = tl.arange(0, LANES)
+    means = tl.load(MEANS + lanes, mask=lanes < N // BLOCK, other=0.0)
+    squares = tl.load(SQUARES + lanes, mask=lanes < N // BLOCK, other=0.0)
+    mean, power = row_split.merged_blocks(means, squares, N, BLOCK, True)
+    tl.store(OUT + tl.zeros([1, 1], tl.int32), mean)
+    tl.store(OUT + 1 + tl.zeros([1, 1], tl.int32), power)
+
+
+def _merged(means: torch.Tensor, squares: torch.Tensor, block: int) -> list[float]:
+    out = torch.empty(2, device=means.device)
+    _blocks_kernel[(1,)](out, means, squares, N=len(means) * block, BLOCK=block, LANES=32)
+    return out.tolist()
+
+
+@pytest.mark.parametrize("team", [1, 2, 3, 7, 10, 18, 32])
+def test_blocks_of_one_value_have_no_deviation(team: int, device: torch.device) -> None:
+    for value in (19151.94, 13074.23, 1 / 3, -1e-3):
+        mean, power = _merged(torch.full((team,), value, device=device), torch.zeros(team, device=device), 2048)
+        assert mean == torch.tensor(value).item()
+        assert power == 0
+
+
+def test_blocks_merge_to_the_moments_of_the_row(device: torch.device) -> None:
+    x = (torch.randint(-8, 8, (3, 64), device=device)).float()  # integers: every step but the last division is exact
+    mean, power = _merged(x.mean(1), (x - x.mean(1, keepdim=True)).square().sum(1), 64)
+    exact = x.double().flatten()
+    assert mean == pytest.approx(exact.mean().item(), rel=2**-22, abs=2**-22)
+    assert power == pytest.approx(exact.var(correction=0).item(), rel=2**-21)

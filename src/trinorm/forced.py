@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from .ops import rows
+from .ops import CALLS, rows
 
 
 @contextlib.contextmanager
 def forced(**launches: object) -> Iterator[None]:
     """Inside, every call of the row family takes these launches, whatever its size.
 
-    By the names of tuning's choices: ``forced(forward=launch)`` is what ``choose_forward`` then gives. Calls that were
-    captured or remembered before are not touched.
+    By the names of tuning's choices: ``forced(forward=launch)`` is what ``choose_forward`` then gives. Remembered calls are
+    forgotten before and after; a call captured in a graph stays what it is.
     """
     actual = {f"choose_{name}": getattr(rows, f"choose_{name}") for name in launches}
     for name, launch in launches.items():
         setattr(rows, f"choose_{name}", lambda *_, launch=launch: launch)
+    CALLS.clear()
     try:
         yield
     finally:
+        CALLS.clear()
         for name, choose in actual.items():
             setattr(rows, name, choose)

@@ -5,7 +5,7 @@ every argument anew. A call of the same sizes, strides and dtypes looks the same
 as a Python function written for it. RMSNorm's forward:
 
     def replay(i0, i1, i2):
-        if current_device() != device or <a profiler listens>:
+        if current_device() != device or <a profiler or a hook listens>:
             return function(i0, i1, i2)
         p0 = i0.data_ptr()
         p1 = i1.data_ptr()
@@ -68,7 +68,13 @@ def _replay(
     aligned = all(t.data_ptr() % _ALIGNMENT == 0 for t in (used | given).values())
     launched = all(t is None or id(t) in used for t in results)
     interpreted = any(launch.compiled is None for launch in started)
-    if not aligned or not launched or interpreted or _listened_to():
+    if (
+        not aligned
+        or not launched
+        or interpreted
+        or _listened_to()
+        or any(launch.kernel.pre_run_hooks for launch in started)
+    ):
         return None
     place, device = next(iter(used.values())).device, driver.active.get_current_device()
     if place.index not in (None, device):  # launch.launch switched to it and back
@@ -88,6 +94,8 @@ def _replay(
         leave=_LEAVE,
         binaries=[launch.compiled for launch in started],  # which Triton unloads when nobody holds them
     )
+    hooks = {f"hooks{i}": launch.kernel.pre_run_hooks for i, launch in enumerate(started)}
+    values |= hooks
     for i, t in enumerate(made):
         pointers[id(t)] = f"q{i}"
         lines += [f"o{i} = empty(size{i}, stride{i}, dtype{i})", f"q{i} = o{i}.data_ptr()"]
@@ -97,7 +105,7 @@ def _replay(
     arguments = ", ".join(f"i{i}" for i in range(len(inputs)))
     ordinarily = f"    return function({arguments})"
     body = [
-        f"if current_device() != device or {_LISTENED_TO}:",
+        f"if current_device() != device or {_LISTENED_TO} or {' or '.join(hooks)}:",
         ordinarily,
         *lines,
         f"if ({' | '.join(pointers.values())}) & {_ALIGNMENT - 1}:",

@@ -6,7 +6,9 @@ stand for a GPU's (stub_driver.py).
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from trinorm import functional, replay
+from trinorm.kernels import row
 from trinorm.launch import launch as start
 from trinorm.ops import rows
 from trinorm.spec import RMS_NORM, RowNorm
@@ -136,6 +139,58 @@ def test_an_odd_first_call_does_not_decide_for_the_aligned_ones(stub: Stub, ordi
         assert len(ordinary) == expected
     functions = [launch.function for launch in stub.launches()]
     assert functions[0] == functions[3] != functions[1] == functions[2]
+
+
+def test_what_comes_back_from_hooks_is_read_as_it_is(stub: Stub) -> None:
+    """A saved x of another layout, or dtype, than the calls before it had: its own strides, its own binary."""
+    wide, dy = torch.randn(8, 128), torch.randn(8, 64)
+
+    def contiguous(t: Tensor) -> Tensor:
+        return t.clone(memory_format=torch.contiguous_format)
+
+    def backward(unpack: Callable[[Tensor], Tensor] | None) -> Launch:
+        x = wide[:, :64].detach().requires_grad_()
+        hooks = (
+            torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), unpack) if unpack else contextlib.nullcontext()
+        )
+        with hooks:
+            y = call(RMS_NORM, x)
+        stub.launches()
+        y.backward(dy)
+        (launch,) = stub.launches()
+        return launch
+
+    strided, again, dense, wider = (backward(unpack) for unpack in (None, None, contiguous, torch.Tensor.double))
+    assert 128 in strided.parameters
+    assert strided.function == again.function
+    assert 128 in again.parameters
+    assert 128 not in dense.parameters
+    assert wider.function not in (strided.function, dense.function)
+
+
+def test_a_kernels_own_hook_hears_every_launch(stub: Stub, ordinary: list[str]) -> None:
+    x, heard = torch.randn(8, 64), []
+    call(RMS_NORM, x)
+    row.row_forward.add_pre_run_hook(lambda *args, **kwargs: heard.append(1))
+    try:
+        call(RMS_NORM, x)
+        call(RMS_NORM, x)
+    finally:
+        row.row_forward.pre_run_hooks.clear()
+    assert len(heard) == 2
+    ordinary.clear()
+    call(RMS_NORM, x)
+    assert ordinary == []
+
+
+def test_what_is_not_kept_is_not_recorded(stub: Stub, ordinary: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy made for the call is not there the next time, so neither is anything to repeat."""
+    recorded: list[object] = []
+    monkeypatch.setattr(replay, "record", lambda function, *inputs: (recorded.append(1), (function(*inputs), None))[1])
+    for _ in range(3):
+        call(RMS_NORM, torch.randn(64, 8).T, torch.randn(128)[::2])
+    assert recorded == []
+    assert ordinary == ["row_forward"] * 3
 
 
 def test_another_device_goes_the_ordinary_way(stub: Stub, ordinary: list[str]) -> None:

@@ -119,7 +119,8 @@ def _parameter_sizes(binary: bytes) -> list[int]:
     """The bytes of each parameter of a cubin's one kernel, from its EIATTR_KPARAM_INFO attributes."""
     found = {}
     for match in re.finditer(rb"\x04\x17\x0c\x00(.{12})", binary, re.DOTALL):
-        _, ordinal, _, flags = struct.unpack("<IHHI", match[1])
-        found[ordinal] = flags >> 18
+        index, ordinal, _, flags = struct.unpack("<IHHI", match[1])
+        if index == 0 and ordinal < 64:  # else other bytes that look so
+            found[ordinal] = flags >> 18
     assert sorted(found) == list(range(len(found))), "every parameter was found"
     return [found[ordinal] for ordinal in sorted(found)]

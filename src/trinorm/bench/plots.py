@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,10 +134,15 @@ def _style(provider: str) -> dict[str, Any]:
 
 
 def _finish(figure: Figure, labelled: Axes, title: str) -> None:
-    """Title, and one legend for all panels."""
+    """Title, and one legend for all panels, in as few lines as the figure's width allows."""
     figure.suptitle(title, fontsize=12)
     handles, labels = labelled.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    for lines in range(1, len(labels) + 1):
+        columns = math.ceil(len(labels) / lines)
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def _log_axes(axes: Axes, sizes: Sequence[int], ticks: Sequence[int]) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+# The longest rows that are tested, and so promised. (From 2^31 columns on, no kernel compiles.)
+MAX_COLUMNS = 1 << 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +37,8 @@ def shape(text: str) -> tuple[int, int]:
     m, _, n = text.partition("x")
     if not (m.isdecimal() and n.isdecimal() and int(m) and int(n)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a shape; write rows x columns, e.g. 128x768")
+    if int(n) > MAX_COLUMNS:
+        raise argparse.ArgumentTypeError(f"{text!r} is too wide; a row has at most {MAX_COLUMNS:,} columns")
     return int(m), int(n)
 
 
@@ -59,8 +65,14 @@ def names(known: Iterable[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def refuse(command: str, reason: str) -> int:
+    """Say why a command cannot run; the exit status that says so."""
+    print(f"trinorm {command}: {reason}", file=sys.stderr)
+    return 2
+
+
 def wide_console() -> Console:
-    """A console for tables: as wide as the terminal, or as the widest table where the output goes elsewhere."""
+    """A console for tables: as wide as the terminal, or 160 columns where the output goes elsewhere."""
     from rich.console import Console
 
     console = Console(highlight=False)

@@ -20,7 +20,7 @@ from ..bench.providers import OURS, PEERS, load
 from ..bench.records import Record, provenance, results_path
 from ..cases import DTYPES
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import names, shapes, wide_console
+from . import names, refuse, shapes, wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,32 +87,33 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; its exit status: 0, 1 where a result of trinorm's is wrong (or worse), 2 where it cannot run."""
     needed = ["rich"] + ["matplotlib"] * (args.plot is not None)
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        return _refuse(f"{' and '.join(missing)} not installed; pip install 'trinorm[bench]'")
+        return refuse("bench", f"{' and '.join(missing)} not installed; pip install 'trinorm[bench]'")
     if args.compare:
         return _compare(*args.compare)
     if not HAS_TRITON:
-        return _refuse("Triton is not installed, so there is no kernel to measure or compile")
+        return refuse("bench", "Triton is not installed, so there is no kernel to measure or compile")
     if INTERPRETED:
-        return _refuse("TRITON_INTERPRET is set, which leaves nothing to time or compile; unset it")
+        return refuse("bench", "TRITON_INTERPRET is set, which leaves nothing to time or compile; unset it")
     return _measure(args, wide_console()) if torch.cuda.is_available() else _predict(args, wide_console())
 
 
-def _refuse(reason: str) -> int:
-    print(f"trinorm bench: {reason}", file=sys.stderr)
-    return 2
-
-
 def _compare(before: Path, after: Path) -> int:
+    from rich.errors import NotRenderableError
+
     from ..bench import changes
 
     try:
         found = changes.compare_lines(changes.read(before), changes.read(after))
+        table = changes.table(found)
     except KeyError as missing:
-        return _refuse(f"--compare: a line without {missing}, so not one of trinorm's --json files")
+        return refuse("bench", f"--compare: a line without {missing}, so not one of trinorm's --json files")
+    # What a value of the wrong kind comes to, wherever it is first computed with, or shown.
+    except (TypeError, AttributeError, ArithmeticError, NotRenderableError) as error:
+        return refuse("bench", f"--compare: a value of the wrong kind ({error}), so not one of trinorm's --json files")
     except ValueError as error:
-        return _refuse(f"--compare: {error}")
+        return refuse("bench", f"--compare: {error}")
     console = wide_console()
-    console.print(changes.table(found))
+    console.print(table)
     console.print(changes.summary(found))
     return int(bool(found.failures))
 

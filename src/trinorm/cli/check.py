@@ -6,7 +6,6 @@ import argparse
 import functools
 import importlib.util
 import math
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,7 @@ from ..cases import DTYPES, GPU, INTERPRETED, QUICK, Case, Inputs, Shapes
 from ..compare import Comparison, compare
 from ..ops import road
 from ..spec import LAYER_NORM, RMS_NORM, RowNorm
-from . import names
+from . import names, refuse
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -221,11 +220,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit status: 0, 1 where a result is wrong, 2 where it cannot run here."""
     if importlib.util.find_spec("rich") is None:
-        return _refuse("rich is not installed; pip install 'trinorm[bench]'")
+        return refuse("check", "rich is not installed; pip install 'trinorm[bench]'")
     on_gpu = torch.cuda.is_available() and not road.INTERPRETED
     device: torch.device = args.device or torch.device("cuda" if on_gpu else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
-        return _refuse(f"--device {device}: there is no GPU")
+        return refuse("check", f"--device {device}: there is no GPU")
     where = f"on {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "on the CPU"
     if not road.HAS_TRITON:
         how = "Triton is not installed: torch's own operators run"
@@ -254,11 +253,6 @@ def run(args: argparse.Namespace) -> int:
     verdict = f"{len(wrong)} WRONG" if wrong else "all within twice torch's own error plus one unit in the last place"
     console.print(f"{len(results)} comparisons in {time.monotonic() - start:.0f} s: {verdict}.")
     return int(bool(wrong))
-
-
-def _refuse(reason: str) -> int:
-    print(f"trinorm check: {reason}", file=sys.stderr)
-    return 2
 
 
 def _table(results: Iterable[Result]) -> Table:

@@ -12,7 +12,7 @@ from ..bench import cases as bench_cases
 from ..bench.cases import OPS, PASSES, Case
 from ..cases import DTYPES
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import names, shapes, wide_console
+from . import names, refuse, shapes, wide_console
 
 # What is measured; wide rows of which there are few; and wider ones, so that every kernel is met.
 SHAPES = (*bench_cases.SHAPES, (256, 12288), (1024, 65536), (1024, 66000))
@@ -54,11 +54,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit status: 0, or 2 where it cannot run here."""
     if importlib.util.find_spec("rich") is None:
-        return _refuse("rich is not installed; pip install 'trinorm[bench]'")
+        return refuse("inspect", "rich is not installed; pip install 'trinorm[bench]'")
     if not HAS_TRITON:
-        return _refuse("Triton is not installed, so there is no kernel to compile")
+        return refuse("inspect", "Triton is not installed, so there is no kernel to compile")
     if INTERPRETED:
-        return _refuse("TRITON_INTERPRET is set, which leaves nothing to compile; unset it")
+        return refuse("inspect", "TRITON_INTERPRET is set, which leaves nothing to compile; unset it")
     from rich.console import Console
     from rich.progress import track
 
@@ -67,7 +67,14 @@ def run(args: argparse.Namespace) -> int:
     from ..targets import TARGETS
 
     if args.target not in TARGETS:
-        return _refuse(f"{args.target!r} is not one of {', '.join(TARGETS)}")
+        return refuse("inspect", f"{args.target!r} is not one of {', '.join(TARGETS)}")
+    to_file = args.json not in (None, Path("-"))
+    if to_file:
+        try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.open("a").close()  # what it holds stays until there are lines to replace it
+        except OSError as error:
+            return refuse("inspect", f"--json: {error}")
     cases = [
         Case(op, pass_, m, n, DTYPES[dtype], weight_dtype=DTYPES[dtype])
         for dtype, op, pass_, (m, n) in itertools.product(args.dtype, args.op, args.passes, args.shapes)
@@ -76,11 +83,10 @@ def run(args: argparse.Namespace) -> int:
     predictions = [predict(case, args.target) for case in shown]
     if args.json is not None:
         lines = "".join(f"{line}\n" for prediction in predictions for line in prediction.to_json())
-        if args.json == Path("-"):
-            sys.stdout.write(lines)
-        else:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
+        if to_file:
             args.json.write_text(lines, "utf-8")
+        else:
+            sys.stdout.write(lines)
         return 0
     console = wide_console()
     for _, group in itertools.groupby(predictions, lambda of: (of.case.dtype, of.case.op, of.case.pass_)):
@@ -88,8 +94,3 @@ def run(args: argparse.Namespace) -> int:
         console.print(report.prediction_table(together))
         console.print(report.instruction_table(together))
     return 0
-
-
-def _refuse(reason: str) -> int:
-    print(f"trinorm inspect: {reason}", file=sys.stderr)
-    return 2

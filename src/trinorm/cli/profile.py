@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import importlib.util
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,7 @@ from ..bench.cases import OPS, PASSES, Case
 from ..bench.counters import Kernel, Refused, profile
 from ..cases import DTYPES
 from ..ops.road import HAS_TRITON
-from . import shape
+from . import refuse, shape, wide_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,28 +41,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit status: 0, or 2 where nothing can be counted here."""
     if not torch.cuda.is_available() or not HAS_TRITON:
-        return _refuse("there is no GPU with Triton here, so there is nothing to count; trinorm inspect needs none")
-    try:
-        from rich.console import Console
-    except ImportError:
-        return _refuse("rich is not installed; pip install 'trinorm[bench]'")
+        return refuse(
+            "profile", "there is no GPU with Triton here, so there is nothing to count; trinorm inspect needs none"
+        )
+    if importlib.util.find_spec("rich") is None:
+        return refuse("profile", "rich is not installed; pip install 'trinorm[bench]'")
 
     (m, n), dtype = args.shape, DTYPES[args.dtype]
     case = Case(args.op, args.pass_, m, n, dtype, dtype)
     try:
         ceiling, kernels = profile(case)
     except Refused as refusal:
-        return _refuse(str(refusal))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160
-    console.print(table(case, ceiling, kernels))
+        return refuse("profile", str(refusal))
+    wide_console().print(table(case, ceiling, kernels))
     return 0
-
-
-def _refuse(reason: str) -> int:
-    print(f"trinorm profile: {reason}", file=sys.stderr)
-    return 2
 
 
 def table(case: Case, ceiling: Kernel, kernels: list[Kernel]) -> Table:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import multiprocessing
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +20,7 @@ from ..bench.cases import CEILINGS, OPS, PASSES, Case
 from ..bench.records import provenance
 from ..cases import DTYPES
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import shapes
+from . import refuse, shapes, wide_console
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -54,28 +54,25 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit status: 0, or 2 where it cannot run here."""
     if not torch.cuda.is_available() or not HAS_TRITON or INTERPRETED:
-        return _refuse("launches are timed, which takes a GPU, and Triton without TRITON_INTERPRET")
-    try:
-        from rich.console import Console
-        from rich.progress import Progress, TimeElapsedColumn
-    except ImportError:
-        return _refuse("rich is not installed; pip install 'trinorm[bench]'")
+        return refuse("tune", "launches are timed, which takes a GPU, and Triton without TRITON_INTERPRET")
+    if importlib.util.find_spec("rich") is None:
+        return refuse("tune", "rich is not installed; pip install 'trinorm[bench]'")
+    from rich.progress import Progress, TimeElapsedColumn
+
     from ..bench import sweep
-    from ..inspection import TARGETS
+    from ..targets import TARGETS
 
     kinds = sweep.kinds(args.pass_)
     if args.kind not in (None, *kinds):
-        return _refuse(f"{args.kind!r} is not one of {', '.join(kinds)}")
+        return refuse("tune", f"{args.kind!r} is not one of {', '.join(kinds)}")
     device = torch.device("cuda", torch.cuda.current_device())
     target = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     if target not in TARGETS:
-        return _refuse(
-            f"nothing can be compiled for {target} ahead of a launch; inspection.TARGETS has {', '.join(TARGETS)}"
+        return refuse(
+            "tune", f"nothing can be compiled for {target} ahead of a launch; targets.TARGETS has {', '.join(TARGETS)}"
         )
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160
+    console = wide_console()
     here, stream, dtype = provenance(device), torch.cuda.Stream(device), DTYPES[args.dtype]
     pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
     progress = Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console)
@@ -102,11 +99,6 @@ def _followed(bench: Bench, progress: Progress, name: str, launches: list[Launch
         yield trial
         progress.advance(task)
     progress.remove_task(task)
-
-
-def _refuse(reason: str) -> int:
-    print(f"trinorm tune: {reason}", file=sys.stderr)
-    return 2
 
 
 def table(case: Case, trials: Sequence[Trial], ceiling_us: float, today: Launch) -> Table:

@@ -5,8 +5,10 @@ program: two fp32 numbers, written at once, in a table that starts as all NO_WOR
 its word, waits for those of its team, and merges them in their order: the same result in each, with no barrier and no
 atomic sum.
 
-A program waits only for its own team. Teams are neighbours in the grid, and programs start in the grid's order, so that at
-most one team is incomplete and those before it end; the host sees to it that the device has room for a whole one.
+A program waits only for its own team. Teams are neighbours in the grid, and programs start in the grid's order, so that of
+each kernel at most one team is incomplete, and those before it end. The host sees to it that two teams have room on the
+device at once. That counts the whole device: on a part of one (a green context) of fewer multiprocessors than a team has
+programs, or with incomplete teams of so many streams that no place is left, they would wait forever.
 """
 
 import triton
@@ -92,8 +94,11 @@ def team_sum(shares):
 def merged_blocks(means, squares, N: tl.constexpr, BLOCK: tl.constexpr, CENTER: tl.constexpr):
     """Chan's rule: (mean, power) of a row from the mean and the sum of squares of each of its blocks."""
     if CENTER:
+        member = tl.arange(0, means.shape[0]) < N // BLOCK
         mean = mean_of(team_sum(means), N // BLOCK)
-        shift = tl.where(tl.arange(0, means.shape[0]) < N // BLOCK, means - tl.sum(mean), 0.0)
+        # What rounding left in the mean is the mean of the blocks' distances from it (stats.settled).
+        mean += mean_of(team_sum(tl.where(member, means - tl.sum(mean), 0.0)), N // BLOCK)
+        shift = tl.where(member, means - tl.sum(mean), 0.0)
         return mean, mean_of(team_sum(squares + shift * shift * BLOCK), N)
     else:
         return tl.zeros([1, 1], tl.float32), mean_of(team_sum(squares), N)

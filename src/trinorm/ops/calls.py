@@ -103,10 +103,10 @@ def _alike(*tensors: Tensor) -> Callable[..., bool] | None:
 
 
 def _size(normalized_shape: Sequence[int]) -> torch.Size | None:
+    if not isinstance(normalized_shape, (tuple, list)):  # an iterator would be used up
+        return None
     try:
-        return (
-            torch.Size(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else None
-        )  # no iterator is used up
+        return torch.Size(normalized_shape)
     except TypeError:
         return None
 

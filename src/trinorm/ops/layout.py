@@ -21,6 +21,8 @@ class Rows(NamedTuple):
 
 def readable(x: Tensor, dims: int) -> Tensor:
     """x itself when the last ``dims`` dims of it are one contiguous run, else a contiguous copy."""
+    if x.is_neg():  # its memory holds the negative, for whoever reads it
+        x = x.resolve_neg()
     if x.is_contiguous():
         return x
     expected = 1

@@ -35,31 +35,58 @@ def row_norm(
     if not road.kernels_serve(spec.name, x, weight, bias):
         return reference.composite(spec, x, normalized_shape, weight, bias, eps)
     given = x, weight, bias
-    if torch._C._is_any_autocast_enabled() and x.dtype != torch.float64 and reference.autocast_to_fp32(spec, x.device.type):
-        x = x.float()
-        weight, bias = (None if t is None else t.float() for t in (weight, bias))
+    autocast = torch._C._is_any_autocast_enabled() and x.dtype != torch.float64
+    cast = autocast and reference.autocast_to_fp32(spec, x.device.type)
+    if cast:
+        x, weight, bias = _in_fp32(x, weight, bias)
     dims = len(normalized_shape)
+    found = x, weight, bias
     x = readable(x, dims)
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    call = RowCall(spec, dims, x, weight, bias, eps)
-    if all(now is before for now, before in zip((x, weight, bias), given, strict=True)):
-        CALLS.keep(spec.name, x, asked[0], weight, bias, asked[1], call)
-    return call(x, weight, bias)
+    weight, bias = (None if t is None else readable(t, dims) for t in (weight, bias))
+    kept = all(now is before for now, before in zip((x, weight, bias), found, strict=True))
+    call = RowCall(spec, dims, x, weight, bias, eps, cast=cast, kept=kept)
+    if kept:
+        CALLS.keep(spec.name, given[0], asked[0], *given[1:], asked[1], call)
+    return call.norm(x, weight, bias)
+
+
+def _in_fp32(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return x.float(), None if weight is None else weight.float(), None if bias is None else bias.float()
 
 
 class RowCall:
-    """The norm, and its gradients, of arguments that differ from those of one call in their values alone."""
+    """The norm, and its gradients, of arguments that differ from those of one call in their values alone.
 
-    __slots__ = ("_bias_dtype", "_dims", "_eps", "_gradients", "_needs_grad", "_replay", "_spec")
+    cast: autocast has them taken to fp32 first. kept: others will come that are like these, so launches are recorded.
+    """
 
-    def __init__(self, spec: RowNorm, dims: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-        self._spec, self._dims, self._eps = spec, dims, eps
+    __slots__ = ("_bias_dtype", "_cast", "_dims", "_eps", "_gradients", "_kept", "_needs_grad", "_replay", "_spec")
+
+    def __init__(
+        self,
+        spec: RowNorm,
+        dims: int,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        *,
+        cast: bool,
+        kept: bool,
+    ) -> None:
+        self._spec, self._dims, self._eps, self._cast, self._kept = spec, dims, eps, cast, kept
         self._bias_dtype = None if bias is None else bias.dtype
         self._needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
         self._replay: Function | None = None
         self._gradients: Bounded[Function] = Bounded(8)
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if self._cast:
+            x, weight, bias = _in_fp32(x, weight, bias)
+        return self.norm(x, weight, bias)
+
+    def norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """y of arguments that are cast already."""
         if self._needs_grad:
             return _apply(x, weight, bias, self)
         return (self._replay or self.forward)(x, weight, bias)[0]  # type: ignore[return-value]
@@ -71,7 +98,7 @@ class RowCall:
         def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Results:
             return rows.forward(self._spec, x, self._dims, weight, bias, self._eps, save=self._needs_grad)
 
-        results, again = _record(forward, *inputs)
+        results, again = self._record(forward, *inputs)
         self._replay = again or self._replay
         return results
 
@@ -84,13 +111,14 @@ class RowCall:
         mean: Tensor | None,
         rstd: Tensor,
     ) -> Results:
-        """(dx, dw, db), those that are ``wanted``."""
-        if torch.is_grad_enabled() or is_batchedtensor(dy) or is_legacy_batchedtensor(dy):
+        """(dx, dw, db), those that are ``wanted``. What was saved may come back in another layout or dtype, from a hook."""
+        if torch.is_grad_enabled() or not _is_plain(dy, x, weight) or road.observer() is not None:
             # Someone differentiates this backward, to whom a kernel's result would be a constant, silently; or maps over
-            # it (is_grads_batched, vmap), with tensors that have no storage.
+            # it (is_grads_batched, vmap), or has tensors that have no storage.
             return reference.composite_gradients(self._spec, x, self._dims, weight, self._bias_dtype, self._eps, dy)
-        dy = readable(dy, self._dims)
-        key = wanted, dy.dtype, dy.is_contiguous() or dy.stride()
+        dims = self._dims
+        dy, x, weight = readable(dy, dims), readable(x, dims), None if weight is None else readable(weight, dims)
+        key = wanted, dy.dtype, x.dtype, weight is None or weight.dtype, *(t.is_contiguous() or t.stride() for t in (dy, x))
         if (gradients := self._gradients.get(key)) is not None:
             return gradients(dy, x, weight, mean, rstd)
         return self._backward(key, dy, x, weight, mean, rstd)
@@ -105,18 +133,25 @@ class RowCall:
             db_dtype = self._bias_dtype if db else None
             return rows.backward(self._spec, dy, x, self._dims, weight, mean, rstd, dx=dx, dw=dw_dtype, db=db_dtype)
 
-        results, again = _record(backward, *inputs)
+        results, again = self._record(backward, *inputs)
         if again is not None:
             self._gradients[key] = again
         return results
 
+    def _record(self, function: Function, *inputs: Tensor | None) -> tuple[Results, Function | None]:
+        """replay.record; nothing is repeated past someone who put a launch of his own in rows' place, to see them all."""
+        from .. import launch, replay
+        from . import rows
 
-def _record(function: Function, *inputs: Tensor | None) -> tuple[Results, Function | None]:
-    """replay.record; nothing is repeated past someone who put a launch of his own in rows' place, to see them all."""
-    from .. import launch, replay
-    from . import rows
+        if not self._kept or rows.launch is not launch.launch:
+            return function(*inputs), None
+        return replay.record(function, *inputs)
 
-    return replay.record(function, *inputs) if rows.launch is launch.launch else (function(*inputs), None)
+
+def _is_plain(dy: Tensor, x: Tensor, weight: Tensor | None) -> bool:
+    """Whether these are tensors that a kernel can read: no subclass, no zeros without storage, no batch in disguise."""
+    plain = type(dy) in road.PLAIN and type(x) in road.PLAIN and type(weight) in road.PLAIN_OR_NONE
+    return plain and not (dy._is_zerotensor() or is_batchedtensor(dy) or is_legacy_batchedtensor(dy))
 
 
 class _RowNorm(torch.autograd.Function):
