@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from trinorm import functional, reference
 from trinorm.compare import assert_no_worse
@@ -299,79 +298,6 @@ def test_tracers_see_one_call(op: str) -> None:
 def test_eps_as_a_tensor_is_a_number(op: str, device: torch.device) -> None:
     x = torch.randn(2, 8, device=device)
     assert torch.equal(getattr(functional, op)(x, (8,), eps=torch.tensor(1e-3)), getattr(functional, op)(x, (8,), eps=1e-3))
-
-
-def _gradients(op: str, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    """By autograd, of one call with fixed parameters."""
-    n = x.shape[-1]
-    torch.manual_seed(1)
-    weight, bias = _parameters(op, (n,), torch.float32, x.device)
-    inputs = [x, weight] if bias is None else [x, weight, bias]
-    for t in inputs:
-        t.requires_grad_()
-    return torch.autograd.grad(_call(op, x, (n,), weight, bias), inputs, dy)
-
-
-def _to_contiguous(t: Tensor) -> Tensor:
-    return t.clone(memory_format=torch.contiguous_format)
-
-
-def _to_columns(t: Tensor) -> Tensor:
-    return t.clone() if t.dim() < 2 else t.T.contiguous().T
-
-
-@pytest.mark.parametrize("unpack", [_to_contiguous, _to_columns], ids=["contiguous", "by columns"])
-@pytest.mark.parametrize("first", ["as saved", "as unpacked"])
-def test_saved_tensors_may_come_back_in_another_layout(
-    op: str, unpack: Callable[[Tensor], Tensor], first: str, device: torch.device
-) -> None:
-    """From saved_tensors_hooks (save_on_cpu, checkpoints), whether such a call comes first or is one of many."""
-    wide, dy = torch.randn(3, 40, device=device), torch.randn(3, 24, device=device)
-    x = wide[:, :24]
-    expected = _gradients(op, x.clone(), dy)
-
-    def hooked() -> tuple[Tensor, ...]:
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), unpack):
-            return _gradients(op, x.detach(), dy)
-
-    def plain() -> tuple[Tensor, ...]:
-        return _gradients(op, x.detach(), dy)
-
-    for run in (plain, hooked, plain) if first == "as saved" else (hooked, plain, hooked):
-        for got, want in zip(run(), expected, strict=True):
-            assert torch.equal(got, want)
-
-
-def test_a_gradient_of_zeros_without_storage(op: str, device: torch.device) -> None:
-    x = torch.randn(3, 24, device=device)
-    zeros = torch._efficientzerotensor((3, 24), device=device)
-    for gradient in _gradients(op, x, zeros):
-        assert torch.equal(gradient, torch.zeros_like(gradient))
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_the_tangent_of_a_gradient_is_not_dropped(op: str, device: torch.device) -> None:
-    """Forward-mode AD over a backward whose forward was outside of it."""
-    x, dy, tangent = (torch.randn(3, 24, device=device) for _ in range(3))
-    weight, bias = _parameters(op, (24,), torch.float32, device)
-    x.requires_grad_()
-    y = _call(op, x, (24,), weight, bias)
-    arguments = SPECS[op], x, (24,), weight, bias, 1e-5, tangent  # a backward is linear in dy
-    exact, by_torch = reference.oracle_gradients(*arguments).dx, reference.torch_gradients(*arguments).dx
-    with forward_ad.dual_level():
-        (dx,) = torch.autograd.grad(y, x, forward_ad.make_dual(dy, tangent))
-        found = forward_ad.unpack_dual(dx).tangent
-    assert found is not None
-    assert exact is not None
-    assert by_torch is not None
-    assert_no_worse("tangent", found, exact, by_torch.detach())
-
-
-def test_tensors_that_hold_their_negative(op: str, device: torch.device) -> None:
-    x = torch.randn(6, 24, device=device)
-    weight, bias = _parameters(op, (24,), torch.float32, device)
-    expected = _call(op, -x, (24,), -weight, bias)
-    assert torch.equal(_call(op, torch._neg_view(x), (24,), torch._neg_view(weight), bias), expected)
 
 
 @pytest.mark.parametrize("value", [1 / 3, 1e30 / 3, 1e-30 / 3], ids=str)

@@ -102,14 +102,14 @@ def test_the_widest_rows_are_a_shape() -> None:
     assert shape("4x1048576") == (4, 1048576)
 
 
-class Compiled(Exception):
+class CompilingError(Exception):
     """What compiling raises here."""
 
 
 @pytest.fixture
 def _compiling_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     def raises(*_: object) -> None:
-        raise Compiled
+        raise CompilingError
 
     monkeypatch.setattr(inspect, "INTERPRETED", False)
     monkeypatch.setattr(predict, "predict", raises)
@@ -133,6 +133,6 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_compiles(
 def test_a_file_keeps_its_lines_until_there_are_others(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_text("{}\n")
-    with pytest.raises(Compiled):
+    with pytest.raises(CompilingError):
         main(["inspect", "--json", str(path)])
     assert path.read_text() == "{}\n"

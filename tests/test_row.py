@@ -1,0 +1,105 @@
+"""ops/row.py: what autograd hands to a norm's backward, and tensors that are not what their memory says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from trinorm import functional, reference
+from trinorm.compare import assert_no_worse
+from trinorm.spec import LAYER_NORM, RMS_NORM
+
+SPECS = {"layer_norm": LAYER_NORM, "rms_norm": RMS_NORM}
+
+
+@pytest.fixture(params=SPECS)
+def op(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def _call(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is not None:
+        return functional.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
+    return functional.rms_norm(x, x.shape[-1:], weight, 1e-5)
+
+
+def _parameters(op: str, n: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    weight = torch.randn(n, device=device)
+    return weight, torch.randn(n, device=device) if op == "layer_norm" else None
+
+
+def _gradients(op: str, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    """By autograd, of one call with fixed parameters."""
+    n = x.shape[-1]
+    torch.manual_seed(1)
+    weight, bias = _parameters(op, n, x.device)
+    inputs = [x, weight] if bias is None else [x, weight, bias]
+    for t in inputs:
+        t.requires_grad_()
+    return torch.autograd.grad(_call(op, x, weight, bias), inputs, dy)
+
+
+def _to_contiguous(t: Tensor) -> Tensor:
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _to_columns(t: Tensor) -> Tensor:
+    return t.clone() if t.dim() < 2 else t.T.contiguous().T
+
+
+@pytest.mark.parametrize("unpack", [_to_contiguous, _to_columns], ids=["contiguous", "by columns"])
+@pytest.mark.parametrize("first", ["as saved", "as unpacked"])
+def test_saved_tensors_may_come_back_in_another_layout(
+    op: str, unpack: Callable[[Tensor], Tensor], first: str, device: torch.device
+) -> None:
+    """From saved_tensors_hooks (save_on_cpu, checkpoints), whether such a call comes first or is one of many."""
+    wide, dy = torch.randn(3, 40, device=device), torch.randn(3, 24, device=device)
+    x = wide[:, :24]
+    expected = _gradients(op, x.clone(), dy)
+
+    def hooked() -> tuple[Tensor, ...]:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), unpack):
+            return _gradients(op, x.detach(), dy)
+
+    def plain() -> tuple[Tensor, ...]:
+        return _gradients(op, x.detach(), dy)
+
+    for run in (plain, hooked, plain) if first == "as saved" else (hooked, plain, hooked):
+        for got, want in zip(run(), expected, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_a_gradient_of_zeros_without_storage(op: str, device: torch.device) -> None:
+    x = torch.randn(3, 24, device=device)
+    zeros = torch._efficientzerotensor((3, 24), device=device)
+    for gradient in _gradients(op, x, zeros):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_the_tangent_of_a_gradient_is_not_dropped(op: str, device: torch.device) -> None:
+    """Forward-mode AD over a backward whose forward was outside of it."""
+    x, dy, tangent = (torch.randn(3, 24, device=device) for _ in range(3))
+    weight, bias = _parameters(op, 24, device)
+    x.requires_grad_()
+    y = _call(op, x, weight, bias)
+    arguments = SPECS[op], x, (24,), weight, bias, 1e-5, tangent  # a backward is linear in dy
+    exact, by_torch = reference.oracle_gradients(*arguments).dx, reference.torch_gradients(*arguments).dx
+    with forward_ad.dual_level():
+        (dx,) = torch.autograd.grad(y, x, forward_ad.make_dual(dy, tangent))
+        found = forward_ad.unpack_dual(dx).tangent
+    assert found is not None
+    assert exact is not None
+    assert by_torch is not None
+    assert_no_worse("tangent", found, exact, by_torch.detach())
+
+
+def test_tensors_that_hold_their_negative(op: str, device: torch.device) -> None:
+    x = torch.randn(6, 24, device=device)
+    weight, bias = _parameters(op, 24, device)
+    expected = _call(op, -x, -weight, bias)
+    assert torch.equal(_call(op, torch._neg_view(x), torch._neg_view(weight), bias), expected)
