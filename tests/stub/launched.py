@@ -183,6 +183,18 @@ def test_a_kernels_own_hook_hears_every_launch(stub: Stub, ordinary: list[str]) 
     assert ordinary == []
 
 
+def test_a_call_is_recorded_when_it_comes_again(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # what the other tests need
+    run, recorded = replay.record, []
+    monkeypatch.setattr(replay, "record", lambda *args: (recorded.append(1), run(*args))[1])
+    x, dy = torch.randn(8, 64, requires_grad=True), torch.randn(8, 64)
+    for expected in (0, 2, 2, 2):  # of a forward and a backward
+        call(RMS_NORM, x).backward(dy)
+        assert len(recorded) == expected
+    functions = [launch.function for launch in stub.launches()]
+    assert functions[:2] * 4 == functions
+
+
 def test_what_is_not_kept_is_not_recorded(stub: Stub, ordinary: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy made for the call is not there the next time, so neither is anything to repeat."""
     recorded: list[object] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +60,7 @@ class RowCall:
     cast: autocast has them taken to fp32 first. kept: others will come that are like these, so launches are recorded.
     """
 
-    __slots__ = ("_bias_dtype", "_cast", "_dims", "_eps", "_gradients", "_kept", "_needs_grad", "_replay", "_spec")
+    __slots__ = ("_bias_dtype", "_cast", "_dims", "_eps", "_gradients", "_kept", "_met", "_needs_grad", "_replay", "_spec")
 
     def __init__(
         self,
@@ -79,6 +79,7 @@ class RowCall:
         self._needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
         self._replay: Function | None = None
         self._gradients: Bounded[Function] = Bounded(8)
+        self._met: Bounded[int] = Bounded(16)
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self._cast:
@@ -98,7 +99,7 @@ class RowCall:
         def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Results:
             return rows.forward(self._spec, x, self._dims, weight, bias, self._eps, save=self._needs_grad)
 
-        results, again = self._record(forward, *inputs)
+        results, again = self._record("forward", forward, *inputs)
         self._replay = again or self._replay
         return results
 
@@ -133,19 +134,27 @@ class RowCall:
             db_dtype = self._bias_dtype if db else None
             return rows.backward(self._spec, dy, x, self._dims, weight, mean, rstd, dx=dx, dw=dw_dtype, db=db_dtype)
 
-        results, again = self._record(backward, *inputs)
+        results, again = self._record(key, backward, *inputs)
         if again is not None:
             self._gradients[key] = again
         return results
 
-    def _record(self, function: Function, *inputs: Tensor | None) -> tuple[Results, Function | None]:
-        """replay.record; nothing is repeated past someone who put a launch of his own in rows' place, to see them all."""
+    def _record(self, what: Hashable, function: Function, *inputs: Tensor | None) -> tuple[Results, Function | None]:
+        """``function(*inputs)``, and its repetition (replay.record) from the RECORDED_FROM-th such call on.
+
+        Nothing is repeated past someone who put a launch of his own in rows' place, to see them all.
+        """
         from .. import launch, replay
         from . import rows
 
-        if not self._kept or rows.launch is not launch.launch:
+        self._met[what] = met = self._met.get(what, 0) + 1
+        if not self._kept or met < RECORDED_FROM or rows.launch is not launch.launch:
             return function(*inputs), None
         return replay.record(function, *inputs)
+
+
+# Recording costs more than it saves where a call does not come again, as prompts of ever new lengths.
+RECORDED_FROM = 2
 
 
 def _is_plain(dy: Tensor, x: Tensor, weight: Tensor | None) -> bool:
