@@ -1,7 +1,6 @@
 """How fast: which launch each problem gets, as ordered tables with the measurement beside each row."""
 
-from .row import (
-    FORGET,
+from .kinds import (
     RowBackward,
     RowBackwardFew,
     RowBackwardSplit,
@@ -10,10 +9,8 @@ from .row import (
     RowForwardSplit,
     RowForwardWide,
     Tile,
-    choose_backward,
-    choose_forward,
-    choose_total,
 )
+from .row import FORGET, choose_backward, choose_forward, choose_total
 
 __all__ = [
     "FORGET",

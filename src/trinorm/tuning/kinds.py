@@ -1,0 +1,117 @@
+"""The kinds of launch that the row family has, as data. Which problem gets which, row.py says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..launch import Device
+
+
+@dataclass(frozen=True)
+class Tile:
+    """``rows`` rows at a time, in chunks of ``chunk`` columns, by ``warps`` warps."""
+
+    rows: int
+    chunk: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class RowForward:
+    """A program holds ``tiles`` tiles of whole rows.
+
+    stream: x and y pass through L2 without staying. preload: w and b are asked for together with x. early: programs may
+    be put on the device before the kernel ahead of them ends (kernels/overlap.py).
+    """
+
+    tile: Tile
+    tiles: int
+    stream: bool
+    preload: bool
+    early: bool
+
+
+@dataclass(frozen=True)
+class RowForwardSplit:
+    """A team of programs holds a row, ``block`` columns each."""
+
+    tile: Tile
+    block: int
+
+    @property
+    def lanes(self) -> int:
+        """How many threads read the team's words (kernels/row_split.awaited): all, of which one warp has any to read."""
+        return 32 * self.tile.warps
+
+
+@dataclass(frozen=True)
+class RowForwardWide:
+    """A program reads its one row twice."""
+
+    tile: Tile
+
+
+@dataclass(frozen=True)
+class RowBackward:
+    """Persistent programs, ``per_sm`` on each multiprocessor, walk ``tiles`` tiles of rows at a time, ``stages`` deep."""
+
+    tile: Tile
+    tiles: int
+    stages: int
+    per_sm: int
+    stream: bool
+
+    def most_partials(self, n: int, device: Device) -> int:
+        """At most how many programs there are, each with its partial of dw and db."""
+        return self.per_sm * device.multiprocessors
+
+    def partials(self, m: int, n: int, device: Device) -> int:
+        """How many programs share m rows."""
+        return min(-(-m // (self.tile.rows * self.tiles)), self.most_partials(n, device))
+
+
+@dataclass(frozen=True)
+class RowBackwardFew:
+    """One launch: ``tile`` of whole rows for dx, ``sums`` of columns for dw and db. Both have the tile's warps."""
+
+    tile: Tile
+    sums: Tile
+
+
+@dataclass(frozen=True)
+class RowBackwardSplit:
+    """Persistent teams, ``per_sm`` programs on each multiprocessor, walk rows ``stages`` deep, ``block`` columns each."""
+
+    tile: Tile
+    block: int
+    stages: int
+    per_sm: int
+
+    def most_partials(self, n: int, device: Device) -> int:
+        """At most how many teams there are, each with its partial of dw and db."""
+        return max(1, self.per_sm * device.multiprocessors // (n // self.block))
+
+    def partials(self, m: int, n: int, device: Device) -> int:
+        """How many teams share m rows."""
+        return min(m, self.most_partials(n, device))
+
+    def lanes(self, n: int) -> int:
+        """How many threads read the team's words: those of each warp, or, when one cannot hold them, of all."""
+        return 32 if n // self.block <= 32 else 32 * self.tile.warps
+
+
+@dataclass(frozen=True)
+class RowBackwardWide:
+    """Moments of each row, then single rows in chunks of columns, ``per_sm`` programs on each multiprocessor."""
+
+    tile: Tile
+    stages: int
+    per_sm: int
+
+    def most_partials(self, n: int, device: Device) -> int:
+        """At most how many programs there are for each chunk of columns, each with its partial of dw and db."""
+        return max(1, self.per_sm * device.multiprocessors // -(-n // self.tile.chunk))
+
+    def partials(self, m: int, n: int, device: Device) -> int:
+        """How many programs share m rows of each chunk of columns."""
+        return min(m, self.most_partials(n, device))
