@@ -112,8 +112,9 @@ _BACKWARD: tuple[tuple[int, tuple[Tile, int, int, int] | None, tuple[Tile, int, 
     (16384, None, (Tile(1, 4096, 16), 1, 3, 1)),  #                                0.47 (so: split or wide), 0.71
 )  # 12288: 0.82, 0.84
 
-# fp64 takes twice the registers of every accumulator, so its rows are held up to this many elements.
+# fp64 takes twice the registers of every accumulator, so that it has a launch of its own, up to this many elements.
 _HELD_FP64 = 2048
+_BACKWARD_FP64 = Tile(2, 1024, 8), 1, 3, 1
 
 # What sums over rows exchange between warps, at the most; and a mean or an rstd.
 _REDUCTION_BYTES = 16 << 10
@@ -166,8 +167,8 @@ def _choose_backward(
     if few is not None:
         tile, _ = next(row[1] for row in _FORWARD if n <= row[0])
         tile = _narrowed(_with_warps(tile, max(tile.warps, _FEW_WARPS)), n)
-        return RowBackwardFew(tile, sums=Tile(_FEW_ROWS[few], 32, tile.warps))
-    tile, tiles, stages, per_sm = held
+        return RowBackwardFew(tile, sums=Tile(_FEW_ROWS[few] // (2 if itemsize == 8 else 1), 32, tile.warps))
+    tile, tiles, stages, per_sm = _BACKWARD_FP64 if itemsize == 8 else held
     tile = _narrowed(tile, n)
     # All stages but one of x, dy, mean and rstd wait in shared memory; where they do not fit, loads go to registers.
     row_bytes = 2 * -(-n // tile.chunk) * tile.chunk * itemsize + 2 * _STATISTIC_BYTES
