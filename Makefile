@@ -1,11 +1,11 @@
 # Needs Python 3.10 or newer, pip and make; everything else goes into $(VENV), once.
 #
-#   make bench   correctness, then times beside torch and every peer installed   (ARGS='--op rms_norm')
-#   make test    the whole test suite                                            (ARGS='-k backward')
-#   make check   every op against float64, as a table                            (ARGS='--dtype bf16')
-#   make sanitize  every kernel under compute-sanitizer's memcheck and racecheck; needs a GPU
-#   make lint    formatting, rules, types
-#   make clean   remove what these made
+#   make bench     correctness, then times beside torch and every peer installed   (ARGS='--op rms_norm')
+#   make test      the whole test suite                                            (ARGS='-k backward')
+#   make check     every op against float64, as a table                            (ARGS='--dtype bf16')
+#   make sanitize  every kernel under memcheck and racecheck, on a GPU
+#   make lint      formatting, rules, types
+#   make clean     remove what these made
 #
 # PYTHON picks the interpreter and VENV the environment's place; VENV may be an environment that exists already.
 

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from trinorm import functional, reference
 from trinorm.compare import assert_no_worse
+from trinorm.ops import CALLS
 from trinorm.spec import LAYER_NORM, RMS_NORM
 
 SPECS = {"layer_norm": LAYER_NORM, "rms_norm": RMS_NORM}
@@ -103,3 +104,22 @@ def test_tensors_that_hold_their_negative(op: str, device: torch.device) -> None
     weight, bias = _parameters(op, 24, device)
     expected = _call(op, -x, -weight, bias)
     assert torch.equal(_call(op, torch._neg_view(x), torch._neg_view(weight), bias), expected)
+
+
+def test_a_remembered_call_under_autocast_is_cast_as_the_first_was(
+    op: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where autocast takes the norm to fp32 (torch's rule is of the device's, so it is set here)."""
+    monkeypatch.setattr(reference, "autocast_to_fp32", lambda spec, device_type: True)
+    weight, bias = _parameters(op, 24, device)
+    for _ in range(3):
+        x, dy = torch.randn(3, 24, device=device).bfloat16(), torch.randn(3, 24, device=device)
+        expected = _call(op, x.float(), weight, bias)
+        x.requires_grad_()
+        with torch.autocast(device.type, torch.bfloat16):
+            y = _call(op, x, weight, bias)
+        assert torch.equal(y, expected)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        assert dx.dtype == torch.bfloat16
+        assert _call(op, x, weight, bias).dtype == torch.bfloat16, "outside of autocast nothing is cast"
+    assert len(CALLS._seen) == 1, "one shape, remembered with autocast and without"
