@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trinorm import functional, reference
 from trinorm.compare import assert_no_worse
@@ -49,10 +51,18 @@ def _to_contiguous(t: Tensor) -> Tensor:
 
 
 def _to_columns(t: Tensor) -> Tensor:
-    return t.clone() if t.dim() < 2 else t.T.contiguous().T
+    return torch.stack((t, t), -1)[:, 0] if t.dim() < 2 else t.T.contiguous().T
 
 
-@pytest.mark.parametrize("unpack", [_to_contiguous, _to_columns], ids=["contiguous", "by columns"])
+def _to_negative(t: Tensor) -> Tensor:
+    return torch._neg_view(-t)
+
+
+def _to_double(t: Tensor) -> Tensor:
+    return t.double()
+
+
+@pytest.mark.parametrize("unpack", [_to_contiguous, _to_columns, _to_negative, _to_double])
 @pytest.mark.parametrize("first", ["as saved", "as unpacked"])
 def test_saved_tensors_may_come_back_in_another_layout(
     op: str, unpack: Callable[[Tensor], Tensor], first: str, device: torch.device
@@ -72,6 +82,27 @@ def test_saved_tensors_may_come_back_in_another_layout(
     for run in (plain, hooked, plain) if first == "as saved" else (hooked, plain, hooked):
         for got, want in zip(run(), expected, strict=True):
             assert torch.equal(got, want)
+
+
+class _Seen(TorchDispatchMode):
+    """Lets every op through."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_backward_that_is_looked_into_agrees_with_its_forward(op: str, device: torch.device) -> None:
+    """Rows whose squares leave fp32, which the forward's kernel rescued."""
+    x, dy = torch.randn(3, 24, device=device) * 1e25, torch.randn(3, 24, device=device)
+    weight, bias = _parameters(op, 24, device)
+    x.requires_grad_()
+    y = _call(op, x, weight, bias)
+    with _Seen():
+        (dx,) = torch.autograd.grad(y, x, dy)
+    arguments = SPECS[op], x, (24,), weight, bias, 1e-5, dy
+    exact = reference.oracle_gradients(*arguments).dx
+    assert exact is not None
+    assert_no_worse("dx", dx, exact, exact.float())
 
 
 def test_a_gradient_of_zeros_without_storage(op: str, device: torch.device) -> None:

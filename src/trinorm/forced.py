@@ -13,7 +13,7 @@ def forced(**launches: object) -> Iterator[None]:
     """Inside, every call of the row family takes these launches, whatever its size.
 
     By the names of tuning's choices: ``forced(forward=launch)`` is what ``choose_forward`` then gives. Remembered calls are
-    forgotten before and after; a call captured in a graph stays what it is.
+    forgotten before and after; a call captured in a graph stays what it is, and a backward is its forward's.
     """
     actual = {f"choose_{name}": getattr(rows, f"choose_{name}") for name in launches}
     for name, launch in launches.items():

@@ -106,14 +106,13 @@ def _policy_is_fp32(op: str, device: str) -> bool:
 def composite_gradients(
     spec: RowNorm, x: Tensor, dims: int, weight: Tensor | None, bias_dtype: torch.dtype | None, eps: float, dy: Tensor
 ) -> Gradients:
-    """The same closed form in ATen's ops, in fp32 (fp64 where an input is): a differentiable function of x, weight and dy.
+    """The same closed form in ATen's ops: a differentiable function of x, weight and dy.
 
-    The road of second derivatives and of batched ones. The kernels' rescue of rows beyond fp32's squares is not in it.
+    The road of second derivatives, of batched ones and of whatever looks inside a backward. In fp64, as the kernels that
+    made y rescue rows beyond fp32's squares, which this could not.
     """
-    double = torch.float64 in (x.dtype, dy.dtype, bias_dtype, None if weight is None else weight.dtype)
-    wide = torch.float64 if double else torch.float32
-    w = None if weight is None else weight.to(wide)
-    dx, dw, db = _gradients(spec, x.to(wide), dims, w, eps, dy.to(wide))
+    w = None if weight is None else weight.double()
+    dx, dw, db = _gradients(spec, x.double(), dims, w, eps, dy.double())
     return Gradients(
         dx.to(x.dtype), None if weight is None else dw.to(weight.dtype), None if bias_dtype is None else db.to(bias_dtype)
     )

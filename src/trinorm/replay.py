@@ -94,8 +94,8 @@ def _replay(
         leave=_LEAVE,
         binaries=[launch.compiled for launch in started],  # which Triton unloads when nobody holds them
     )
-    hooks = {f"hooks{i}": launch.kernel.pre_run_hooks for i, launch in enumerate(started)}
-    values |= hooks
+    values |= {f"kernel{i}": launch.kernel for i, launch in enumerate(started)}
+    hooks = [f"kernel{i}.pre_run_hooks" for i in range(len(started))]
     for i, t in enumerate(made):
         pointers[id(t)] = f"q{i}"
         lines += [f"o{i} = empty(size{i}, stride{i}, dtype{i})", f"q{i} = o{i}.data_ptr()"]

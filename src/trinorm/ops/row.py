@@ -60,7 +60,19 @@ class RowCall:
     cast: autocast has them taken to fp32 first. kept: others will come that are like these, so launches are recorded.
     """
 
-    __slots__ = ("_bias_dtype", "_cast", "_dims", "_eps", "_gradients", "_kept", "_met", "_needs_grad", "_replay", "_spec")
+    __slots__ = (
+        "_bias_dtype",
+        "_cast",
+        "_dims",
+        "_eps",
+        "_gradients",
+        "_kept",
+        "_met",
+        "_needs_grad",
+        "_replay",
+        "_saved",
+        "_spec",
+    )
 
     def __init__(
         self,
@@ -77,6 +89,10 @@ class RowCall:
         self._spec, self._dims, self._eps, self._cast, self._kept = spec, dims, eps, cast, kept
         self._bias_dtype = None if bias is None else bias.dtype
         self._needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        # What is saved for the backward, as it has to come back: x, weight, statistics.
+        weight_dtype = x.dtype if weight is None else weight.dtype
+        double = torch.float64 in (x.dtype, weight_dtype, self._bias_dtype)
+        self._saved = x.dtype, weight_dtype, torch.float64 if double else torch.float32
         self._replay: Function | None = None
         self._gradients: Bounded[Function] = Bounded(8)
         self._met: Bounded[int] = Bounded(16)
@@ -113,13 +129,17 @@ class RowCall:
         rstd: Tensor,
     ) -> Results:
         """(dx, dw, db), those that are ``wanted``. What was saved may come back in another layout or dtype, from a hook."""
-        if torch.is_grad_enabled() or not _is_plain(dy, x, weight) or road.observer() is not None:
+        if torch.is_grad_enabled() or not _are_plain(dy, x, weight, mean, rstd) or road.observer() is not None:
             # Someone differentiates this backward, to whom a kernel's result would be a constant, silently; or maps over
             # it (is_grads_batched, vmap), or has tensors that have no storage.
             return reference.composite_gradients(self._spec, x, self._dims, weight, self._bias_dtype, self._eps, dy)
         dims = self._dims
-        dy, x, weight = readable(dy, dims), readable(x, dims), None if weight is None else readable(weight, dims)
-        key = wanted, dy.dtype, x.dtype, weight is None or weight.dtype, *(t.is_contiguous() or t.stride() for t in (dy, x))
+        dy = readable(dy, dims)
+        x_dtype, weight_dtype, stats = self._saved
+        x, rstd = _as_saved(x, x_dtype, dims), _as_saved(rstd, stats, 1)
+        mean = None if mean is None else _as_saved(mean, stats, 1)
+        weight = None if weight is None else _as_saved(weight, weight_dtype, dims)
+        key = wanted, dy.dtype, dy.is_contiguous() or dy.stride(), x.is_contiguous() or x.stride()
         if (gradients := self._gradients.get(key)) is not None:
             return gradients(dy, x, weight, mean, rstd)
         return self._backward(key, dy, x, weight, mean, rstd)
@@ -157,9 +177,13 @@ class RowCall:
 RECORDED_FROM = 2
 
 
-def _is_plain(dy: Tensor, x: Tensor, weight: Tensor | None) -> bool:
+def _as_saved(t: Tensor, dtype: torch.dtype, dims: int) -> Tensor:
+    return readable(t if t.dtype is dtype else t.to(dtype), dims)
+
+
+def _are_plain(dy: Tensor, *saved: Tensor | None) -> bool:
     """Whether these are tensors that a kernel can read: no subclass, no zeros without storage, no batch in disguise."""
-    plain = type(dy) in road.PLAIN and type(x) in road.PLAIN and type(weight) in road.PLAIN_OR_NONE
+    plain = type(dy) in road.PLAIN and all(type(t) in road.PLAIN_OR_NONE for t in saved)
     return plain and not (dy._is_zerotensor() or is_batchedtensor(dy) or is_legacy_batchedtensor(dy))
 
 
