@@ -18,8 +18,8 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Types that are no tensor subclass, which the kernels would bypass.
-PLAIN = (Tensor, Parameter)
-PLAIN_OR_NONE = (*PLAIN, type(None))
+PLAIN = frozenset((Tensor, Parameter))
+PLAIN_OR_NONE = PLAIN | {type(None)}
 
 
 def kernels_serve(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:

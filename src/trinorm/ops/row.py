@@ -89,10 +89,10 @@ class RowCall:
         self._spec, self._dims, self._eps, self._cast, self._kept = spec, dims, eps, cast, kept
         self._bias_dtype = None if bias is None else bias.dtype
         self._needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        from . import rows
+
         # What is saved for the backward, as it has to come back: x, weight, statistics.
-        weight_dtype = x.dtype if weight is None else weight.dtype
-        double = torch.float64 in (x.dtype, weight_dtype, self._bias_dtype)
-        self._saved = x.dtype, weight_dtype, torch.float64 if double else torch.float32
+        self._saved = x.dtype, x.dtype if weight is None else weight.dtype, rows.accumulator_dtype(x, weight, bias)
         self._replay: Function | None = None
         self._gradients: Bounded[Function] = Bounded(8)
         self._met: Bounded[int] = Bounded(16)
@@ -183,7 +183,7 @@ def _as_saved(t: Tensor, dtype: torch.dtype, dims: int) -> Tensor:
 
 def _are_plain(dy: Tensor, *saved: Tensor | None) -> bool:
     """Whether these are tensors that a kernel can read: no subclass, no zeros without storage, no batch in disguise."""
-    plain = type(dy) in road.PLAIN and all(type(t) in road.PLAIN_OR_NONE for t in saved)
+    plain = type(dy) in road.PLAIN and road.PLAIN_OR_NONE.issuperset(map(type, saved))
     return plain and not (dy._is_zerotensor() or is_batchedtensor(dy) or is_legacy_batchedtensor(dy))
 
 

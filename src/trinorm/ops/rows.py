@@ -44,7 +44,7 @@ def forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     n = x.shape[-dims:].numel()
     m = x.numel() // n if n else 0
-    stats = _accumulator_dtype(x, weight, bias)
+    stats = accumulator_dtype(x, weight, bias)
     mean = torch.empty(m, dtype=stats, device=x.device) if save and spec.center else None
     rstd = torch.empty(m, dtype=stats, device=x.device) if save else None
     if m == 0:
@@ -59,8 +59,7 @@ def forward(
         RESCUE=stats == torch.float32,
         CHUNK=plan.tile.chunk,
     )
-    early = plan.early if isinstance(plan, RowForward) else True
-    options.update(_started_by(plan.tile, x.device, early))
+    options.update(_started_by(plan.tile, x.device, early=not isinstance(plan, RowForward) or plan.early))
     if isinstance(plan, RowForward):
         options.update(ROWS=plan.tile.rows, TILES=plan.tiles, STREAM=plan.stream, PRELOAD=plan.preload)
         args: tuple[Any, ...] = (y, mean, rstd, x, weight, bias, m, odd_sizes, strides, eps)
@@ -162,7 +161,7 @@ def _started_by(tile: Tile, device: torch.device, early: bool = True) -> dict[st
 _ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def _accumulator_dtype(*tensors: Tensor | None) -> torch.dtype:
+def accumulator_dtype(*tensors: Tensor | None) -> torch.dtype:
     """What statistics, products and sums are computed in: fp32, or fp64 as soon as one tensor is."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
