@@ -123,7 +123,7 @@ def test_a_wrong_gradient_is_found_numerically(device: torch.device, monkeypatch
 
 def test_exits_with_1_and_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(monkeypatch, "backward", 1, lambda dw: dw * 2)
-    assert main(["check", "--op", "rms_norm", "--dtype", "fp16", "--quick"]) == 1
+    assert main(["check", "--op", "rms_norm", "--dtype", "fp16", "--quick", "--workers", "1"]) == 1
     output = capsys.readouterr().out
     verdicts = {tuple(line.split()[:4]): line.split()[-1] for line in output.splitlines() if line.startswith(" rms_norm")}
     assert verdicts["rms_norm", "fp16", "fp16", "dw"] == "WRONG"
@@ -136,7 +136,7 @@ def test_without_triton_the_composite_is_checked(
 ) -> None:
     monkeypatch.setattr(road, "HAS_TRITON", False)
     monkeypatch.setattr(rows, "forward", None)
-    assert main(["check", "--device", "cpu", "--op", "layer_norm", "--dtype", "bf16", "--quick"]) == 0
+    assert main(["check", "--device", "cpu", "--op", "layer_norm", "--dtype", "bf16", "--quick", "--workers", "1"]) == 0
     output = capsys.readouterr().out
     assert output.startswith("Triton is not installed")
     assert " dx " in output
@@ -160,6 +160,22 @@ def test_a_name_that_is_not_known_is_refused(capsys: pytest.CaptureFixture[str])
         main(["check", "--dtype", "bf16,int8"])
     assert left.value.code == 2
     assert "'int8' is not one of fp16, bf16, fp32, fp64" in capsys.readouterr().err
+
+
+def test_workers_find_what_one_process_finds(capsys: pytest.CaptureFixture[str]) -> None:
+    def table(workers: int) -> str:
+        assert main(["check", "--dtype", "bf16,fp64", "--op", "rms_norm", "--quick", "--workers", str(workers)]) == 0
+        return capsys.readouterr().out.partition(" comparisons in ")[0]
+
+    assert table(1) == table(3)
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "two"])
+def test_a_number_of_workers_that_is_none_is_refused(workers: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["check", "--workers", workers])
+    assert left.value.code == 2
+    assert "is not a whole number from 1 on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -65,6 +65,13 @@ def names(known: Iterable[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on, for an argument's ``type``."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
 def refuse(command: str, reason: str) -> int:
     """Say why a command cannot run; the exit status that says so."""
     print(f"trinorm {command}: {reason}", file=sys.stderr)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import itertools
 import math
+import multiprocessing
+import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +24,7 @@ from ..cases import DTYPES, GPU, INTERPRETED, QUICK, Case, Inputs, Shapes
 from ..compare import Comparison, compare
 from ..ops import road
 from ..spec import LAYER_NORM, RMS_NORM, RowNorm
-from . import names, refuse
+from . import names, positive, refuse
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,27 +67,22 @@ class Result:
 Step = Callable[[], list[Result]]
 
 
-def run_checks(
-    ops: Iterable[str] = tuple(OPS),
-    dtypes: Iterable[torch.dtype] = tuple(DTYPES.values()),
-    device: torch.device | str = "cpu",
-    shapes: Shapes = QUICK,
-    track: Callable[[list[Step]], Iterable[Step]] = iter,
-) -> list[Result]:
+def steps_of(ops: Iterable[str], dtypes: Iterable[torch.dtype], device: torch.device, shapes: Shapes) -> list[Step]:
     """Check ``ops`` over ``dtypes`` and ``shapes`` on ``device``; with float64 among the dtypes, gradients numerically too.
 
-    track is handed the list of steps and iterates over it: a progress bar's place. Without Triton what is checked is
-    torch's own operators, which extreme values are beyond.
+    The cases of one width are one step: they share kernels, which compile once. Without Triton what is checked is torch's
+    own operators, which extreme values are beyond.
     """
-    device, dtypes = torch.device(device), list(dtypes)
     steps: list[Step] = []
-    for op in ops:
-        for dtype in dtypes:
-            cases = [case for case in shapes.cases(dtype) if road.HAS_TRITON or not case.values.extreme]
-            steps += [functools.partial(check_op, op, dtype, device, [case]) for case in cases]
-        if torch.float64 in dtypes:
+    for op, dtype in itertools.product(ops, dtypes):
+        by_width: defaultdict[int, list[Case]] = defaultdict(list)
+        for case in shapes.cases(dtype):
+            if road.HAS_TRITON or not case.values.extreme:
+                by_width[case.columns].append(case)
+        steps += [functools.partial(check_op, op, dtype, device, cases) for cases in by_width.values()]
+        if dtype == torch.float64:
             steps.append(functools.partial(check_numerically, op, device))
-    return [result for step in track(steps) for result in step()]
+    return steps
 
 
 def check_op(op: str, dtype: torch.dtype, device: torch.device, cases: Iterable[Case]) -> list[Result]:
@@ -214,6 +213,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--dtype", type=names(DTYPES), default=list(DTYPES), help=f"comma-separated: {', '.join(DTYPES)}")
     parser.add_argument("--device", type=torch.device, help="cpu, cuda, cuda:1, ...; the first GPU when there is one")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller sizes")
+    most = min(os.cpu_count() or 1, _MOST_WORKERS)
+    parser.add_argument(
+        "--workers", type=positive, default=most, help="how many processes share the work; %(default)s here"
+    )
     parser.set_defaults(func=run)
 
 
@@ -229,9 +232,6 @@ def run(args: argparse.Namespace) -> int:
     if not road.HAS_TRITON:
         how = "Triton is not installed: torch's own operators run"
     elif device.type == "cpu":
-        from .. import interpreter
-
-        interpreter.install()
         how = "The Triton kernels run in Triton's interpreter"
     else:
         how = "The Triton kernels run"
@@ -242,10 +242,11 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     console.print(f"{how}, {where}.")
     shapes = QUICK if args.quick else GPU if device.type == "cuda" else INTERPRETED
+    plan = args.op, [DTYPES[name] for name in args.dtype], device, shapes
     start = time.monotonic()
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
-        dtypes = [DTYPES[name] for name in args.dtype]
-        results = run_checks(args.op, dtypes, device, shapes, lambda steps: progress.track(steps, description="check"))
+        steps = progress.track(_done(plan, args.workers), total=len(steps_of(*plan)), description="check")
+        results = [result for step in steps for result in step]
     console.print(_table(results))
     wrong = [result for result in results if not result.comparison.ok]
     for result in wrong:
@@ -253,6 +254,37 @@ def run(args: argparse.Namespace) -> int:
     verdict = f"{len(wrong)} WRONG" if wrong else "all within twice torch's own error plus one unit in the last place"
     console.print(f"{len(results)} comparisons in {time.monotonic() - start:.0f} s: {verdict}.")
     return int(bool(wrong))
+
+
+# Compiling takes most of the time (H200: 206 s of one process), and the GPU is one.
+_MOST_WORKERS = 8
+
+Plan = tuple[list[str], list[torch.dtype], torch.device, Shapes]
+
+# A worker's steps, the same list in each: they hold functions that draw values, which do not travel.
+_steps: list[Step] = []
+
+
+def _done(plan: Plan, workers: int) -> Iterator[list[Result]]:
+    """What each of the plan's steps finds, in their order: by so many processes; 1 is this one."""
+    if workers == 1:
+        _start_worker(*plan)
+        yield from (step() for step in _steps)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, plan) as pool:
+        yield from pool.map(_step, range(len(steps_of(*plan))))
+
+
+def _start_worker(ops: list[str], dtypes: list[torch.dtype], device: torch.device, shapes: Shapes) -> None:
+    if device.type == "cpu" and road.HAS_TRITON:
+        from .. import interpreter
+
+        interpreter.install()
+    _steps[:] = steps_of(ops, dtypes, device, shapes)
+
+
+def _step(number: int) -> list[Result]:
+    return _steps[number]()
 
 
 def _table(results: Iterable[Result]) -> Table:
