@@ -29,7 +29,7 @@ REGISTERS = {
     ("row_forward", "rms_norm", 768): 64,
     ("row_forward", "rms_norm", 4096): 40,
     ("row_forward", "rms_norm", 8192): 64,
-    ("row_forward", "layer_norm", 768): 72,
+    ("row_forward", "layer_norm", 768): 64,
     ("row_forward", "layer_norm", 4096): 48,
     ("row_forward", "layer_norm", 16384): 64,
     ("row_forward_split", "layer_norm", 65536): 56,
@@ -37,7 +37,7 @@ REGISTERS = {
     ("row_backward", "rms_norm", 1024): 192,
     ("row_backward", "layer_norm", 1024): 128,
     ("row_backward_few", "rms_norm", 768): 128,
-    ("row_backward_split", "rms_norm", 65536): 128,
+    ("row_backward_split", "rms_norm", 65536): 96,
     ("row_backward_apply", "layer_norm", 66000): 80,
     ("sum_partials", "layer_norm", 1024): 64,
 }

@@ -208,6 +208,23 @@ def test_column_sums(device: torch.device) -> None:
 
 
 @triton.jit
+def _widened_kernel(OUT, X, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(OUT + places, index.widened(tl.load(X + places, mask=places < SIZE), tl.float32), mask=places < SIZE)
+
+
+@pytest.mark.parametrize("block", [1, 2, 1 << 12])
+def test_every_bf16_widens_to_itself(block: int, device: torch.device) -> None:
+    x = torch.arange(-(1 << 15), 1 << 15, device=device).short().view(torch.bfloat16)
+    x = x if block > 2 else x[::521].contiguous()
+    out = torch.empty(x.shape, device=device)
+    _widened_kernel[(-(-len(x) // block),)](out, x, SIZE=len(x), BLOCK=block)
+    # Bit for bit, but for what is in a NaN.
+    assert torch.equal(out[~x.isnan()].view(torch.int32), x.float()[~x.isnan()].view(torch.int32))
+    assert torch.equal(out.isnan(), x.isnan())
+
+
+@triton.jit
 def _blocks_kernel(OUT, MEANS, SQUARES, N: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
     lanes = tl.arange(0, LANES)
     means = tl.load(MEANS + lanes, mask=lanes < N // BLOCK, other=0.0)

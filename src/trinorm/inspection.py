@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -103,7 +104,9 @@ def compile_call(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, 
     bound, specialization, rest = bind(*args, **options)
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=gpu, options=parsed.__dict__)
+    # Where a kernel asks what it is compiled for, the answer is the active driver's.
+    with mock.patch.object(triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: gpu)):
+        compiled = triton.compile(source, target=gpu, options=parsed.__dict__)
     read = _read_cuda if gpu.backend == "cuda" else _read_hip
     registers, spills, code = read(compiled.asm)
     loop = longest_loop(code)

@@ -32,12 +32,13 @@ _CHOOSE = {"forward": tuning.choose_forward, "backward": tuning.choose_backward}
 # What each field besides the tiles may be. A new field needs a line here to be swept.
 _VALUES: dict[str, Sequence[Any]] = {
     "stages": (1, 2, 3, 4),
-    "per_sm": (1, 2, 3, 4),
+    "per_sm": (1, 2, 3, 4, 5, 6),
     "stream": (False, True),
     "preload": (False, True),
     "early": (False, True),
     "tiles": (1, 2, 4),
     "block": (1024, 2048, 4096, 8192),
+    "registers": (None, 80, 96, 128, 168),
 }
 
 # Launches that go through a row in steps, and do not hold it.

@@ -23,6 +23,7 @@ from .index import (
     row_offsets,
     rows_live,
     tile_rows,
+    widened,
 )
 from .overlap import let_next_launch, wait_for_previous
 from .stats import held_moments, rescued_stats, streamed_moments, trusted
@@ -40,7 +41,7 @@ def store_stats(MEAN, RSTD, rows, mean, rstd, mask, CENTER: tl.constexpr):
 @triton.jit
 def store_y(Y, offsets, x, mean, rstd, w, b, mask, ACC: tl.constexpr, STREAM: tl.constexpr):
     """y of some elements from x and its row's statistics."""
-    y = affine((x.to(ACC) - mean) * rstd, w, b)
+    y = affine((widened(x, ACC) - mean) * rstd, w, b)
     tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=mask, cache_modifier=".cs" if STREAM else "")
 
 

@@ -10,7 +10,7 @@ power of two that brings its largest element to 1..2: exact, and off the common 
 import triton
 import triton.language as tl
 
-from .index import chunk_columns, columns_live, load, rounded_up
+from .index import chunk_columns, columns_live, load, rounded_up, widened
 
 # Squares sum safely inside these: far from fp32's overflow, and far enough from its denormals that no digit is lost.
 TRUSTED_MIN: tl.constexpr = tl.constexpr(1e-30)
@@ -91,12 +91,12 @@ def held_moments(xs, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr):
     if CENTER:
         total = tl.zeros([ROWS, CHUNK], ACC)
         for i in tl.static_range(len(xs)):
-            total += xs[i].to(ACC)
+            total += widened(xs[i], ACC)
         mean = mean_of(row_sum(total), N)
     squares = tl.zeros([ROWS, CHUNK], ACC)
     drift = tl.zeros([ROWS, CHUNK], ACC)
     for i in tl.static_range(len(xs)):
-        x = xs[i].to(ACC)
+        x = widened(xs[i], ACC)
         if CENTER:
             live = columns_live(chunk_columns(i * CHUNK, CHUNK), (i + 1) * CHUNK, N)
             x = tl.where(live, x - mean, 0.0)
@@ -123,7 +123,7 @@ def streamed_moments(row, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constex
     for start in tl.range(0, N, CHUNK):
         columns = chunk_columns(start, CHUNK)
         live = columns_live(columns, rounded_up(N, CHUNK), N)
-        x = load(row + columns, live).to(ACC)
+        x = widened(load(row + columns, live), ACC)
         if CENTER:
             step += 1.0
             delta = x - mean
@@ -148,7 +148,7 @@ def streamed_mean(row, scale, N: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.cons
     total = tl.zeros([1, CHUNK], ACC)
     for start in tl.range(0, N, CHUNK):
         columns = chunk_columns(start, CHUNK)
-        total += load(row + columns, columns_live(columns, rounded_up(N, CHUNK), N)).to(ACC) * scale
+        total += widened(load(row + columns, columns_live(columns, rounded_up(N, CHUNK), N)), ACC) * scale
     return mean_of(row_sum(total), N)
 
 
@@ -172,7 +172,7 @@ def largest_of(row, N: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr):
     for start in tl.range(0, N, CHUNK):
         columns = chunk_columns(start, CHUNK)
         live = columns_live(columns, rounded_up(N, CHUNK), N)
-        largest = tl.maximum(largest, tl.abs(load(row + columns, live).to(ACC)))
+        largest = tl.maximum(largest, tl.abs(widened(load(row + columns, live), ACC)))
     return tl.max(largest, axis=1, keep_dims=True)
 
 
@@ -194,7 +194,7 @@ def rescued_stats(row, eps, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.const
     for start in tl.range(0, N, CHUNK):
         columns = chunk_columns(start, CHUNK)
         live = columns_live(columns, rounded_up(N, CHUNK), N)
-        x = tl.where(live, load(row + columns, live).to(ACC) * scale - mean, 0.0)
+        x = tl.where(live, widened(load(row + columns, live), ACC) * scale - mean, 0.0)
         squares += x * x
         drift += x
     power = mean_of(row_sum(squares), N)

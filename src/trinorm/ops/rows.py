@@ -125,6 +125,8 @@ def backward(
         words = _words(m, team, x.device) if dx else None
         args = (dx_out, *partials, words, dy, x, weight, mean, rstd, m, *layout)
         tiled.update(BLOCK=plan.block, LANES=plan.lanes(n), STAGES=plan.stages)
+        if plan.registers:
+            tiled.update(maxnreg=plan.registers)
         launch(row_backward_split, (programs * team,), x.device, args, tiled)
     else:
         c1 = torch.empty_like(rstd) if dx else None

@@ -80,12 +80,16 @@ class RowBackwardFew:
 
 @dataclass(frozen=True)
 class RowBackwardSplit:
-    """Persistent teams, ``per_sm`` programs on each multiprocessor, walk rows ``stages`` deep, ``block`` columns each."""
+    """Persistent teams, ``per_sm`` programs on each multiprocessor, walk rows ``stages`` deep, ``block`` columns each.
+
+    registers: at most so many of a thread, that ``per_sm`` programs have room; None leaves it to the compiler.
+    """
 
     tile: Tile
     block: int
     stages: int
     per_sm: int
+    registers: int | None = None
 
     def most_partials(self, n: int, device: Device) -> int:
         """At most how many teams there are, each with its partial of dw and db."""

@@ -31,17 +31,17 @@ _LARGE_BYTES = 32 << 20
 
 # (N up to, LayerNorm: tile and how many at once, RMSNorm: the same)           ratio to the copy: LayerNorm, RMSNorm
 _FORWARD: tuple[tuple[int, tuple[Tile, int], tuple[Tile, int]], ...] = (
-    (64, (Tile(8, 64, 2), 4), (Tile(8, 64, 2), 4)),  #                         0.95, 0.97
-    (128, (Tile(8, 128, 4), 4), (Tile(16, 128, 4), 1)),  #                     0.98, 1.01
-    (256, (Tile(4, 256, 4), 4), (Tile(8, 256, 4), 1)),  #                      0.99, 1.00
-    (768, (Tile(4, 256, 4), 1), (Tile(4, 256, 4), 1)),  #                      1.01, 1.03
-    (1024, (Tile(4, 256, 4), 1), (Tile(2, 512, 4), 1)),  #                     0.95, 1.02
-    (3072, (Tile(1, 1024, 4), 1), (Tile(1, 1024, 4), 1)),  #                   2048: 1.00, 1.02; 3072: 0.99, 1.02
-    (4096, (Tile(1, 2048, 8), 1), (Tile(1, 1024, 8), 1)),  #                   0.96, 1.01
+    (64, (Tile(8, 64, 2), 4), (Tile(8, 64, 2), 4)),  #                         0.95, 0.96
+    (128, (Tile(8, 128, 4), 4), (Tile(16, 128, 4), 1)),  #                     0.98, 0.99
+    (256, (Tile(4, 256, 4), 4), (Tile(8, 256, 4), 1)),  #                      0.97, 0.99
+    (768, (Tile(4, 256, 4), 1), (Tile(4, 256, 4), 1)),  #                      1.02, 1.01
+    (1024, (Tile(4, 256, 4), 1), (Tile(2, 512, 4), 1)),  #                     1.00, 1.00
+    (3072, (Tile(1, 1024, 4), 1), (Tile(1, 1024, 4), 1)),  #                   2048: 0.98, 1.00; 3072: 0.94, 0.98
+    (4096, (Tile(1, 2048, 8), 1), (Tile(1, 1024, 8), 1)),  #                   0.96, 1.00
     (7168, (Tile(1, 1024, 8), 1), (Tile(1, 1024, 8), 1)),  #                   5120: 0.95, 1.01; 7168: 0.97, 1.01
-    (8192, (Tile(1, 2048, 8), 1), (Tile(1, 1024, 8), 1)),  #                   0.98, 0.99
-    (12288, (Tile(1, 2048, 8), 1), (Tile(1, 4096, 16), 1)),  #                 0.96, 0.94
-    (16384, (Tile(1, 4096, 16), 1), (Tile(1, 2048, 16), 1)),  #                0.93, 0.99
+    (8192, (Tile(1, 2048, 8), 1), (Tile(1, 1024, 8), 1)),  #                   0.97, 0.99
+    (12288, (Tile(1, 2048, 8), 1), (Tile(1, 4096, 16), 1)),  #                 0.95, 0.94
+    (16384, (Tile(1, 4096, 16), 1), (Tile(1, 2048, 16), 1)),  #                0.94, 0.98
 )
 
 # What a program can hold of a row in registers.
@@ -58,10 +58,13 @@ _SCARCE_ROWS = 4
 # (32768x1024 by programs of 2 warps: 41 µs against 35; by programs of 4 it gains, 33 against 34).
 _EARLY_WARPS = 4
 
-# Rows split over a team, the first that fits. A block of wider elements than 2 bytes has fewer of them.
-_FORWARD_SPLIT = (  #                                  32768, 65536, 131072, 262144 columns
-    RowForwardSplit(Tile(1, 1024, 4), 4096),  #        LayerNorm 0.90, 0.86, 0.83, 0.78; RMSNorm 0.95, 0.94, 0.91, 0.86
-    RowForwardSplit(Tile(1, 2048, 8), 8192),  #        LayerNorm 0.82, 0.79, 0.76, 0.75; RMSNorm 0.92, 0.92, 0.90, 0.88
+# Rows split over a team, LayerNorm's and RMSNorm's: the first that fits of those for rows up to so long. A block of wider
+# elements than 2 bytes has fewer of them.
+_FORWARD_SPLIT: tuple[tuple[int, RowForwardSplit, RowForwardSplit], ...] = (
+    # 32768, 65536, 131072 columns: LayerNorm 0.89, 0.87, 0.84; RMSNorm 0.96, 0.96, 0.93
+    (131072, RowForwardSplit(Tile(1, 1024, 4), 4096), RowForwardSplit(Tile(1, 1024, 4), 4096)),
+    (262144, RowForwardSplit(Tile(1, 1024, 4), 4096), RowForwardSplit(Tile(1, 2048, 8), 8192)),  # 0.78; 0.91
+    (1 << 20, RowForwardSplit(Tile(1, 2048, 8), 8192), RowForwardSplit(Tile(1, 2048, 8), 8192)),
 )
 
 # Rows that no program holds and no team shares: LayerNorm 0.82 at 32768 columns, 0.75 at 65536; RMSNorm 0.94, 0.86.
@@ -81,7 +84,7 @@ def _choose_forward(
     spec: RowNorm, n: int, itemsize: int, device: Device, scarce: bool, large: bool
 ) -> RowForward | RowForwardSplit | RowForwardWide:
     if n > _FORWARD[-1][0] or n * itemsize > _HELD_BYTES:
-        return _first_split(_FORWARD_SPLIT, n, itemsize, device) or _FORWARD_WIDE[_column(spec)]
+        return _first_split(_FORWARD_SPLIT, spec, n, itemsize, device) or _FORWARD_WIDE[_column(spec)]
     tile, tiles = next(row[1:][_column(spec)] for row in _FORWARD if n <= row[0])
     if scarce:
         tile, tiles = _of_one_row(tile), 1
@@ -128,16 +131,15 @@ _FEW_ROWS = {64: 32, 512: 128}
 # With fewer warps the columns' tile of 128 rows spills.
 _FEW_WARPS = 4
 
-# Longer rows are split if they can be, and held if they cannot (RMSNorm at 16384 columns: 0.84 split, 0.72 held).
+# Longer rows are split if they can be, and held if they cannot (RMSNorm at 16384 columns: 0.90 split, 0.72 held).
 _SPLIT_ABOVE = 12288
 
-# Rows split over a team, LayerNorm's and RMSNorm's, the first that fits.     at 16384, 32768, 65536, 131072, 262144 columns
-_BACKWARD_SPLIT = (
-    (RowBackwardSplit(Tile(1, 1024, 4), 4096, 4, 2),),  #                             0.75, 0.74, 0.72, 0.69, 0.59
-    (
-        RowBackwardSplit(Tile(1, 1024, 4), 2048, 3, 4),  #                            0.84, 0.83, 0.82, 0.77
-        RowBackwardSplit(Tile(1, 1024, 4), 4096, 3, 2),  #                            0.81, 0.80, 0.80, 0.76, 0.70
-    ),
+# Rows split over a team, as forward.
+_BACKWARD_SPLIT: tuple[tuple[int, RowBackwardSplit, RowBackwardSplit], ...] = (
+    # 16384, 32768, 65536, 131072 columns: LayerNorm 0.78, 0.78, 0.75, 0.72; RMSNorm 0.90, 0.89, 0.87, 0.83
+    (131072, RowBackwardSplit(Tile(1, 1024, 4), 4096, 4, 2), RowBackwardSplit(Tile(1, 1024, 4), 2048, 3, 5, registers=96)),
+    (1 << 20, RowBackwardSplit(Tile(1, 2048, 8), 8192, 3, 1), RowBackwardSplit(Tile(1, 2048, 8), 8192, 3, 1)),
+    # 262144 columns: 0.62; 0.71
 )
 
 # Rows that no program holds and no team shares: LayerNorm 0.55 at 16384 columns, 0.53 at 65536; RMSNorm 0.56 at 65536.
@@ -159,7 +161,7 @@ def choose_backward(
 def _choose_backward(
     spec: RowNorm, n: int, itemsize: int, device: Device, few: int | None, stream: bool
 ) -> RowBackward | RowBackwardFew | RowBackwardSplit | RowBackwardWide:
-    if n > _SPLIT_ABOVE and (split := _first_split(_BACKWARD_SPLIT[_column(spec)], n, itemsize, device)):
+    if n > _SPLIT_ABOVE and (split := _first_split(_BACKWARD_SPLIT, spec, n, itemsize, device)):
         return split
     held = next((row[1:][_column(spec)] for row in _BACKWARD if n <= row[0]), None)
     if held is None or (itemsize == 8 and n > _HELD_FP64):
@@ -190,13 +192,15 @@ FORGET = Tile(1, 1024, 4)
 S = TypeVar("S", RowForwardSplit, RowBackwardSplit)
 
 
-def _first_split(splits: tuple[S, ...], n: int, itemsize: int, device: Device) -> S | None:
+def _first_split(table: tuple[tuple[int, S, S], ...], spec: RowNorm, n: int, itemsize: int, device: Device) -> S | None:
     """The first that can split rows of n: into whole blocks, a thread for each of the team; two teams fit the device."""
     if not device.programs_wait or itemsize > 4:
         return None
-    for split in splits:
+    for most, of_layer_norm, of_rms_norm in table:
+        split = (of_layer_norm, of_rms_norm)[_column(spec)]
         fitted = dataclasses.replace(split, block=max(split.tile.chunk, split.block * 2 // itemsize))
-        if n % fitted.block == 0 and n // fitted.block <= min(32 * split.tile.warps, device.multiprocessors // 2):
+        team = n / fitted.block
+        if n <= most and team.is_integer() and team <= min(32 * split.tile.warps, device.multiprocessors // 2):
             return fitted
     return None
 
