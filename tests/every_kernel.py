@@ -38,10 +38,11 @@ def main() -> None:
                 weight = torch.randn(n, device="cuda").bfloat16()
                 bias = weight.clone() if spec.center else None
                 with forced(forward=forward, backward=backward):
-                    _, mean, rstd = rows.forward(spec, x, 1, weight, bias, 1e-5, save=True)
+                    y, mean, rstd = rows.forward(spec, x, 1, weight, bias, 1e-5, save=True)
                     assert rstd is not None
-                    db = weight.dtype if spec.center else None
-                    rows.backward(spec, dy, x, 1, weight, mean, rstd, dx=True, dw=weight.dtype, db=db)
+                    wanted = dict(dx=True, dw=weight.dtype, db=weight.dtype if spec.center else None)
+                    rows.backward(spec, dy, x, 1, weight, mean, rstd, **wanted)
+                    rows.backward(spec, dy, y, 1, weight, None, rstd, **wanted, from_output=True, bias=bias)
                 torch.cuda.synchronize()
                 print(spec.name, m, n, type(forward).__name__, type(backward).__name__, flush=True)
 

@@ -193,8 +193,9 @@ def _sums_kernel(OUT, X, DY, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.cons
     dys = index.load_row(DY + rows * N, live, N, CHUNK, False)
     mean = tl.zeros([ROWS, 1], tl.float32)
     zero = row_backward.zero_chunks(N, ROWS, CHUNK, tl.float32)
-    dw = row_backward.add_dw(zero, xs, dys, mean, mean + 1.0, tl.float32)
-    dw = row_backward.add_dw(dw, xs, dys, mean, mean + 1.0, tl.float32)
+    means, rstds = row_backward.undoing_row(mean, mean + 1.0, xs, xs, False, tl.float32)
+    dw = row_backward.add_dw(zero, xs, dys, means, rstds, tl.float32)
+    dw = row_backward.add_dw(dw, xs, dys, means, rstds, tl.float32)
     row_backward.store_column_sums(OUT, 0, dw, N)
     row_backward.store_column_sums(OUT, N, row_backward.add_db(zero, dys, tl.float32), N)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from .spec import LAYER_NORM, RMS_NORM
 
 __all__ = ["layer_norm", "rms_norm"]
 
+# What is kept for the backward.
+Save = Literal["input", "output"]
+
 
 def layer_norm(
     input: Tensor,
@@ -21,6 +25,8 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    save: Save = "input",
 ) -> Tensor:
     r"""Layer normalization over the last ``len(normalized_shape)`` dims.
 
@@ -35,6 +41,13 @@ def layer_norm(
         weight: ``normalized_shape``, any of the dtypes above, not necessarily the input's; None is 1.
         bias: as weight; None is 0.
         eps: added to the variance, so in the input's units squared; >= 0.
+        save: what the kernels keep for the backward. "output" keeps y, which the next op often keeps anyway, in place of x,
+            which then goes as soon as nobody else holds it. The backward takes :math:`(y - b)/w` for the normalized input,
+            so where an element of w is 0, subnormal or not finite, or less than that of b (in absolute value: y has not
+            the digits then), x is kept all the same; a warning says so, once. The values of weight and bias are looked at
+            when they have changed, for which the host waits for the device, once for all the weights of a model. Second
+            derivatives need x: they raise. Under CUDA-graph capture, and where trinorm's kernels do not run, it changes
+            nothing.
 
     Returns:
         A contiguous tensor of the input's shape and dtype (fp32 where autocast makes torch's own op return that).
@@ -44,17 +57,19 @@ def layer_norm(
         RuntimeError: a shape does not fit ``normalized_shape``, or the tensors are on different devices.
         NotImplementedError: a dtype other than the four.
         TypeError: an argument of the wrong kind.
-        ValueError: eps is negative or NaN.
+        ValueError: eps is negative or NaN, or ``save`` neither "input" nor "output".
 
     Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
     """
-    if (call := CALLS.recall("layer_norm", input, normalized_shape, weight, bias, eps)) is not None:
+    if (call := CALLS.recall("layer_norm", save, input, normalized_shape, weight, bias, eps)) is not None:
         return call(input, weight, bias)
     if type(input) is not Tensor and has_torch_function_unary(input):
-        return handle_torch_function(layer_norm, (input,), input, normalized_shape, weight=weight, bias=bias, eps=eps)
+        return handle_torch_function(
+            layer_norm, (input,), input, normalized_shape, weight=weight, bias=bias, eps=eps, save=save
+        )
     asked = normalized_shape, eps
-    shape, eps = _check("layer_norm", input, normalized_shape, weight, bias, eps)
-    return row_norm(LAYER_NORM, input, shape, weight, bias, eps, asked)
+    shape, eps = _check("layer_norm", input, normalized_shape, weight, bias, eps, save)
+    return row_norm(LAYER_NORM, input, shape, weight, bias, eps, asked, save)
 
 
 def rms_norm(
@@ -62,6 +77,8 @@ def rms_norm(
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
+    *,
+    save: Save = "input",
 ) -> Tensor:
     r"""Root mean square normalization over the last ``len(normalized_shape)`` dims.
 
@@ -76,6 +93,7 @@ def rms_norm(
         weight: ``normalized_shape``, any of the dtypes above, not necessarily the input's; None is 1.
         eps: added to the mean square, so in the input's units squared; >= 0. None is the epsilon of the dtype that the
             statistics are computed in, as torch does it: 2^-23 for float16, bfloat16 and float32, 2^-52 for float64.
+        save: as :func:`layer_norm`.
 
     Returns:
         As :func:`layer_norm`.
@@ -85,17 +103,17 @@ def rms_norm(
 
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
-    if (call := CALLS.recall("rms_norm", input, normalized_shape, weight, None, eps)) is not None:
+    if (call := CALLS.recall("rms_norm", save, input, normalized_shape, weight, None, eps)) is not None:
         return call(input, weight, None)
     if type(input) is not Tensor and has_torch_function_unary(input):
-        return handle_torch_function(rms_norm, (input,), input, normalized_shape, weight=weight, eps=eps)
+        return handle_torch_function(rms_norm, (input,), input, normalized_shape, weight=weight, eps=eps, save=save)
     asked = normalized_shape, eps
     if eps is None:
         # torch's documentation says finfo(x.dtype).eps; its code, CPU and CUDA, uses the dtype it computes in (2.11, 2.13).
         double = isinstance(input, Tensor) and input.dtype == torch.float64
         eps = 2.220446049250313e-16 if double else 1.1920928955078125e-07
-    shape, eps = _check("rms_norm", input, normalized_shape, weight, None, eps)
-    return row_norm(RMS_NORM, input, shape, weight, None, eps, asked)
+    shape, eps = _check("rms_norm", input, normalized_shape, weight, None, eps, save)
+    return row_norm(RMS_NORM, input, shape, weight, None, eps, asked, save)
 
 
 def _check(
@@ -105,6 +123,7 @@ def _check(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    save: str,
 ) -> tuple[torch.Size, float]:
     """normalized_shape as a Size and eps as a float, or torch's own class of error, with the argument named."""
     if not isinstance(x, Tensor):
@@ -141,6 +160,8 @@ def _check(
         raise TypeError(f"{op}(): eps must be a float, not {eps!r}") from None
     if not usable:
         raise ValueError(f"{op}(): eps is {eps}; it must be a number >= 0")
+    if save not in ("input", "output"):
+        raise ValueError(f"{op}(): save is {save!r}; it must be 'input' or 'output'")
     return shape, float(eps)
 
 

@@ -1,7 +1,8 @@
 """Modules: torch.nn's own norms, computed by trinorm.
 
 Each is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so checkpoints load both
-ways and ``isinstance`` keeps working; only ``forward`` differs.
+ways and ``isinstance`` keeps working; only ``forward`` differs. The attribute ``save``, "input" unless it is set, is the
+functions' argument of that name.
 """
 
 from __future__ import annotations
@@ -21,8 +22,13 @@ class LayerNorm(torch.nn.LayerNorm):
     Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
     """
 
+    save: functional.Save = "input"
+
     def forward(self, input: Tensor) -> Tensor:
-        return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, save=self.save)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _shown(self.save)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -34,5 +40,14 @@ class RMSNorm(torch.nn.RMSNorm):
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
 
+    save: functional.Save = "input"
+
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps, save=self.save)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _shown(self.save)
+
+
+def _shown(save: str) -> str:
+    return "" if save == "input" else f", save={save!r}"

@@ -67,9 +67,9 @@ def oracle_gradients(
     """The gradients in closed form, in the oracle's precision."""
     lift, lower, quiet = _precise(x, weight, bias)
     with quiet:
-        dx, dw, db = _gradients(
-            spec, lift(x), len(normalized_shape), None if weight is None else lift(weight), eps, lift(dy)
-        )
+        dims = len(normalized_shape)
+        _, rstd, xhat = _normalized(spec, lift(x), dims, eps)
+        dx, dw, db = _gradients(spec, xhat, rstd, dims, None if weight is None else lift(weight), lift(dy))
         return Gradients(lower(dx), None if weight is None else lower(dw), None if bias is None else lower(db))
 
 
@@ -111,21 +111,48 @@ def composite_gradients(
     The road of second derivatives, of batched ones and of whatever looks inside a backward. In fp64, as the kernels that
     made y rescue rows beyond fp32's squares, which this could not.
     """
-    w = None if weight is None else weight.double()
-    dx, dw, db = _gradients(spec, x.double(), dims, w, eps, dy.double())
+    _, rstd, xhat = _normalized(spec, x.double(), dims, eps)
+    return _in_dtypes_of(_gradients(spec, xhat, rstd, dims, _double(weight), dy.double()), x, weight, bias_dtype)
+
+
+def gradients_of_output(
+    spec: RowNorm,
+    y: Tensor,
+    dims: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    rstd: Tensor,
+    dy: Tensor,
+) -> Gradients:
+    """The same of y and rstd, of which x is not known: no function to be differentiated again."""
+    w, b = _double(weight), _double(bias)
+    xhat = y.double() if b is None else y.double() - b
+    xhat = xhat if w is None else xhat / w
+    rstd = rstd.double().reshape(*y.shape[:-dims], *[1] * dims)
+    return _in_dtypes_of(_gradients(spec, xhat, rstd, dims, w, dy.double()), y, weight, bias_dtype)
+
+
+def _double(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.double()
+
+
+def _in_dtypes_of(
+    gradients: tuple[Tensor, Tensor, Tensor], x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None
+) -> Gradients:
+    dx, dw, db = gradients
     return Gradients(
         dx.to(x.dtype), None if weight is None else dw.to(weight.dtype), None if bias_dtype is None else db.to(bias_dtype)
     )
 
 
-def _gradients(spec: RowNorm, x: Any, dims: int, weight: Any | None, eps: float, dy: Any) -> tuple[Any, Any, Any]:
+def _gradients(spec: RowNorm, xhat: Any, rstd: Any, dims: int, weight: Any | None, dy: Any) -> tuple[Any, Any, Any]:
     """(dx, dw, db), of torch tensors or numpy arrays alike (docs/mathematics.md derives them).
 
     ``dx = rstd * (g - xhat * mean(g * xhat) - mean(g))`` with ``g = dy * weight``, the last term for a spec that centers.
     """
     axes = tuple(range(-dims, 0))
-    rows = tuple(range(x.ndim - dims))
-    _, rstd, xhat = _normalized(spec, x, dims, eps)
+    rows = tuple(range(xhat.ndim - dims))
     g = dy if weight is None else dy * weight
     dx = g - xhat * (g * xhat).mean(axis=axes, keepdims=True)
     if spec.center:

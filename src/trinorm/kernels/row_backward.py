@@ -3,8 +3,9 @@
     dx = rstd·(g - x̂·c1 - c2),   c1 = mean(g·x̂),   c2 = mean(g) with CENTER, else 0
     dw = Σ_rows dy·x̂,            db = Σ_rows dy
 
-docs/mathematics.md derives them. DX, DW and DB may be None: only what is asked for is computed. Sums over rows are taken
-in a fixed order, in fp32, with no atomics: the same bits on every run.
+docs/mathematics.md derives them. x̂ = (v - shift)·scale of what the forward kept: v is x, with the row's mean and rstd; or,
+with FROM_OUTPUT, y, with the columns' b and 1/w. DX, DW and DB may be None: only what is asked for is computed. Sums over
+rows are taken in a fixed order, in fp32, with no atomics: the same bits on every run.
 
 - ``row_backward_few``       few rows: one launch, in which some programs take rows (dx) and others columns (dw, db)
 - ``row_backward``           many rows: persistent programs walk tiles of whole rows, dw and db in registers
@@ -16,12 +17,13 @@ Rows too wide to hold are split over a team (row_split.py) or read twice (row_ba
 import triton
 import triton.language as tl
 
-from .affine import NO_WEIGHT, affine_backward
+from .affine import NO_BIAS, NO_WEIGHT, affine_backward
 from .index import (
     chunk_columns,
     columns_live,
     first_program,
     load,
+    load_or,
     load_row,
     load_row_or,
     program_count,
@@ -36,19 +38,41 @@ from .stats import mean_of, row_sum, row_sums
 
 
 @triton.jit
-def load_stats(MEAN, RSTD, rows, live, CENTER: tl.constexpr):
-    """(mean, rstd) of some rows; mean is 0 without CENTER."""
+def load_stats(MEAN, RSTD, rows, live):
+    """(mean, rstd) of some rows; the mean is 0 where MEAN is None."""
     rstd = load(RSTD + rows, live)
-    if CENTER:
-        return load(MEAN + rows, live), rstd
-    else:
+    if MEAN is None:
         return tl.zeros_like(rstd), rstd
+    else:
+        return load(MEAN + rows, live), rstd
 
 
 @triton.jit
-def normalized(x, mean, rstd, ACC: tl.constexpr):
+def undoing(mean, rstd, w, b, FROM_OUTPUT: tl.constexpr, ACC: tl.constexpr):
+    """The shift and scale that make x̂ of some columns of what was kept; 0 past a row's end, where w reads as 0."""
+    if FROM_OUTPUT:
+        w = w.to(ACC)
+        return b.to(ACC), tl.where(w == 0.0, 0.0, 1.0 / w)
+    else:
+        return mean, rstd
+
+
+@triton.jit
+def undoing_row(mean, rstd, ws, bs, FROM_OUTPUT: tl.constexpr, ACC: tl.constexpr):
+    """``undoing`` of each chunk of a row: shifts and scales."""
+    shifts = ()
+    scales = ()
+    for i in tl.static_range(len(ws)):
+        shift, scale = undoing(mean, rstd, ws[i], bs[i], FROM_OUTPUT, ACC)
+        shifts = shifts + (shift,)
+        scales = scales + (scale,)
+    return shifts, scales
+
+
+@triton.jit
+def normalized(kept, shift, scale, ACC: tl.constexpr):
     """x̂ in the accumulator's dtype."""
-    return (x.to(ACC) - mean) * rstd
+    return (kept.to(ACC) - shift) * scale
 
 
 @triton.jit
@@ -63,15 +87,15 @@ def dx_of(g, xhat, rstd, c1, c2, CENTER: tl.constexpr):
 
 
 @triton.jit
-def dx_sums(xs, dys, ws, mean, rstd, CENTER: tl.constexpr, ACC: tl.constexpr):
+def dx_sums(kept, dys, ws, shifts, scales, CENTER: tl.constexpr, ACC: tl.constexpr):
     """(Σ g·x̂, Σ g) over the held columns, each ``[ROWS, 1]``; the second is 0 without CENTER."""
-    ROWS: tl.constexpr = xs[0].shape[0]
-    CHUNK: tl.constexpr = xs[0].shape[1]
+    ROWS: tl.constexpr = kept[0].shape[0]
+    CHUNK: tl.constexpr = kept[0].shape[1]
     g_xhat = tl.zeros([ROWS, CHUNK], ACC)
     g_sum = tl.zeros([ROWS, CHUNK], ACC)
-    for i in tl.static_range(len(xs)):
+    for i in tl.static_range(len(kept)):
         g = affine_backward(dys[i].to(ACC), ws[i])
-        g_xhat += g * normalized(xs[i], mean, rstd, ACC)
+        g_xhat += g * normalized(kept[i], shifts[i], scales[i], ACC)
         g_sum += g
     if CENTER:
         return row_sums(g_xhat, g_sum)
@@ -82,10 +106,11 @@ def dx_sums(xs, dys, ws, mean, rstd, CENTER: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def store_dx(
     DX,
-    xs,
+    kept,
     dys,
     ws,
-    mean,
+    shifts,
+    scales,
     rstd,
     c1,
     c2,
@@ -98,23 +123,35 @@ def store_dx(
     STREAM: tl.constexpr,
 ):
     """dx of a tile of rows held as chunks from column ``start``."""
-    CHUNK: tl.constexpr = xs[0].shape[1]
-    for i in tl.static_range(len(xs)):
+    CHUNK: tl.constexpr = kept[0].shape[1]
+    for i in tl.static_range(len(kept)):
         columns = chunk_columns(start + i * CHUNK, CHUNK)
         mask = live & columns_live(columns, (i + 1) * CHUNK, N)
         g = affine_backward(dys[i].to(ACC), ws[i])
-        dx = dx_of(g, normalized(xs[i], mean, rstd, ACC), rstd, c1, c2, CENTER)
+        dx = dx_of(g, normalized(kept[i], shifts[i], scales[i], ACC), rstd, c1, c2, CENTER)
         tl.store(DX + rows * N + columns, dx.to(DX.dtype.element_ty), mask=mask, cache_modifier=".cs" if STREAM else "")
 
 
 @triton.jit
 def store_dx_of_rows(
-    DX, xs, dys, ws, mean, rstd, rows, live, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr, STREAM: tl.constexpr
+    DX,
+    kept,
+    dys,
+    ws,
+    shifts,
+    scales,
+    rstd,
+    rows,
+    live,
+    N: tl.constexpr,
+    CENTER: tl.constexpr,
+    ACC: tl.constexpr,
+    STREAM: tl.constexpr,
 ):
     """dx of a tile of whole rows."""
-    c1, c2 = dx_sums(xs, dys, ws, mean, rstd, CENTER, ACC)
+    c1, c2 = dx_sums(kept, dys, ws, shifts, scales, CENTER, ACC)
     c1, c2 = mean_of(c1, N), mean_of(c2, N)
-    store_dx(DX, xs, dys, ws, mean, rstd, c1, c2, rows, live, 0, N, CENTER, ACC, STREAM)
+    store_dx(DX, kept, dys, ws, shifts, scales, rstd, c1, c2, rows, live, 0, N, CENTER, ACC, STREAM)
 
 
 @triton.jit
@@ -127,11 +164,11 @@ def zero_chunks(N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, ACC: t
 
 
 @triton.jit
-def add_dw(dw, xs, dys, mean, rstd, ACC: tl.constexpr):
+def add_dw(dw, kept, dys, shifts, scales, ACC: tl.constexpr):
     """dw + dy·x̂, chunk by chunk, still one sum for each row of the tile."""
     chunks = ()
-    for i in tl.static_range(len(xs)):
-        chunks = chunks + (dw[i] + dys[i].to(ACC) * normalized(xs[i], mean, rstd, ACC),)
+    for i in tl.static_range(len(kept)):
+        chunks = chunks + (dw[i] + dys[i].to(ACC) * normalized(kept[i], shifts[i], scales[i], ACC),)
     return chunks
 
 
@@ -179,17 +216,19 @@ def row_backward(
     DW,
     DB,
     DY,
-    X,
+    KEPT,
     W,
+    B,
     MEAN,
     RSTD,
     M: tl.int64,  # M + ROWS passes 2^31 before M does
-    x_odd_sizes,
-    x_strides,
+    kept_odd_sizes,
+    kept_strides,
     dy_odd_sizes,
     dy_strides,
     N: tl.constexpr,
     CENTER: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -202,22 +241,25 @@ def row_backward(
     wait_for_previous(PDL)
     dw = zero_chunks(N, ROWS, CHUNK, ACC)
     db = zero_chunks(N, ROWS, CHUNK, ACC)
-    ws = load_row_or(W, tl.full([ROWS, 1], True, tl.int1), N, CHUNK, NO_WEIGHT)
+    every = tl.full([ROWS, 1], True, tl.int1)
+    ws = load_row_or(W, every, N, CHUNK, NO_WEIGHT)
+    bs = load_row_or(B, every, N, CHUNK, NO_BIAS)
 
     # 3 stages is the lever of this loop, 2 is often worse than 1 (H200: 8192 columns reach 0.92 of the add).
     for step in tl.range(first_program(), tl.cdiv(M, ROWS * TILES), program_count(), num_stages=STAGES):
         for t in tl.static_range(TILES):
             rows = tile_rows(step * TILES + t, ROWS)
             live = rows_live(rows, M, ROWS * TILES)
-            xs = load_row(X + row_offsets(rows, x_odd_sizes, x_strides), live, N, CHUNK, STREAM)
+            kept = load_row(KEPT + row_offsets(rows, kept_odd_sizes, kept_strides), live, N, CHUNK, STREAM)
             dys = load_row(DY + row_offsets(rows, dy_odd_sizes, dy_strides), live, N, CHUNK, STREAM)
-            mean, rstd = load_stats(MEAN, RSTD, rows, live, CENTER)
+            mean, rstd = load_stats(MEAN, RSTD, rows, live)
+            shifts, scales = undoing_row(mean, rstd, ws, bs, FROM_OUTPUT, ACC)
             if DW is not None:
-                dw = add_dw(dw, xs, dys, mean, rstd, ACC)
+                dw = add_dw(dw, kept, dys, shifts, scales, ACC)
             if DB is not None:
                 db = add_db(db, dys, ACC)
             if DX is not None:
-                store_dx_of_rows(DX, xs, dys, ws, mean, rstd, rows, live, N, CENTER, ACC, STREAM)
+                store_dx_of_rows(DX, kept, dys, ws, shifts, scales, rstd, rows, live, N, CENTER, ACC, STREAM)
     let_next_launch(PDL)
 
     if DW is not None:
@@ -232,18 +274,20 @@ def row_backward_few(
     DW,
     DB,
     DY,
-    X,
+    KEPT,
     W,
+    B,
     MEAN,
     RSTD,
     M: tl.int64,
     row_tiles,
-    x_odd_sizes,
-    x_strides,
+    kept_odd_sizes,
+    kept_strides,
     dy_odd_sizes,
     dy_strides,
     N: tl.constexpr,
     CENTER: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -262,14 +306,18 @@ def row_backward_few(
         if DX is not None:
             rows = tile_rows(program, ROWS)
             live = rows_live(rows, M, ROWS)
-            xs = load_row(X + row_offsets(rows, x_odd_sizes, x_strides), live, N, CHUNK, False)
+            kept = load_row(KEPT + row_offsets(rows, kept_odd_sizes, kept_strides), live, N, CHUNK, False)
             dys = load_row(DY + row_offsets(rows, dy_odd_sizes, dy_strides), live, N, CHUNK, False)
             ws = load_row_or(W, live, N, CHUNK, NO_WEIGHT)
-            mean, rstd = load_stats(MEAN, RSTD, rows, live, CENTER)
-            store_dx_of_rows(DX, xs, dys, ws, mean, rstd, rows, live, N, CENTER, ACC, False)
+            bs = load_row_or(B, live, N, CHUNK, NO_BIAS)
+            mean, rstd = load_stats(MEAN, RSTD, rows, live)
+            shifts, scales = undoing_row(mean, rstd, ws, bs, FROM_OUTPUT, ACC)
+            store_dx_of_rows(DX, kept, dys, ws, shifts, scales, rstd, rows, live, N, CENTER, ACC, False)
     else:
         columns = chunk_columns((program - row_tiles) * SUM_CHUNK, SUM_CHUNK)
         in_row = columns_live(columns, rounded_up(N, SUM_CHUNK), N)
+        w = load_or(W if FROM_OUTPUT else None, columns, in_row, NO_WEIGHT, False)
+        b = load_or(B, columns, in_row, NO_BIAS, False)
         dw = tl.zeros([SUM_ROWS, SUM_CHUNK], ACC)
         db = tl.zeros([SUM_ROWS, SUM_CHUNK], ACC)
         for tile in tl.range(0, tl.cdiv(M, SUM_ROWS)):
@@ -279,9 +327,10 @@ def row_backward_few(
             if DB is not None:
                 db += dy
             if DW is not None:
-                mean, rstd = load_stats(MEAN, RSTD, rows, live, CENTER)
-                x = load(X + row_offsets(rows, x_odd_sizes, x_strides) + columns, live & in_row)
-                dw += dy * normalized(x, mean, rstd, ACC)
+                mean, rstd = load_stats(MEAN, RSTD, rows, live)
+                shift, scale = undoing(mean, rstd, w, b, FROM_OUTPUT, ACC)
+                kept = load(KEPT + row_offsets(rows, kept_odd_sizes, kept_strides) + columns, live & in_row)
+                dw += dy * normalized(kept, shift, scale, ACC)
         if DW is not None:
             total = tl.sum(dw, axis=0, keep_dims=True).to(DW.dtype.element_ty)
             tl.store(DW + columns, total, mask=in_row)

@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from .affine import NO_WEIGHT, affine_backward
+from .affine import NO_BIAS, NO_WEIGHT, affine_backward
 from .index import (
     chunk_columns,
     columns_live,
@@ -23,7 +23,7 @@ from .index import (
     tile_rows,
 )
 from .overlap import let_next_launch, wait_for_previous
-from .row_backward import dx_of, load_stats, normalized
+from .row_backward import dx_of, load_stats, normalized, undoing
 from .stats import mean_of, row_sum
 
 
@@ -32,16 +32,18 @@ def row_backward_moments(
     C1,
     C2,
     DY,
-    X,
+    KEPT,
     W,
+    B,
     MEAN,
     RSTD,
-    x_odd_sizes,
-    x_strides,
+    kept_odd_sizes,
+    kept_strides,
     dy_odd_sizes,
     dy_strides,
     N: tl.constexpr,
     CENTER: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr,
     ACC: tl.constexpr,
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
@@ -50,17 +52,20 @@ def row_backward_moments(
     wait_for_previous(PDL)
     let_next_launch(PDL)
     row = tile_rows(first_program(), 1)
-    x_row = X + row_offsets(row, x_odd_sizes, x_strides)
+    kept_row = KEPT + row_offsets(row, kept_odd_sizes, kept_strides)
     dy_row = DY + row_offsets(row, dy_odd_sizes, dy_strides)
-    mean, rstd = load_stats(MEAN, RSTD, row, rows_live(row, 0, 1), CENTER)
+    mean, rstd = load_stats(MEAN, RSTD, row, rows_live(row, 0, 1))
 
     g_xhat = tl.zeros([1, CHUNK], ACC)
     g_sum = tl.zeros([1, CHUNK], ACC)
     for start in tl.range(0, N, CHUNK):
         columns = chunk_columns(start, CHUNK)
         live = columns_live(columns, rounded_up(N, CHUNK), N)
-        g = affine_backward(load(dy_row + columns, live).to(ACC), load_or(W, columns, live, NO_WEIGHT, False))
-        g_xhat += g * normalized(load(x_row + columns, live), mean, rstd, ACC)
+        w = load_or(W, columns, live, NO_WEIGHT, False)
+        b = load_or(B, columns, live, NO_BIAS, False)
+        shift, scale = undoing(mean, rstd, w, b, FROM_OUTPUT, ACC)
+        g = affine_backward(load(dy_row + columns, live).to(ACC), w)
+        g_xhat += g * normalized(load(kept_row + columns, live), shift, scale, ACC)
         if CENTER:
             g_sum += g
 
@@ -75,19 +80,21 @@ def row_backward_apply(
     DW,
     DB,
     DY,
-    X,
+    KEPT,
     W,
+    B,
     MEAN,
     RSTD,
     C1,
     C2,
     M: tl.int64,  # M + ROWS passes 2^31 before M does
-    x_odd_sizes,
-    x_strides,
+    kept_odd_sizes,
+    kept_strides,
     dy_odd_sizes,
     dy_strides,
     N: tl.constexpr,
     CENTER: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr,
     ACC: tl.constexpr,
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -98,22 +105,24 @@ def row_backward_apply(
     columns = chunk_columns(second_program() * CHUNK, CHUNK)
     in_row = columns_live(columns, rounded_up(N, CHUNK), N)
     w = load_or(W, columns, in_row, NO_WEIGHT, False)
+    b = load_or(B, columns, in_row, NO_BIAS, False)
     dw = tl.zeros([1, CHUNK], ACC)
     db = tl.zeros([1, CHUNK], ACC)
 
     for row_number in tl.range(first_program(), M, program_count(), num_stages=STAGES):
         row = tile_rows(row_number, 1)
         live = rows_live(row, 0, 1)
-        mean, rstd = load_stats(MEAN, RSTD, row, live, CENTER)
+        mean, rstd = load_stats(MEAN, RSTD, row, live)
         dy = load_once(DY + row_offsets(row, dy_odd_sizes, dy_strides) + columns, in_row, True).to(ACC)
-        x = load_once(X + row_offsets(row, x_odd_sizes, x_strides) + columns, in_row, True)
-        xhat = normalized(x, mean, rstd, ACC)
+        kept = load_once(KEPT + row_offsets(row, kept_odd_sizes, kept_strides) + columns, in_row, True)
+        shift, scale = undoing(mean, rstd, w, b, FROM_OUTPUT, ACC)
+        xhat = normalized(kept, shift, scale, ACC)
         if DW is not None:
             dw += dy * xhat
         if DB is not None:
             db += dy
         if DX is not None:
-            c2, c1 = load_stats(C2, C1, row, live, CENTER)
+            c2, c1 = load_stats(C2, C1, row, live)
             dx = dx_of(affine_backward(dy, w), xhat, rstd, c1, c2, CENTER)
             tl.store(DX + row * N + columns, dx.to(DX.dtype.element_ty), mask=in_row, cache_modifier=".cs")
     let_next_launch(PDL)

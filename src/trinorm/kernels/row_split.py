@@ -29,7 +29,7 @@ from .index import (
 )
 from .overlap import let_next_launch, wait_for_previous
 from .row import normalize_streamed, store_stats, store_y
-from .row_backward import add_db, add_dw, dx_sums, load_stats, store_column_sums, store_dx, zero_chunks
+from .row_backward import add_db, add_dw, dx_sums, load_stats, store_column_sums, store_dx, undoing_row, zero_chunks
 from .stats import held_moments, mean_of, rescued_stats, trusted
 
 # No pair of results looks so: as fp32 it is two NaNs, and the device makes only the NaN 0x7FFFFFFF.
@@ -177,17 +177,19 @@ def row_backward_split(
     DB,
     WORDS,
     DY,
-    X,
+    KEPT,
     W,
+    B,
     MEAN,
     RSTD,
     M: tl.int64,
-    x_odd_sizes,
-    x_strides,
+    kept_odd_sizes,
+    kept_strides,
     dy_odd_sizes,
     dy_strides,
     N: tl.constexpr,
     CENTER: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -208,28 +210,30 @@ def row_backward_split(
     start = member * BLOCK
     every = tl.full([1, 1], True, tl.int1)
     ws = load_row_or(None if W is None else W + start, every, BLOCK, CHUNK, NO_WEIGHT)
+    bs = load_row_or(None if B is None else B + start, every, BLOCK, CHUNK, NO_BIAS)
     dw = zero_chunks(BLOCK, 1, CHUNK, ACC)
     db = zero_chunks(BLOCK, 1, CHUNK, ACC)
-    held_xs = zero_chunks(BLOCK, 1, CHUNK, X.dtype.element_ty)
+    held = zero_chunks(BLOCK, 1, CHUNK, KEPT.dtype.element_ty)
     held_dys = zero_chunks(BLOCK, 1, CHUNK, DY.dtype.element_ty)
 
     # With dx one step more than there are rows; what a step has no row for is masked.
     for row_number in tl.range(team, M if DX is None else M + teams, teams, num_stages=STAGES):
         row = tile_rows(row_number, 1)
         live = every if DX is None else row < M
-        xs = load_row(X + row_offsets(row, x_odd_sizes, x_strides) + start, live, BLOCK, CHUNK, True)
+        kept = load_row(KEPT + row_offsets(row, kept_odd_sizes, kept_strides) + start, live, BLOCK, CHUNK, True)
         dys = load_row(DY + row_offsets(row, dy_odd_sizes, dy_strides) + start, live, BLOCK, CHUNK, True)
-        mean, rstd = load_stats(MEAN, RSTD, row, live, CENTER)
+        mean, rstd = load_stats(MEAN, RSTD, row, live)
         # Widened for the first use only, so that the second holds half the registers: with room to spare it saves
         # instructions, and LayerNorm has none (RMSNorm at 65536 columns: 105 µs against 112, LayerNorm 126 against 124).
-        first_xs = xs if CENTER else widened_chunks(xs, ACC)
+        shifts, scales = undoing_row(mean, rstd, ws, bs, FROM_OUTPUT, ACC)
+        first_kept = kept if CENTER else widened_chunks(kept, ACC)
         first_dys = dys if CENTER else widened_chunks(dys, ACC)
         if DW is not None:
-            dw = add_dw(dw, first_xs, first_dys, mean, rstd, ACC)
+            dw = add_dw(dw, first_kept, first_dys, shifts, scales, ACC)
         if DB is not None:
             db = add_db(db, first_dys, ACC)
         if DX is not None:
-            c1, c2 = dx_sums(first_xs, first_dys, ws, mean, rstd, CENTER, ACC)
+            c1, c2 = dx_sums(first_kept, first_dys, ws, shifts, scales, CENTER, ACC)
             publish(WORDS + row * TEAM + member, c1, c2, live)
 
             before = tl.maximum(row_number - teams, 0)
@@ -238,9 +242,10 @@ def row_backward_split(
             c1, c2 = mean_of(team_sum(c1s), N), mean_of(team_sum(c2s), N)
             row = tile_rows(before, 1)
             live = tl.full([1, 1], asked, tl.int1)
-            mean, rstd = load_stats(MEAN, RSTD, row, live, CENTER)
-            store_dx(DX, held_xs, held_dys, ws, mean, rstd, c1, c2, row, live, start, N, CENTER, ACC, True)
-            held_xs = xs
+            mean, rstd = load_stats(MEAN, RSTD, row, live)
+            shifts, scales = undoing_row(mean, rstd, ws, bs, FROM_OUTPUT, ACC)
+            store_dx(DX, held, held_dys, ws, shifts, scales, rstd, c1, c2, row, live, start, N, CENTER, ACC, True)
+            held = kept
             held_dys = dys
     let_next_launch(PDL)
 

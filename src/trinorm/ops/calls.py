@@ -44,6 +44,7 @@ class Calls(Generic[T]):
     def recall(
         self,
         op: str,
+        save: str,
         x: Tensor,
         normalized_shape: Sequence[int],
         weight: Tensor | None,
@@ -54,7 +55,7 @@ class Calls(Generic[T]):
         # Of what road.observer looks for, the guard does not see these two.
         if _is_compiling() or forward_ad._current_level >= 0 or type(x) not in road.PLAIN or type(eps) not in _NUMBERS:
             return None
-        entries = self._seen.get((op, x.shape, eps, weight is None, bias is None, _grad_is_on()))
+        entries = self._seen.get((op, save, x.shape, eps, weight is None, bias is None, _grad_is_on()))
         if entries is None:
             return None
         tensors = _present(x, weight, bias)
@@ -66,6 +67,7 @@ class Calls(Generic[T]):
     def keep(
         self,
         op: str,
+        save: str,
         x: Tensor,
         normalized_shape: Sequence[int],
         weight: Tensor | None,
@@ -79,7 +81,7 @@ class Calls(Generic[T]):
             return
         # A tuple is recognized by its identity, which a list could keep while it changes.
         shape = normalized_shape if isinstance(normalized_shape, tuple) else torch.Size(normalized_shape)
-        key = op, x.shape, eps, weight is None, bias is None, torch.is_grad_enabled()
+        key = op, save, x.shape, eps, weight is None, bias is None, torch.is_grad_enabled()
         self._seen[key] = ((alike, shape, call), *self._seen.get(key, ())[: _VARIANTS - 1])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from ..spec import RowNorm
 from . import road
 from .calls import Bounded, Calls
 from .layout import readable
+from .undo import Undoable
 
 if TYPE_CHECKING:
     from ..replay import Function, Results
@@ -27,10 +30,11 @@ def row_norm(
     bias: Tensor | None,
     eps: float,
     asked: tuple[Sequence[int], float | None],
+    save: str,
 ) -> Tensor:
     """The norm of checked arguments, by the road that serves them. CALLS keeps what the kernels can do again.
 
-    asked: normalized_shape and eps as the caller gave them, by which the next call is recalled.
+    asked: normalized_shape and eps as the caller gave them, by which the next call is recalled. save: as functional's.
     """
     if not road.kernels_serve(spec.name, x, weight, bias):
         return reference.composite(spec, x, normalized_shape, weight, bias, eps)
@@ -44,9 +48,9 @@ def row_norm(
     x = readable(x, dims)
     weight, bias = (None if t is None else readable(t, dims) for t in (weight, bias))
     kept = all(now is before for now, before in zip((x, weight, bias), found, strict=True))
-    call = RowCall(spec, dims, x, weight, bias, eps, cast=cast, kept=kept)
+    call = RowCall(spec, dims, x, weight, bias, eps, save, cast=cast, kept=kept)
     if kept:
-        CALLS.keep(spec.name, given[0], asked[0], *given[1:], asked[1], call)
+        CALLS.keep(spec.name, save, given[0], asked[0], *given[1:], asked[1], call)
     return call.norm(x, weight, bias)
 
 
@@ -61,6 +65,7 @@ class RowCall:
     """
 
     __slots__ = (
+        "_apply",
         "_bias_dtype",
         "_cast",
         "_dims",
@@ -82,6 +87,7 @@ class RowCall:
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
+        save: str,
         *,
         cast: bool,
         kept: bool,
@@ -89,6 +95,7 @@ class RowCall:
         self._spec, self._dims, self._eps, self._cast, self._kept = spec, dims, eps, cast, kept
         self._bias_dtype = None if bias is None else bias.dtype
         self._needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        self._apply = _apply_to_output if save == "output" else _apply
         from . import rows
 
         # What is saved for the backward, as it has to come back: x, weight, statistics.
@@ -105,7 +112,7 @@ class RowCall:
     def norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """y of arguments that are cast already."""
         if self._needs_grad:
-            return _apply(x, weight, bias, self)
+            return self._apply(x, weight, bias, self)
         return (self._replay or self.forward)(x, weight, bias)[0]  # type: ignore[return-value]
 
     def forward(self, *inputs: Tensor | None) -> Results:
@@ -123,41 +130,63 @@ class RowCall:
         self,
         wanted: tuple[bool, ...],
         dy: Tensor,
-        x: Tensor,
+        kept: Tensor,
         weight: Tensor | None,
         mean: Tensor | None,
         rstd: Tensor,
+        bias: Tensor | None = None,
+        *,
+        from_output: bool = False,
     ) -> Results:
-        """(dx, dw, db), those that are ``wanted``. What was saved may come back in another layout or dtype, from a hook."""
-        if torch.is_grad_enabled() or not _are_plain(dy, x, weight, mean, rstd) or road.observer() is not None:
+        """(dx, dw, db), those that are ``wanted``. kept: x; or, ``from_output``, y, which is undone with weight and bias.
+
+        What was saved may come back in another layout or dtype, from a hook.
+        """
+        if torch.is_grad_enabled() or not _are_plain(dy, kept, weight, mean, rstd, bias) or road.observer() is not None:
             # Someone differentiates this backward, to whom a kernel's result would be a constant, silently; or maps over
             # it (is_grads_batched, vmap), or has tensors that have no storage.
-            return reference.composite_gradients(self._spec, x, self._dims, weight, self._bias_dtype, self._eps, dy)
+            if from_output:
+                return self._composite_from_output(dy, kept, weight, rstd, bias)
+            return reference.composite_gradients(self._spec, kept, self._dims, weight, self._bias_dtype, self._eps, dy)
         dims = self._dims
         dy = readable(dy, dims)
-        x_dtype, weight_dtype, stats = self._saved
-        x, rstd = _as_saved(x, x_dtype, dims), _as_saved(rstd, stats, 1)
+        kept_dtype, weight_dtype, stats = self._saved
+        kept, rstd = _as_saved(kept, kept_dtype, dims), _as_saved(rstd, stats, 1)
         mean = None if mean is None else _as_saved(mean, stats, 1)
         weight = None if weight is None else _as_saved(weight, weight_dtype, dims)
-        key = wanted, dy.dtype, dy.is_contiguous() or dy.stride(), x.is_contiguous() or x.stride()
+        bias = None if bias is None or self._bias_dtype is None else _as_saved(bias, self._bias_dtype, dims)
+        key = wanted, from_output, dy.dtype, dy.is_contiguous() or dy.stride(), kept.is_contiguous() or kept.stride()
         if (gradients := self._gradients.get(key)) is not None:
-            return gradients(dy, x, weight, mean, rstd)
-        return self._backward(key, dy, x, weight, mean, rstd)
+            return gradients(dy, kept, weight, mean, rstd, bias)
+        return self._backward(key, dy, kept, weight, mean, rstd, bias)
 
     def _backward(self, key: tuple[Any, ...], *inputs: Tensor | None) -> Results:
         from . import rows
 
-        (dx, dw, db, *_), *_ = key
+        (dx, dw, db, *_), from_output, *_ = key
 
-        def backward(dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor) -> Results:
+        def backward(
+            dy: Tensor, kept: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor, bias: Tensor | None
+        ) -> Results:
             dw_dtype = weight.dtype if dw and weight is not None else None
-            db_dtype = self._bias_dtype if db else None
-            return rows.backward(self._spec, dy, x, self._dims, weight, mean, rstd, dx=dx, dw=dw_dtype, db=db_dtype)
+            wanted = dict(dx=dx, dw=dw_dtype, db=self._bias_dtype if db else None)
+            problem = self._spec, dy, kept, self._dims, weight, mean, rstd
+            return rows.backward(*problem, **wanted, from_output=from_output, bias=bias)
 
         results, again = self._record(key, backward, *inputs)
         if again is not None:
             self._gradients[key] = again
         return results
+
+    def _composite_from_output(
+        self, dy: Tensor, y: Tensor, weight: Tensor | None, rstd: Tensor, bias: Tensor | None
+    ) -> Results:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{self._spec.name}(): save is 'output', which keeps no input for a second derivative to be taken of; "
+                "for create_graph=True it must be 'input'"
+            )
+        return reference.gradients_of_output(self._spec, y, self._dims, weight, bias, self._bias_dtype, rstd, dy)
 
     def _record(self, what: Hashable, function: Function, *inputs: Tensor | None) -> tuple[Results, Function | None]:
         """``function(*inputs)``, and its repetition (replay.record) from the RECORDED_FROM-th such call on.
@@ -200,9 +229,41 @@ class _RowNorm(torch.autograd.Function):
         return *ctx.call.backward(ctx.needs_input_grad, dy, *ctx.saved_tensors), None
 
 
+class _RowNormToOutput(torch.autograd.Function):
+    """As _RowNorm, but that y is saved where x̂ can be made of it again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: RowCall) -> Tensor | None:
+        y, mean, rstd = (call._replay or call.forward)(x, weight, bias)
+        ctx.call, ctx.from_output = call, UNDOABLE(weight, bias)
+        if ctx.from_output:
+            ctx.save_for_backward(y, weight, None, rstd, bias)
+        else:
+            _warn_once(call._spec.name)
+            ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        call: RowCall = ctx.call
+        return *call.backward(ctx.needs_input_grad, dy, *ctx.saved_tensors, from_output=ctx.from_output), None
+
+
+@functools.cache
+def _warn_once(op: str) -> None:
+    warnings.warn(
+        f"trinorm.{op}: save is 'output', but y cannot be undone where an element of weight is 0, subnormal, not finite or "
+        "less than the bias's, nor under CUDA-graph capture; the input is saved instead (said once)",
+        stacklevel=4,
+    )
+
+
 # Function.apply less its Python part, which looks for torch.func: no call with a transform active comes here, and it costs
 # 1.3 of 3.8 µs.
 _apply = super(torch.autograd.Function, _RowNorm).apply
+_apply_to_output = super(torch.autograd.Function, _RowNormToOutput).apply
+
+UNDOABLE = Undoable()
 
 # Row counts times the shapes of a model. One takes about 4 KB.
 CALLS: Calls[RowCall] = Calls(2048)

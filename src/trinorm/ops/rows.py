@@ -77,7 +77,7 @@ def forward(
 def backward(
     spec: RowNorm,
     dy: Tensor,
-    x: Tensor,
+    kept: Tensor,
     dims: int,
     weight: Tensor | None,
     mean: Tensor | None,
@@ -86,61 +86,70 @@ def backward(
     dx: bool,
     dw: torch.dtype | None,
     db: torch.dtype | None,
+    from_output: bool = False,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dw, db) for readable x and dy: dx where asked for, dw and db in the dtype asked for."""
-    n = x.shape[-dims:].numel()
-    m = x.numel() // n if n else 0
-    shape = x.shape[-dims:]
-    dx_out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx else None
+    """(dx, dw, db) for a readable dy and what the forward kept, readable too: dx where asked for, dw and db in the dtype
+    asked for.
+
+    kept: x. from_output: it is y, of which ``bias`` and ``weight``, nowhere 0, make x̂ again; mean is not needed.
+    """
+    device = kept.device
+    n = kept.shape[-dims:].numel()
+    m = kept.numel() // n if n else 0
+    shape = kept.shape[-dims:]
+    dx_out = torch.empty(kept.shape, dtype=kept.dtype, device=device) if dx else None
     make = torch.empty if m else torch.zeros
-    dw_out = None if dw is None else make(shape, dtype=dw, device=x.device)
-    db_out = None if db is None else make(shape, dtype=db, device=x.device)
+    dw_out = None if dw is None else make(shape, dtype=dw, device=device)
+    db_out = None if db is None else make(shape, dtype=db, device=device)
     if m == 0 or not (dx or dw or db):
         return dx_out, dw_out, db_out
 
-    device = describe(x.device)
-    plan = choose_backward(spec, m, n, _widest(x, rstd.dtype), device)
-    layout = (*rows_of(x, dims, n), *rows_of(dy, dims, n))
+    size = describe(device)
+    plan = choose_backward(spec, m, n, _widest(kept, rstd.dtype), size)
+    operands = dy, kept, weight, bias if from_output else None, None if from_output else mean, rstd
+    layout = (*rows_of(kept, dims, n), *rows_of(dy, dims, n))
     options = dict(N=n, ACC=_ACCUMULATOR[rstd.dtype])
-    tiled = options | dict(CENTER=spec.center, CHUNK=plan.tile.chunk, **_started_by(plan.tile, x.device))
+    tiled = options | dict(CENTER=spec.center, FROM_OUTPUT=from_output, CHUNK=plan.tile.chunk)
+    tiled.update(_started_by(plan.tile, device))
 
     if isinstance(plan, RowBackwardFew):
         row_tiles = -(-m // plan.tile.rows) if dx else 0
         column_tiles = -(-n // plan.sums.chunk) if dw or db else 0
-        args: tuple[Any, ...] = (dx_out, dw_out, db_out, dy, x, weight, mean, rstd, m, row_tiles, *layout)
+        args: tuple[Any, ...] = (dx_out, dw_out, db_out, *operands, m, row_tiles, *layout)
         tiled.update(ROWS=plan.tile.rows, SUM_ROWS=plan.sums.rows, SUM_CHUNK=plan.sums.chunk)
-        launch(row_backward_few, (row_tiles + column_tiles,), x.device, args, tiled)
+        launch(row_backward_few, (row_tiles + column_tiles,), device, args, tiled)
         return dx_out, dw_out, db_out
 
-    programs = plan.partials(m, n, device)
+    programs = plan.partials(m, n, size)
     partials = tuple(
-        None if out is None else torch.empty((programs, n), dtype=rstd.dtype, device=x.device) for out in (dw_out, db_out)
+        None if out is None else torch.empty((programs, n), dtype=rstd.dtype, device=device) for out in (dw_out, db_out)
     )
     if isinstance(plan, RowBackward):
-        args = (dx_out, *partials, dy, x, weight, mean, rstd, m, *layout)
+        args = (dx_out, *partials, *operands, m, *layout)
         tiled.update(ROWS=plan.tile.rows, TILES=plan.tiles, STAGES=plan.stages, STREAM=plan.stream)
-        launch(row_backward, (programs,), x.device, args, tiled)
+        launch(row_backward, (programs,), device, args, tiled)
     elif isinstance(plan, RowBackwardSplit):
         team = n // plan.block
-        words = _words(m, team, x.device) if dx else None
-        args = (dx_out, *partials, words, dy, x, weight, mean, rstd, m, *layout)
+        words = _words(m, team, device) if dx else None
+        args = (dx_out, *partials, words, *operands, m, *layout)
         tiled.update(BLOCK=plan.block, LANES=plan.lanes(n), STAGES=plan.stages)
         if plan.registers:
             tiled.update(maxnreg=plan.registers)
-        launch(row_backward_split, (programs * team,), x.device, args, tiled)
+        launch(row_backward_split, (programs * team,), device, args, tiled)
     else:
         c1 = torch.empty_like(rstd) if dx else None
         c2 = torch.empty_like(rstd) if dx and spec.center else None
         if dx:
-            launch(row_backward_moments, (m,), x.device, (c1, c2, dy, x, weight, mean, rstd, *layout), tiled)
-        args = (dx_out, *partials, dy, x, weight, mean, rstd, c1, c2, m, *layout)
+            launch(row_backward_moments, (m,), device, (c1, c2, *operands, *layout), tiled)
+        args = (dx_out, *partials, *operands, c1, c2, m, *layout)
         grid = (programs, -(-n // plan.tile.chunk))
-        launch(row_backward_apply, grid, x.device, args, tiled | dict(STAGES=plan.stages))
+        launch(row_backward_apply, grid, device, args, tiled | dict(STAGES=plan.stages))
     if dw or db:
         args = (dw_out, db_out, *partials, programs)
-        total = choose_total(plan.most_partials(n, device))
-        options.update(ROWS=total.rows, CHUNK=total.chunk, **_started_by(total, x.device))
-        launch(sum_partials, (-(-n // total.chunk), 2 if dw and db else 1), x.device, args, options)
+        total = choose_total(plan.most_partials(n, size))
+        options.update(ROWS=total.rows, CHUNK=total.chunk, **_started_by(total, device))
+        launch(sum_partials, (-(-n // total.chunk), 2 if dw and db else 1), device, args, options)
     return dx_out, dw_out, db_out
 
 

@@ -1,0 +1,302 @@
+"""save="output": y kept in place of x, wherever it can be undone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_rows import ON_GPU, PATHS, SPECS, SPLIT, WIDE, force  # noqa: F401  the fixture
+from torch import Tensor
+
+from trinorm import functional, nn, reference
+from trinorm.compare import assert_no_worse, unit_in_last_place
+from trinorm.ops import road, row, rows
+from trinorm.spec import LAYER_NORM, RowNorm
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def draw(m: int, n: int, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, weight, bias and dy: weights of both signs from 1/2 to 2, biases not beyond them."""
+    x, dy = (torch.randn(m, n, device=device).to(dtype) for _ in range(2))
+    weight = (torch.rand(n, device=device) * 1.5 + 0.5) * torch.randn(n, device=device).sign()
+    bias = weight * (torch.rand(n, device=device) * 1.9 - 0.95)
+    return x, weight.to(dtype), bias.to(dtype), dy
+
+
+def check(spec: RowNorm, m: int, n: int, device: str, dtype: torch.dtype = torch.float32) -> None:
+    """The kernels' gradients of a y beside the closed form's of the same y, in float64.
+
+    As far off as torch's are on the problem that y came from: what undoing rounds is a rounding of x̂ as its own is.
+    """
+    x, weight, bias, dy = draw(m, n, device, dtype)
+    bias_or_none = bias if spec.center else None
+    y, _, rstd = rows.forward(spec, x, 1, weight, bias_or_none, 1e-5, save=True)
+    assert rstd is not None
+    db = dtype if spec.center else None
+    found = rows.backward(
+        spec, dy, y, 1, weight, None, rstd, dx=True, dw=dtype, db=db, from_output=True, bias=bias_or_none
+    )
+    of_y = reference.gradients_of_output(
+        spec,
+        y.double(),
+        1,
+        weight.double(),
+        None if bias_or_none is None else bias_or_none.double(),
+        torch.float64 if spec.center else None,
+        rstd,
+        dy,
+    )
+    problem = spec, x, (n,), weight, bias_or_none, 1e-5
+    by_torch = reference.torch_gradients(*problem, dy)
+    exact = reference.oracle_gradients(*problem, dy)
+    for what, got, want, torchs, exact_of_x in zip(("dx", "dw", "db"), found, of_y, by_torch, exact, strict=True):
+        if want is not None:
+            assert got is not None
+            assert torchs is not None
+            assert_no_worse(what, got, want, want + (torchs.double() - exact_of_x))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("n", [1, 17, 768, 1000, 4097])
+@pytest.mark.parametrize("path", PATHS)
+def test_held(spec: RowNorm, n: int, path: str, device: str, force: Callable[[object, object], None]) -> None:  # noqa: F811
+    force(*PATHS[path])
+    check(spec, 7, n, device)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("n", [5, 4097])
+def test_wide(spec: RowNorm, n: int, device: str, force: Callable[[object, object], None]) -> None:  # noqa: F811
+    force(*WIDE)
+    check(spec, 7, n, device)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="programs wait for each other, which the interpreter runs one after the other")
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("n", [2048, 12288, 98304])
+def test_split(spec: RowNorm, n: int, device: str, force: Callable[[object, object], None]) -> None:  # noqa: F811
+    force(*SPLIT)
+    check(spec, 90, n, device)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [129, *([64, 4096, 8192, 12288, 16384, 65536] if ON_GPU else [])])
+@pytest.mark.parametrize("m", [9, *([1030] if ON_GPU else [])])
+def test_as_tuned(spec: RowNorm, dtype: torch.dtype, m: int, n: int, device: str) -> None:
+    check(spec, m, n, device, dtype)
+
+
+def norm(spec: RowNorm, x: Tensor, weight: Tensor | None, bias: Tensor | None, save: functional.Save) -> Tensor:
+    if spec.center:
+        return functional.layer_norm(x, x.shape[-1:], weight, bias, save=save)
+    return functional.rms_norm(x, x.shape[-1:], weight, 1e-5, save=save)
+
+
+def gradients(spec: RowNorm, x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, save: functional.Save) -> list[Tensor]:
+    inputs = [x, weight, bias] if spec.center else [x, weight]
+    for t in inputs:
+        t.requires_grad_()
+    return list(torch.autograd.grad(norm(spec, x, weight, bias if spec.center else None, save), inputs, dy))
+
+
+def saved(spec: RowNorm, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """y, and all that is kept for the backward."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = norm(spec, x.requires_grad_(), weight, bias, "output")
+    return y, kept
+
+
+def shares(a: Tensor, others: list[Tensor]) -> bool:
+    return a.untyped_storage().data_ptr() in {t.untyped_storage().data_ptr() for t in others}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_lose_what_y_was_rounded_by(spec: RowNorm, dtype: torch.dtype, device: str) -> None:
+    """To first order: x̂ is off by u·|y/w|, and dx and dw by what that makes of them."""
+    x, weight, bias, dy = draw(40, 96, device, dtype)
+    for _ in range(3):  # the second is recorded, the third repeats it
+        found = gradients(spec, x, weight, bias, dy, "output")
+    problem = spec, x, (96,), weight, bias if spec.center else None, 1e-5
+    exact, by_torch = reference.oracle_gradients(*problem, dy), reference.torch_gradients(*problem, dy)
+    y, mean, rstd = reference.oracle(*problem)
+    rstd = rstd[:, None]
+    xhat = (x.detach().double() - mean[:, None]) * rstd
+    off = torch.finfo(dtype).eps / 2 * (y / weight.double()).abs()
+    g = dy.double() * weight.double()
+    dx_off = rstd * (off * (g * xhat).mean(1, keepdim=True).abs() + xhat.abs() * (g.abs() * off).mean(1, keepdim=True))
+    allowed = dx_off, (dy.double().abs() * off).sum(0), torch.zeros(96, device=device)
+    for got, want, torchs, lost in zip(found, exact, by_torch, allowed, strict=False):
+        assert want is not None
+        assert torchs is not None
+        limit = 1.01 * lost + unit_in_last_place(want, dtype) + 2 * (torchs.double() - want).abs().max()
+        assert ((got.double() - want).abs() <= limit).all()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_x_is_not_kept(spec: RowNorm, device: str) -> None:
+    x, weight, bias, _ = draw(6, 64, device)
+    y, kept = saved(spec, x, weight, bias if spec.center else None)  # type: ignore[arg-type]
+    assert shares(y, kept)
+    assert not shares(x, kept)
+    others = [t for t in kept if not shares(t, [y, weight, bias])]
+    assert sum(t.numel() for t in others) == 6, "rstd, and nothing else"
+
+
+BAD = {
+    "zero": lambda w, b: w[3].zero_(),
+    "subnormal": lambda w, b: w[3].fill_(torch.finfo(w.dtype).tiny / 2),
+    "infinite": lambda w, b: w[3].fill_(float("inf")),
+    "NaN": lambda w, b: w[3].fill_(float("nan")),
+    "less than the bias": lambda w, b: b[3].copy_(-1.01 * w[3]),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_cannot_be_undone_keeps_x_and_says_so_once(what: str, device: str) -> None:
+    x, weight, bias, dy = draw(6, 64, device)
+    BAD[what](weight, bias)
+    row._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r"layer_norm: save is 'output', but y cannot be undone .* the input is saved"):
+        found = gradients(LAYER_NORM, x, weight, bias, dy, "output")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = gradients(LAYER_NORM, x, weight, bias, dy, "output")
+    for got, more, want in zip(found, again, gradients(LAYER_NORM, x, weight, bias, dy, "input"), strict=True):
+        assert got.equal(want) or what in ("infinite", "NaN")
+        assert more.equal(want) or what in ("infinite", "NaN")
+
+
+def test_weights_are_looked_at_when_they_change_and_all_at_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    ask = row.UNDOABLE._ask
+    monkeypatch.setattr(row.UNDOABLE, "_ask", lambda: (asked.append(1), ask()))
+    row._warn_once("layer_norm")  # said
+    x, _, _, dy = draw(6, 64, device)
+    weights = [draw(1, 64, device)[1:3] for _ in range(3)]
+
+    def step() -> None:
+        for weight, bias in weights:
+            norm(LAYER_NORM, x, weight.requires_grad_(), bias.requires_grad_(), "output").backward(dy)
+
+    step()
+    first = len(asked)
+    step()
+    assert len(asked) == first, "nothing changed"
+    with torch.no_grad():
+        for weight, _ in weights:
+            weight.mul_(2)
+    step()
+    assert len(asked) == first + 1, "all three at once"
+    weight, bias = weights[1]
+    with torch.no_grad():
+        weight[5] = 0.0
+    _, kept = saved(LAYER_NORM, x, weight, bias)
+    assert shares(x, kept)
+    with torch.no_grad():
+        weight[5] = 1.0
+        bias.mul_(0.1)
+    _, kept = saved(LAYER_NORM, x, weight, bias)
+    assert not shares(x, kept)
+
+
+def test_weights_are_not_kept_alive() -> None:
+    undoable = row.Undoable()
+    weight, bias = torch.ones(4), torch.zeros(4)
+    assert undoable(weight, bias)
+    assert not undoable(weight, torch.full((4,), 2.0)), "another bias"
+    del weight, bias
+    gc.collect()
+    assert len(undoable._answers) == 0
+
+
+def test_absent_parameters() -> None:
+    undoable = row.Undoable()
+    assert undoable(None, None)
+    assert not undoable(None, torch.ones(4)), "a bias without a weight is not looked at"
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_second_derivatives_raise(spec: RowNorm, device: str) -> None:
+    x, weight, bias, dy = draw(6, 64, device)
+    y = norm(spec, x.requires_grad_(), weight, bias if spec.center else None, "output")
+    with pytest.raises(RuntimeError, match="save is 'output', which keeps no input"):
+        torch.autograd.grad(y, x, dy, create_graph=True)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_batched_gradients(spec: RowNorm, device: str) -> None:
+    x, weight, bias, _ = draw(6, 64, device)
+    dys = torch.randn(3, 6, 64, device=device)
+    inputs = [x.requires_grad_(), weight.requires_grad_()]
+    y = norm(spec, x, weight, bias if spec.center else None, "output")
+    batched = torch.autograd.grad(y, inputs, dys, is_grads_batched=True, retain_graph=True)
+    singly = [torch.autograd.grad(y, inputs, dy, retain_graph=True) for dy in dys]
+    for got, want in zip(batched, zip(*singly, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(want))
+
+
+def test_a_y_that_was_changed_is_refused(device: str) -> None:
+    x, weight, bias, dy = draw(6, 64, device)
+    y = norm(LAYER_NORM, x.requires_grad_(), weight, bias, "output")
+    z = y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.backward(dy)
+
+
+def test_an_unknown_save_is_refused(device: str) -> None:
+    for call in (functional.layer_norm, functional.rms_norm):
+        with pytest.raises(ValueError, match="save is 'y'; it must be 'input' or 'output'"):
+            call(torch.ones(2, 4, device=device), (4,), save="y")  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm, nn.RMSNorm])
+def test_modules(module: type[nn.LayerNorm] | type[nn.RMSNorm], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = module(8, device=device)
+    made.save = "output"
+    assert repr(made).endswith(", save='output')")
+    for same in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert same.save == "output"
+        assert repr(same) == repr(made)
+    assert made.state_dict().keys() == module(8).state_dict().keys()
+    x = torch.randn(3, 8, device=device, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = made(x)
+    assert shares(y, kept)
+    assert not shares(x, kept)
+
+
+def test_where_the_kernels_do_not_run_it_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(road, "INTERPRETED", False)
+    x, weight, bias, dy = draw(6, 64, "cpu")
+    for spec in (LAYER_NORM,):
+        for got, want in zip(
+            gradients(spec, x, weight, bias, dy, "output"), gradients(spec, x, weight, bias, dy, "input"), strict=True
+        ):
+            assert got.equal(want)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs")
+def test_a_capture_keeps_x(device: str) -> None:
+    x, weight, bias, dy = draw(6, 64, device)
+    for _ in range(3):
+        want = gradients(LAYER_NORM, x, weight, bias, dy, "input")
+        gradients(LAYER_NORM, x, weight, bias, dy, "output")
+    with torch.no_grad():
+        weight.mul_(1.0)  # so that it would have to be looked at
+    row._warn_once("layer_norm")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients(LAYER_NORM, x, weight, bias, dy, "output")
+    graph.replay()
+    for got, exact in zip(found, want, strict=True):
+        assert got.equal(exact)
