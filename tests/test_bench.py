@@ -279,11 +279,6 @@ def test_a_json_line_has_the_promised_fields_in_order() -> None:
     assert read["error_ratio"] is None
 
 
-def test_results_go_to_the_file_or_under_the_gpus_name() -> None:
-    assert records.results_path(Path("a/b.jsonl"), "NVIDIA H200", "2000-01-01", "x") == Path("a/b.jsonl")
-    assert records.results_path(Path("a"), "NVIDIA H200", "2000-01-01", "x") == Path("a/nvidia-h200/2000-01-01-x.jsonl")
-
-
 def test_commit_is_the_environments_where_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRINORM_COMMIT", "abc")
     assert records._commit() == "abc"
