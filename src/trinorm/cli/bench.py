@@ -188,6 +188,8 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
             of_host += found
 
     records = [*itertools.chain.from_iterable(by_table.values()), *of_host]
+    for line in report.first_calls(records):
+        console.print(line)
     if path is not None:
         console.print(f"wrote {path}")
     if args.plot is not None:
