@@ -69,7 +69,7 @@ def test_a_chain_feeds_each_norm_with_the_one_before(op: str, device: torch.devi
     assert what == "y"
     assert torch.equal(by_torch, y)
     for provider in providers.load(["torch"])[0]:
-        (found,) = measure.verify(measure.chained(provider.build(of)), expected)
+        (found,) = measure.compared(measure.chained(provider.build(of))(*expected.inputs.arguments), expected)
         assert found.ok, (provider.name, found)
     assert torch.equal(expected.inputs.x, x)
 
@@ -84,7 +84,7 @@ def test_one_wrong_link_is_found(broken: int) -> None:
         y = F.rms_norm(x, (of.n,), weight, 1e-6)
         return y.roll(1, -1) if next(calls) == broken else y
 
-    (found,) = measure.verify(measure.chained(norm), expected)
+    (found,) = measure.compared(measure.chained(norm)(*expected.inputs.arguments), expected)
     assert not found.ok
 
 
@@ -114,8 +114,8 @@ def test_a_chains_record_is_of_one_norm(monkeypatch: pytest.MonkeyPatch) -> None
     with torch.no_grad():
         records = measure._measure(of, providers.load(["torch"])[0], HERE, torch.device("cpu"), None, lambda name: None)  # type: ignore[arg-type]
     assert timed == [(1, LINKS)] * 3  # the ceiling, ours, torch's
-    assert [(record.pass_, record.device_us, record.host_us, record.ok) for record in records] == [
-        ("chain", 3.0, None, True)
+    assert [(record.pass_, record.device_us, record.host_us, record.first_call_s, record.ok) for record in records] == [
+        ("chain", 3.0, None, None, True)
     ] * 2
     assert {record.bytes for record in records} == {
         Case("layer_norm", "forward", 3, 40, torch.bfloat16, torch.bfloat16).bytes
@@ -195,7 +195,7 @@ def test_functions_and_modules_are_measured_without_grad_with_it_and_with_the_ba
     ]
     assert all(record.ok for record in records)
     assert [record.host_us for record in records] == [10.0, 20.0, 30.0, 40.0] * 3
-    assert all(record.device_us is None and record.ceiling_us is None for record in records)
+    assert {(record.device_us, record.ceiling_us, record.first_call_s) for record in records} == {(None, None, None)}
 
 
 def test_what_is_wrong_or_raises_is_not_timed(counted: list[tuple[bool, list[bool]]]) -> None:

@@ -63,6 +63,11 @@ def test_the_spread_of_replays_is_noise() -> None:
     assert found([line(100.0, device_us_std=10.0, replays=5000)], [line(107.0, device_us_std=0.0)]) == ["+trinorm"]
 
 
+def test_first_calls_are_not_compared_and_older_lines_have_none() -> None:
+    assert found([line(100.0)], [line(100.0, first_call_s=90.0)]) == []
+    assert found([line(100.0, first_call_s=1.0)], [line(100.0, first_call_s=90.0)]) == []
+
+
 def test_what_the_copy_went_is_noise() -> None:
     assert found([line(100.0)], [line(104.9, ceiling_us=31.5)]) == []
     assert found([line(100.0)], [line(105.1, ceiling_us=31.5)]) == ["+trinorm"]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from trinorm.bench import predict
 from trinorm.cli import inspect, main, shape
 
 CALL = ("rms_norm", "--shape", "8192x4096", "--dtype", "bf16", "--target", "sm_90")
@@ -100,39 +99,3 @@ def test_what_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_the_widest_rows_are_a_shape() -> None:
     assert shape("4x1048576") == (4, 1048576)
-
-
-class CompilingError(Exception):
-    """What compiling raises here."""
-
-
-@pytest.fixture
-def _compiling_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    def raises(*_: object) -> None:
-        raise CompilingError
-
-    monkeypatch.setattr(inspect, "INTERPRETED", False)
-    monkeypatch.setattr(predict, "predict", raises)
-
-
-@pytest.mark.usefixtures("_compiling_raises")
-def test_a_file_that_cannot_be_written_is_refused_before_anything_compiles(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    for path in (file / "lines.jsonl", file / "below" / "lines.jsonl", tmp_path):
-        assert main(["inspect", "--json", str(path)]) == 2
-        refusal = capsys.readouterr().err
-        assert refusal.startswith("trinorm inspect: --json: ")
-        assert str(tmp_path) in refusal
-        assert refusal.count("\n") == 1
-
-
-@pytest.mark.usefixtures("_compiling_raises")
-def test_a_file_keeps_its_lines_until_there_are_others(tmp_path: Path) -> None:
-    path = tmp_path / "lines.jsonl"
-    path.write_text("{}\n")
-    with pytest.raises(CompilingError):
-        main(["inspect", "--json", str(path)])
-    assert path.read_text() == "{}\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -84,13 +85,13 @@ def _measure(
 def _measure_one(
     record: Record, case: Case, provider: Provider, expected: Expected, sets: Sequence[Inputs], stream: torch.cuda.Stream
 ) -> Record:
-    norm = provider.build(case)
     if case.pass_ == CHAIN:
-        norm = chained(norm)
+        norm = chained(provider.build(case))
         # Norms that overlap do so only where the host is not between them, in a graph: that is what must be right.
-        comparisons = verify(functools.partial(_replayed, norm, stream), expected)
+        comparisons = compared(_replayed(norm, stream, *expected.inputs.arguments), expected)
     else:
-        comparisons = verify(norm, expected)
+        norm, comparisons, seconds = verify(functools.partial(provider.build, case), expected, stream)
+        record = replace(record, first_call_s=seconds)
     ratios = [found.error / found.torch_error for found in comparisons if found.torch_error]
     record = replace(record, ok=all(found.ok for found in comparisons), error_ratio=max(ratios, default=None))
     if provider.name == OURS and not record.ok:
@@ -187,12 +188,27 @@ def expect(case: Case, inputs: Inputs) -> Expected:
     )
 
 
-def verify(norm: Norm, expected: Expected) -> list[Comparison]:
-    """Each result of one call compared with float64."""
+class Verified(NamedTuple):
+    """A norm, its first call's results compared with float64, and the wall seconds that building and calling it took."""
+
+    norm: Norm
+    comparisons: list[Comparison]
+    first_call_s: float
+
+
+def verify(build: Callable[[], Norm], expected: Expected, stream: torch.cuda.Stream) -> Verified:
+    """Build a norm and call it once, a backward with its forward. ``stream`` is the current stream."""
     inputs = expected.inputs
     if inputs.dy is not None:
         inputs = inputs._replace(dy=inputs.dy.clone())  # a peer may write into it
-    return compared(calls_of(norm, [inputs])[0](), expected)
+    stream.synchronize()
+    start = time.perf_counter()
+    norm = build()
+    (call,) = calls_of(norm, [inputs])
+    results = call()
+    stream.synchronize()
+    seconds = time.perf_counter() - start
+    return Verified(norm, compared(results, expected), seconds)
 
 
 def compared(found: Tensor | tuple[Tensor, ...], expected: Expected) -> list[Comparison]:

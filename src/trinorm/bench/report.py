@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -87,6 +88,18 @@ def host_table(records: Sequence[Record]) -> Table:
 def failures(records: Sequence[Record]) -> list[str]:
     """A line for each shape and provider of a table that lacks its figures, with the reason."""
     return list(dict.fromkeys(f"{row.provider}, {_size(row.shape)}: {row.failure}" for row in records if row.failure))
+
+
+def first_calls(records: Sequence[Record]) -> list[str]:
+    """A line for each provider that has something to compile, which torch has not: what its first calls took."""
+    seconds: defaultdict[str, list[float]] = defaultdict(list)
+    for record in records:
+        if record.first_call_s is not None and record.provider != "torch":
+            seconds[record.provider].append(record.first_call_s)
+    return [
+        f"first calls: {provider} {_number(sum(found))} s in {len(found)} cases, at most {_number(max(found))} s"
+        for provider, found in seconds.items()
+    ]
 
 
 def seed(records: Sequence[Record]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -76,6 +77,19 @@ def refuse(command: str, reason: str) -> int:
     """Say why a command cannot run; the exit status that says so."""
     print(f"trinorm {command}: {reason}", file=sys.stderr)
     return 2
+
+
+def unwritable(path: Path) -> str | None:
+    """Why the file of --json cannot be written, or None: then it is there, with its folders, and holds what it held.
+
+    To be asked before the work that the file is for.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        return f"--json: cannot write {path} ({error}); name a file that can be written"
+    return None
 
 
 def wide_console() -> Console:

@@ -20,7 +20,7 @@ from ..bench.providers import OURS, PEERS, load
 from ..bench.records import Record, provenance, results_path
 from ..cases import DTYPES
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import names, refuse, shapes, wide_console
+from . import names, refuse, shapes, unwritable, wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -125,6 +125,9 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
 
     device = torch.device("cuda", torch.cuda.current_device())
     here = provenance(device)
+    path = args.json and results_path(args.json, here.gpu, here.date, "-".join(args.op + args.dtype))
+    if path is not None and (fault := unwritable(path)):
+        return refuse("bench", fault)
     console.print(f"{here.gpu}, torch {here.torch}, triton {here.triton}")
     providers, absent = load(args.peers)
     for name, reason in absent.items():
@@ -134,8 +137,9 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
     tables = _tables(args, (*PASSES, CHAIN))
     hosted = [Case(op, "backward", *SEED_SHAPE, DTYPES[dtype], DTYPES[dtype]) for dtype in args.dtype for op in args.op]
     hosted *= HOST in args.passes
-    path = args.json and results_path(args.json, here.gpu, here.date, "-".join(args.op + args.dtype))
-    with _progress(console) as progress, _opened(path) as file:
+    # Each record says where it comes from, so runs of one day may share a file.
+    opened = contextlib.nullcontext() if path is None else path.open("a")
+    with _progress(console) as progress, opened as file:
         counts = [len(_cases(table, shapes)) for table in tables]
         task = progress.add_task("", total=sum(counts) * len(providers) + len(hosted))
 
@@ -184,6 +188,8 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
             of_host += found
 
     records = [*itertools.chain.from_iterable(by_table.values()), *of_host]
+    for line in report.first_calls(records):
+        console.print(line)
     if path is not None:
         console.print(f"wrote {path}")
     if args.plot is not None:
@@ -249,13 +255,6 @@ def _progress(console: Console) -> Progress:
     from rich.progress import Progress, TimeElapsedColumn
 
     return Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console)
-
-
-def _opened(path: Path | None) -> contextlib.AbstractContextManager:  # type: ignore[type-arg]
-    if path is None:
-        return contextlib.nullcontext()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("a")  # each record says where it comes from, so runs of one day may share a file
 
 
 def _peers(text: str) -> list[str]:

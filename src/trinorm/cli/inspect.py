@@ -12,7 +12,7 @@ from ..bench import cases as bench_cases
 from ..bench.cases import OPS, PASSES, Case
 from ..cases import DTYPES
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import names, refuse, shapes, wide_console
+from . import names, refuse, shapes, unwritable, wide_console
 
 # What is measured; wide rows of which there are few; and wider ones, so that every kernel is met.
 SHAPES = (*bench_cases.SHAPES, (256, 12288), (1024, 65536), (1024, 66000))
@@ -69,12 +69,8 @@ def run(args: argparse.Namespace) -> int:
     if args.target not in TARGETS:
         return refuse("inspect", f"{args.target!r} is not one of {', '.join(TARGETS)}")
     to_file = args.json not in (None, Path("-"))
-    if to_file:
-        try:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.open("a").close()  # what it holds stays until there are lines to replace it
-        except OSError as error:
-            return refuse("inspect", f"--json: {error}")
+    if to_file and (fault := unwritable(args.json)):
+        return refuse("inspect", fault)
     cases = [
         Case(op, pass_, m, n, DTYPES[dtype], weight_dtype=DTYPES[dtype])
         for dtype, op, pass_, (m, n) in itertools.product(args.dtype, args.op, args.passes, args.shapes)

@@ -20,7 +20,7 @@ from ..bench.cases import CEILINGS, OPS, PASSES, Case
 from ..bench.records import provenance
 from ..cases import DTYPES
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import refuse, shapes, wide_console
+from . import refuse, shapes, unwritable, wide_console
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         return refuse(
             "tune", f"nothing can be compiled for {target} ahead of a launch; targets.TARGETS has {', '.join(TARGETS)}"
         )
+    if args.json is not None and (fault := unwritable(args.json)):
+        return refuse("tune", fault)
 
     console = wide_console()
     here, stream, dtype = provenance(device), torch.cuda.Stream(device), DTYPES[args.dtype]
