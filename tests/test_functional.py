@@ -62,8 +62,9 @@ def _check(
 
 def test_signatures_are_torchs(op: str) -> None:
     ours, theirs = (inspect.signature(getattr(module, op)).parameters for module in (functional, F))
-    assert list(ours) == list(theirs)
-    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+    assert [*theirs, "save"] == list(ours)
+    assert [*(p.default for p in theirs.values()), "input"] == [p.default for p in ours.values()]
+    assert ours["save"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 def test_eps_none_is_torchs(device: torch.device) -> None:

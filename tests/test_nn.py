@@ -16,13 +16,15 @@ PAIRS = [(nn.LayerNorm, torch.nn.LayerNorm), (nn.RMSNorm, torch.nn.RMSNorm)]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
-def test_torchs_module_with_another_forward(ours: type, theirs: type, device: torch.device) -> None:
+def test_torchs_module_with_another_forward_and_save(ours: type, theirs: type, device: torch.device) -> None:
     assert issubclass(ours, theirs)
     assert inspect.signature(ours) == inspect.signature(theirs)
     assert set(vars(ours)) - set(vars(torch.nn.Module)) <= {
         "__module__",
         "__doc__",
         "forward",
+        "extra_repr",
+        "save",
         "__firstlineno__",
         "__static_attributes__",
     }

@@ -39,9 +39,7 @@ def check(spec: RowNorm, m: int, n: int, device: str, dtype: torch.dtype = torch
     y, _, rstd = rows.forward(spec, x, 1, weight, bias_or_none, 1e-5, save=True)
     assert rstd is not None
     db = dtype if spec.center else None
-    found = rows.backward(
-        spec, dy, y, 1, weight, None, rstd, dx=True, dw=dtype, db=db, from_output=True, bias=bias_or_none
-    )
+    found = rows.backward(spec, dy, y, 1, weight, None, rstd, dx=True, dw=dtype, db=db, from_output=True, bias=bias_or_none)
     of_y = reference.gradients_of_output(
         spec,
         y.double(),
