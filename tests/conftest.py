@@ -1,6 +1,8 @@
 """What every test file shares. Without a GPU the kernels run through Triton's interpreter; with one, as they are."""
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
@@ -40,3 +42,15 @@ def _nothing_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
     CALLS.clear()
     monkeypatch.setattr(row, "RECORDED_FROM", 1)
+
+
+@pytest.fixture
+def force() -> Iterator[Callable[[object, object], None]]:
+    """Makes every call of the test take these launches, whatever its size."""
+    from trinorm.forced import forced
+    from trinorm.tuning import Tile
+
+    with contextlib.ExitStack() as stack:
+        yield lambda forward, backward: stack.enter_context(
+            forced(forward=forward, backward=backward, total=Tile(4, 1024, 4))
+        )

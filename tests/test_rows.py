@@ -2,66 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+from paths import PATHS, SPECS, SPLIT, WIDE
 from trinorm import reference
 from trinorm.compare import assert_no_worse
-from trinorm.forced import forced
 from trinorm.ops import rows
-from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
+from trinorm.spec import RowNorm
 from trinorm.tuning import (
     RowBackward,
     RowBackwardFew,
-    RowBackwardSplit,
     RowBackwardWide,
-    RowForward,
-    RowForwardSplit,
-    RowForwardWide,
-    Tile,
 )
 
-SPECS = [pytest.param(LAYER_NORM, id="layer_norm"), pytest.param(RMS_NORM, id="rms_norm")]
 ON_GPU = torch.cuda.is_available()
 EDGES = [1, 2, 3, 5, 17, 127, 128, 129, 768, 1000, 1024, 4095, 4096, 4097]
 EDGES += [5120, 8192, 12288, 65536, 100003] if ON_GPU else [5120]
 HELD = [n for n in EDGES if n <= 12288]
-
-# Chunks that divide few of the sizes, so that the last one is ragged.
-PATHS = {
-    "row a program": (
-        RowForward(Tile(1, 1024, 4), tiles=1, stream=False, preload=False, early=True),
-        RowBackward(Tile(1, 1024, 4), tiles=1, stages=3, per_sm=1, stream=True),
-    ),
-    "rows a program": (
-        RowForward(Tile(4, 512, 4), tiles=1, stream=False, preload=True, early=False),
-        RowBackward(Tile(4, 512, 4), tiles=1, stages=1, per_sm=1, stream=False),
-    ),
-    "tiles a program": (
-        RowForward(Tile(2, 512, 4), tiles=4, stream=False, preload=True, early=True),
-        RowBackward(Tile(1, 512, 4), tiles=2, stages=1, per_sm=2, stream=False),
-    ),
-    "few": (
-        RowForward(Tile(2, 2048, 8), tiles=1, stream=True, preload=True, early=True),
-        RowBackwardFew(Tile(2, 2048, 8), sums=Tile(4, 1024, 8)),
-    ),
-}
-# Teams of 2 to 96 programs: of a power of two and not, of more words than a warp has lanes.
-SPLIT = (RowForwardSplit(Tile(1, 512, 4), 1024), RowBackwardSplit(Tile(1, 512, 4), 1024, stages=3, per_sm=4))
-WIDE = (RowForwardWide(Tile(1, 1024, 4)), RowBackwardWide(Tile(1, 1024, 4), stages=2, per_sm=4))
-
-
-@pytest.fixture
-def force() -> Iterator[Callable[[object, object], None]]:
-    """Makes every call of the test take these launches, whatever its size."""
-    with contextlib.ExitStack() as stack:
-        yield lambda forward, backward: stack.enter_context(
-            forced(forward=forward, backward=backward, total=Tile(4, 1024, 4))
-        )
 
 
 def _check(spec: RowNorm, m: int, n: int, device: str, dtype: torch.dtype = torch.float32) -> None:
