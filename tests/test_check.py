@@ -170,6 +170,12 @@ def test_workers_find_what_one_process_finds(capsys: pytest.CaptureFixture[str])
     assert table(1) == table(3)
 
 
+def test_a_worker_that_dies_is_no_wrong_result(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(check, "_step", os._exit)  # of the number of each step
+    assert main(["check", "--dtype", "fp16", "--quick", "--workers", "2"]) == 2
+    assert "a worker died" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("workers", ["0", "-1", "two"])
 def test_a_number_of_workers_that_is_none_is_refused(workers: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 import warnings
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from paths import PATHS, SPECS, SPLIT, WIDE
 from trinorm import functional, nn, reference
 from trinorm.compare import assert_no_worse, unit_in_last_place
 from trinorm.ops import road, row, rows
+from trinorm.ops.undo import undoable
 from trinorm.spec import LAYER_NORM, RowNorm
 
 ON_GPU = torch.cuda.is_available()
@@ -174,53 +174,78 @@ def test_what_cannot_be_undone_keeps_x_and_says_so_once(what: str, device: str) 
         assert more.equal(want) or what in ("infinite", "NaN")
 
 
-def test_weights_are_looked_at_when_they_change_and_all_at_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    ask = row.UNDOABLE._ask
-    monkeypatch.setattr(row.UNDOABLE, "_ask", lambda: (asked.append(1), ask()))
+@pytest.mark.parametrize("change", ["in place", "data", "half", "fused"])
+def test_weights_are_looked_at_each_time(change: str, device: str) -> None:
+    """However they come to change: not all who write them count up their versions."""
     row._warn_once("layer_norm")  # said
-    x, _, _, dy = draw(6, 64, device)
-    weights = [draw(1, 64, device)[1:3] for _ in range(3)]
-
-    def step() -> None:
-        for weight, bias in weights:
-            norm(LAYER_NORM, x, weight.requires_grad_(), bias.requires_grad_(), "output").backward(dy)
-
-    step()
-    first = len(asked)
-    step()
-    assert len(asked) == first, "nothing changed"
+    x, weight, bias, dy = draw(6, 64, device)
+    module = nn.LayerNorm(64, device=device)
+    module.save = "output"
     with torch.no_grad():
-        for weight, _ in weights:
-            weight.mul_(2)
-    step()
-    assert len(asked) == first + 1, "all three at once"
-    weight, bias = weights[1]
-    with torch.no_grad():
-        weight[5] = 0.0
-    _, kept = saved(LAYER_NORM, x, weight, bias)
+        module.weight.copy_(weight)
+        module.bias.copy_(bias)
+    before, kept = saved_by(module, x)
+    assert shares(before, kept)
+    if change == "in place":
+        with torch.no_grad():
+            module.weight[5] = 0.0
+    elif change == "data":
+        module.weight.data[5] = 0.0
+    elif change == "half":
+        with torch.no_grad():
+            module.weight[5] = 1e-10
+            module.bias[5] = 1e-11
+        assert shares(*saved_by(module, x)), "fp32 has room for it"
+        module.half()
+        x, dy = x.detach().half(), dy.half()
+    else:
+        module.weight.grad, module.bias.grad = weight.sign(), torch.zeros_like(bias)
+        weight.abs_().fill_(0.25)
+        with torch.no_grad():
+            module.weight.copy_(weight * module.weight.grad)
+            module.bias.copy_(module.weight / 2)
+        torch.optim.SGD(module.parameters(), lr=0.2, fused=True).step()
+    y, kept = saved_by(module, x)
     assert shares(x, kept)
-    with torch.no_grad():
-        weight[5] = 1.0
-        bias.mul_(0.1)
-    _, kept = saved(LAYER_NORM, x, weight, bias)
-    assert not shares(x, kept)
+    assert not shares(y, kept)
 
 
-def test_weights_are_not_kept_alive() -> None:
-    undoable = row.Undoable()
-    weight, bias = torch.ones(4), torch.zeros(4)
-    assert undoable(weight, bias)
-    assert not undoable(weight, torch.full((4,), 2.0)), "another bias"
-    del weight, bias
-    gc.collect()
-    assert len(undoable._answers) == 0
+def saved_by(module: torch.nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """A module's y, and all that is kept for its backward."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = module(x.requires_grad_())
+    return y, kept
 
 
-def test_absent_parameters() -> None:
-    undoable = row.Undoable()
-    assert undoable(None, None)
-    assert not undoable(None, torch.ones(4)), "a bias without a weight is not looked at"
+LIMITS = [
+    # x's dtype, the weight's, its values, the bias's, whether y of 64 columns can be undone
+    (torch.float32, torch.float32, 1e-9, 1e-9, True),
+    (torch.float16, torch.float32, 1e-9, 0.0, False),  # subnormal in y's dtype
+    (torch.float16, torch.float32, 1e-3, 0.0, True),
+    (torch.float32, torch.float64, 1e-50, 0.0, False),
+    (torch.float16, torch.float16, 7000.0, 0.0, True),
+    (torch.float16, torch.float16, 8000.0, 0.0, False),  # eight times that overflows, for |xhat| is up to the root of 64
+    (torch.bfloat16, torch.float32, 1.0, -1.0, True),
+    (torch.bfloat16, torch.float32, 1.0, -1.001, False),
+]
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype", "w", "b", "yes"), LIMITS)
+def test_where_y_can_be_undone(
+    dtype: torch.dtype, weight_dtype: torch.dtype, w: float, b: float, yes: bool, device: str
+) -> None:
+    weight, bias = (torch.full((64,), value, dtype=weight_dtype, device=device) for value in (w, b))
+    assert undoable(weight, bias, 64, dtype) is yes
+    assert undoable(-weight, -bias, 64, dtype) is yes
+    if not b:
+        assert undoable(weight, None, 64, dtype) is yes
+
+
+def test_absent_parameters(device: str) -> None:
+    assert undoable(None, None, 64, torch.bfloat16)
+    assert undoable(None, torch.ones(4, device=device), 4, torch.bfloat16), "an absent weight is 1"
+    assert not undoable(None, torch.full((4,), -1.5, device=device), 4, torch.bfloat16)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -253,8 +278,9 @@ def test_a_y_that_was_changed_is_refused(device: str) -> None:
 
 def test_an_unknown_save_is_refused(device: str) -> None:
     for call in (functional.layer_norm, functional.rms_norm):
-        with pytest.raises(ValueError, match="save is 'y'; it must be 'input' or 'output'"):
-            call(torch.ones(2, 4, device=device), (4,), save="y")  # type: ignore[operator]
+        for save in ("y", None, 1):
+            with pytest.raises(ValueError, match=f"save is {save!r}; it must be 'input' or 'output'"):
+                call(torch.ones(2, 4, device=device), (4,), save=save)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("module", [nn.LayerNorm, nn.RMSNorm])
@@ -266,10 +292,8 @@ def test_modules(module: type[nn.LayerNorm] | type[nn.RMSNorm], device: str, mon
         assert same.save == "output"
         assert repr(same) == repr(made)
     assert made.state_dict().keys() == module(8).state_dict().keys()
-    x = torch.randn(3, 8, device=device, requires_grad=True)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = made(x)
+    x = torch.randn(3, 8, device=device)
+    y, kept = saved_by(made, x)
     assert shares(y, kept)
     assert not shares(x, kept)
 
@@ -289,9 +313,7 @@ def test_a_capture_keeps_x(device: str) -> None:
     for _ in range(3):
         want = gradients(LAYER_NORM, x, weight, bias, dy, "input")
         gradients(LAYER_NORM, x, weight, bias, dy, "output")
-    with torch.no_grad():
-        weight.mul_(1.0)  # so that it would have to be looked at
-    row._warn_once("layer_norm")
+    row._warn_once("layer_norm")  # said
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = gradients(LAYER_NORM, x, weight, bias, dy, "output")

@@ -43,11 +43,11 @@ def layer_norm(
         eps: added to the variance, so in the input's units squared; >= 0.
         save: what the kernels keep for the backward. "output" keeps y, which the next op often keeps anyway, in place of x,
             which then goes as soon as nobody else holds it. The backward takes :math:`(y - b)/w` for the normalized input,
-            so where an element of w is 0, subnormal or not finite, or less than that of b (in absolute value: y has not
-            the digits then), x is kept all the same; a warning says so, once. The values of weight and bias are looked at
-            when they have changed, for which the host waits for the device, once for all the weights of a model. Second
-            derivatives need x: they raise. Under CUDA-graph capture, and where trinorm's kernels do not run, it changes
-            nothing.
+            as good as y's rounding allows. Where an element of w is 0, subnormal or near overflow in y's dtype, or smaller
+            than that of b, x is kept all the same; a warning says so, once. To look at w and b the host waits for the
+            device at each call; under CUDA-graph capture nobody can, and x is kept. An op that changes y in place, or a
+            bias changed before the backward, makes the backward raise, as torch does; so do second derivatives, which need
+            x. Where trinorm's kernels do not run, "output" changes nothing.
 
     Returns:
         A contiguous tensor of the input's shape and dtype (fp32 where autocast makes torch's own op return that).
@@ -160,7 +160,7 @@ def _check(
         raise TypeError(f"{op}(): eps must be a float, not {eps!r}") from None
     if not usable:
         raise ValueError(f"{op}(): eps is {eps}; it must be a number >= 0")
-    if save not in ("input", "output"):
+    if not isinstance(save, str) or save not in ("input", "output"):
         raise ValueError(f"{op}(): save is {save!r}; it must be 'input' or 'output'")
     return shape, float(eps)
 

@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -213,7 +214,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--dtype", type=names(DTYPES), default=list(DTYPES), help=f"comma-separated: {', '.join(DTYPES)}")
     parser.add_argument("--device", type=torch.device, help="cpu, cuda, cuda:1, ...; the first GPU when there is one")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller sizes")
-    most = min(os.cpu_count() or 1, _MOST_WORKERS)
+    most = min(_cores(), _MOST_WORKERS)
     parser.add_argument(
         "--workers", type=positive, default=most, help="how many processes share the work; %(default)s here"
     )
@@ -244,9 +245,12 @@ def run(args: argparse.Namespace) -> int:
     shapes = QUICK if args.quick else GPU if device.type == "cuda" else INTERPRETED
     plan = args.op, [DTYPES[name] for name in args.dtype], device, shapes
     start = time.monotonic()
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
-        steps = progress.track(_done(plan, args.workers), total=len(steps_of(*plan)), description="check")
-        results = [result for step in steps for result in step]
+    try:
+        with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
+            steps = progress.track(_done(plan, args.workers), total=len(steps_of(*plan)), description="check")
+            results = [result for step in steps for result in step]
+    except BrokenProcessPool:
+        return refuse("check", "a worker died, of memory perhaps; --workers 1 shows where")
     console.print(_table(results))
     wrong = [result for result in results if not result.comparison.ok]
     for result in wrong:
@@ -268,19 +272,26 @@ _steps: list[Step] = []
 def _done(plan: Plan, workers: int) -> Iterator[list[Result]]:
     """What each of the plan's steps finds, in their order: by so many processes; 1 is this one."""
     if workers == 1:
-        _start_worker(*plan)
+        _start_worker(*plan, torch.get_num_threads())
         yield from (step() for step in _steps)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, plan) as pool:
+    started = (*plan, max(1, _cores() // workers))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, started) as pool:
         yield from pool.map(_step, range(len(steps_of(*plan))))
 
 
-def _start_worker(ops: list[str], dtypes: list[torch.dtype], device: torch.device, shapes: Shapes) -> None:
+def _start_worker(ops: list[str], dtypes: list[torch.dtype], device: torch.device, shapes: Shapes, threads: int) -> None:
+    torch.set_num_threads(threads)
     if device.type == "cpu" and road.HAS_TRITON:
         from .. import interpreter
 
         interpreter.install()
     _steps[:] = steps_of(ops, dtypes, device, shapes)
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _step(number: int) -> list[Result]:

@@ -80,15 +80,16 @@ def load_once(pointers, mask, STREAM: tl.constexpr):
 def load_or(POINTER, columns, mask, absent: tl.constexpr, STREAM: tl.constexpr):
     """Some columns of a vector that every row reads; the fp32 constant of bits ``absent`` where POINTER is None.
 
-    With the operation's identity for ``absent`` the operation folds away (affine.NO_WEIGHT, NO_BIAS). A mask of
-    ``[ROWS, CHUNK]`` reads the columns once for each row: where rows lie in different warps that costs less than sharing
-    one reading through shared memory.
+    With the operation's identity for ``absent`` the operation folds away (affine.NO_WEIGHT, NO_BIAS). Masked lanes read the
+    identity too, 1 or 0, so that a weight can be divided by. A mask of ``[ROWS, CHUNK]`` reads the columns once for each
+    row: where rows lie in different warps that costs less than sharing one reading through shared memory.
     """
     if POINTER is None:
         return tl.full([1, 1], absent, tl.int32).to(tl.float32, bitcast=True)
     else:
         pointers = tl.broadcast_to(POINTER + columns, mask.shape)
-        return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_last" if STREAM else "")
+        identity: tl.constexpr = 1.0 if absent > 0 else 0.0
+        return tl.load(pointers, mask=mask, other=identity, eviction_policy="evict_last" if STREAM else "")
 
 
 @triton.jit

@@ -49,10 +49,9 @@ def load_stats(MEAN, RSTD, rows, live):
 
 @triton.jit
 def undoing(mean, rstd, w, b, FROM_OUTPUT: tl.constexpr, ACC: tl.constexpr):
-    """The shift and scale that make x̂ of some columns of what was kept; 0 past a row's end, where w reads as 0."""
+    """The shift and scale that make x̂ of some columns of what was kept."""
     if FROM_OUTPUT:
-        w = w.to(ACC)
-        return b.to(ACC), tl.where(w == 0.0, 0.0, 1.0 / w)
+        return b.to(ACC), 1.0 / w.to(ACC)
     else:
         return mean, rstd
 

@@ -16,7 +16,7 @@ from ..spec import RowNorm
 from . import road
 from .calls import Bounded, Calls
 from .layout import readable
-from .undo import Undoable
+from .undo import undoable
 
 if TYPE_CHECKING:
     from ..replay import Function, Results
@@ -73,6 +73,7 @@ class RowCall:
         "_gradients",
         "_kept",
         "_met",
+        "_n",
         "_needs_grad",
         "_replay",
         "_saved",
@@ -95,6 +96,7 @@ class RowCall:
         self._spec, self._dims, self._eps, self._cast, self._kept = spec, dims, eps, cast, kept
         self._bias_dtype = None if bias is None else bias.dtype
         self._needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        self._n = x.shape[-dims:].numel()
         self._apply = _apply_to_output if save == "output" else _apply
         from . import rows
 
@@ -188,6 +190,10 @@ class RowCall:
             )
         return reference.gradients_of_output(self._spec, y, self._dims, weight, bias, self._bias_dtype, rstd, dy)
 
+    def can_undo(self, weight: Tensor | None, bias: Tensor | None) -> bool:
+        """Whether x̂ can be made again of this call's y."""
+        return undoable(weight, bias, self._n, self._saved[0])
+
     def _record(self, what: Hashable, function: Function, *inputs: Tensor | None) -> tuple[Results, Function | None]:
         """``function(*inputs)``, and its repetition (replay.record) from the RECORDED_FROM-th such call on.
 
@@ -235,7 +241,7 @@ class _RowNormToOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: RowCall) -> Tensor | None:
         y, mean, rstd = (call._replay or call.forward)(x, weight, bias)
-        ctx.call, ctx.from_output = call, UNDOABLE(weight, bias)
+        ctx.call, ctx.from_output = call, call.can_undo(weight, bias)
         if ctx.from_output:
             ctx.save_for_backward(y, weight, None, rstd, bias)
         else:
@@ -252,9 +258,9 @@ class _RowNormToOutput(torch.autograd.Function):
 @functools.cache
 def _warn_once(op: str) -> None:
     warnings.warn(
-        f"trinorm.{op}: save is 'output', but y cannot be undone where an element of weight is 0, subnormal, not finite or "
+        f"trinorm.{op}: save is 'output', but y cannot be undone where an element of weight is 0, subnormal, too large or "
         "less than the bias's, nor under CUDA-graph capture; the input is saved instead (said once)",
-        stacklevel=4,
+        stacklevel=6,
     )
 
 
@@ -262,8 +268,6 @@ def _warn_once(op: str) -> None:
 # 1.3 of 3.8 µs.
 _apply = super(torch.autograd.Function, _RowNorm).apply
 _apply_to_output = super(torch.autograd.Function, _RowNormToOutput).apply
-
-UNDOABLE = Undoable()
 
 # Row counts times the shapes of a model. One takes about 4 KB.
 CALLS: Calls[RowCall] = Calls(2048)
