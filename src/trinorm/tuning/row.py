@@ -24,9 +24,6 @@ from .kinds import (
     Tile,
 )
 
-# Above this much of what is read and written, half of an H200's L2, nothing stays there for the next op anyway.
-_LARGE_BYTES = 32 << 20
-
 # --- forward ---
 
 # (N up to, LayerNorm: tile and how many at once, RMSNorm: the same)           ratio to the copy: LayerNorm, RMSNorm
@@ -76,7 +73,7 @@ def choose_forward(
 ) -> RowForward | RowForwardSplit | RowForwardWide:
     """The forward's launch for m rows of n elements of ``itemsize`` bytes."""
     scarce = m < _SCARCE_ROWS * device.multiprocessors
-    return _choose_forward(spec, n, itemsize, device, scarce, 2 * m * n * itemsize > _LARGE_BYTES)
+    return _choose_forward(spec, n, itemsize, device, scarce, _is_large(2 * m * n * itemsize, device))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -154,7 +151,7 @@ def choose_backward(
 ) -> RowBackward | RowBackwardFew | RowBackwardSplit | RowBackwardWide:
     """The backward's launch for m rows of n elements of ``itemsize`` bytes."""
     few = next((rows for rows in _FEW_ROWS if m <= rows), None)
-    return _choose_backward(spec, n, itemsize, device, few, 3 * m * n * itemsize > _LARGE_BYTES)
+    return _choose_backward(spec, n, itemsize, device, few, _is_large(3 * m * n * itemsize, device))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -174,7 +171,7 @@ def _choose_backward(
     tile = _narrowed(tile, n)
     # All stages but one of x, dy, mean and rstd wait in shared memory; where they do not fit, loads go to registers.
     row_bytes = 2 * -(-n // tile.chunk) * tile.chunk * itemsize + 2 * _STATISTIC_BYTES
-    if (stages - 1) * tiles * tile.rows * row_bytes + _REDUCTION_BYTES > device.shared_memory:
+    if (stages - 1) * tiles * tile.rows * row_bytes + _REDUCTION_BYTES > device.shared_of_program:
         stages = 1
     return RowBackward(tile, tiles, stages, per_sm, stream)
 
@@ -188,6 +185,12 @@ def choose_total(programs: int) -> Tile:
 
 # Making a team's words none.
 FORGET = Tile(1, 1024, 4)
+
+
+def _is_large(nbytes: int, device: Device) -> bool:
+    """Whether of so much read and written, over 32 of an H200's 60 MB of L2, nothing stays there for the next op anyway."""
+    return 15 * nbytes > 8 * device.l2
+
 
 S = TypeVar("S", RowForwardSplit, RowBackwardSplit)
 
