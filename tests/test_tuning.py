@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -70,9 +72,38 @@ def test_backward(spec: RowNorm, m: int, n: int, itemsize: int, device: Device) 
         _is_a_split(plan, plan.lanes(n), n, itemsize, device)
     assert 1 <= plan.partials(m, n, device) <= min(m, plan.most_partials(n, device))
     assert plan.most_partials(n, device) <= 4 * device.multiprocessors, "scratch for dw and db"
-    if isinstance(plan, RowBackward) and plan.stages > 1:
-        staged = 2 * (plan.stages - 1) * plan.tiles * plan.tile.rows * n * itemsize
-        assert staged <= device.shared_of_program, "what waits in shared memory fits there"
+    assert plan.per_sm * plan.tile.warps <= device.warps
+    if plan.stages > 1:
+        program = (plan.stages - 1) * 2 * math.prod(plan.stage(n)) * itemsize + device.shared_reserved
+        assert plan.per_sm * program <= device.shared, "what waits in shared memory fits there, of all programs at once"
+    if isinstance(plan, RowBackward):
+        assert plan.stage(n)[1] >= n, "whole rows"
+
+
+@given(spec=specs, m=row_counts, n=widths.filter(lambda n: n > 2))
+def test_an_h200_gets_what_was_measured_on_it(spec: RowNorm, m: int, n: int) -> None:
+    """bf16: no launch of the tables is cut to what there is room for. (Tiles of rows of 1 or 2 are mostly statistics.)"""
+    vast = replace(H200, warps=1 << 20, shared=1 << 40, shared_of_program=1 << 40)
+    assert choose_backward(spec, m, n, 2, H200) == choose_backward(spec, m, n, 2, vast)
+
+
+@pytest.mark.parametrize("spec", [LAYER_NORM, RMS_NORM], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("n", [64, 768, 4096, 12288, 65536, 66000])
+def test_programs_that_do_not_fit_together_have_fewer_stages(spec: RowNorm, n: int) -> None:
+    """As many programs as on an H200, and the most stages that fit, or 1: 2 are often worse than 1."""
+    for kilobytes, itemsize in itertools.product(range(48, 229), (2, 4)):
+        device = replace(H200, shared=kilobytes << 10, shared_of_program=(kilobytes - 1) << 10)
+        wish, plan = (choose_backward(spec, 1 << 20, n, itemsize, on) for on in (H200, device))
+        assert not isinstance(wish, RowBackwardFew)
+        assert plan == replace(wish, stages=plan.stages)
+        rows, columns = wish.stage(n)
+        waiting = 2 * rows * columns * itemsize
+        # What the driver takes is certain. Statistics take up to 16 bytes a row, sums of rows less than 1 KB a program.
+        least, most = (
+            max((s for s in (wish.stages, 3) if wish.per_sm * ((s - 1) * stage + of_program) <= device.shared), default=1)
+            for stage, of_program in ((waiting + 16 * rows, 2 << 10), (waiting, 1 << 10))
+        )
+        assert least <= plan.stages <= most
 
 
 @pytest.mark.parametrize("device", DEVICES)
