@@ -91,7 +91,7 @@ def test_what_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch, capsys
     assert "unset it" in capsys.readouterr().err
     monkeypatch.setattr(inspect, "INTERPRETED", False)
     assert main(["inspect", "--target", "sm_1"]) == 2
-    assert "'sm_1' is not one of sm_80, sm_90" in capsys.readouterr().err
+    assert "'sm_1' is not one of sm_80, sm_86" in capsys.readouterr().err
     monkeypatch.setattr(inspect, "HAS_TRITON", False)
     assert main(["inspect"]) == 2
     assert "Triton is not installed" in capsys.readouterr().err

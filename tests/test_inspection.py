@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from filelock import FileLock
 
 from trinorm import inspection
 from trinorm.bench import changes
+from trinorm.targets import TARGETS
 
 ROOT = Path(__file__).parents[1]
 KNOWN = changes.read(ROOT / "benchmarks/instructions/sm_90.jsonl")
@@ -48,8 +50,8 @@ SPILLED_VALUE = 8
 LANES = {"sm_80": 32, "sm_90": 32, "gfx942": 64}
 
 
-# The lines of ``trinorm inspect`` for a target.
-Compiled = Callable[[str], list[dict[str, Any]]]
+# The lines of ``trinorm inspect`` for a target, with more arguments or none.
+Compiled = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
@@ -62,11 +64,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
 
     @functools.cache
-    def lines(target: str) -> list[dict[str, Any]]:
-        path = folder / f"{target}.jsonl"
-        with FileLock(folder / f"{target}.lock"):
+    def lines(target: str, *arguments: str) -> list[dict[str, Any]]:
+        name = "".join((target, *arguments))
+        path = folder / f"{name}.jsonl"
+        with FileLock(folder / f"{name}.lock"):
             if not path.exists():
-                command = [sys.executable, "-m", "trinorm", "inspect", "--target", target, "--json", str(path)]
+                command = [sys.executable, "-m", "trinorm", "inspect", "--target", target, *arguments, "--json", str(path)]
                 run = subprocess.run(command, env=environment, capture_output=True, text=True)
                 assert run.returncode == 0, run.stderr
         return changes.read(path)
@@ -137,6 +140,40 @@ def test_counts_belong_together(target: str, compiled: Compiled) -> None:
         if record["kernel"] in ("row_backward", "row_backward_apply"):
             assert record["loop"]["global load"], _name(record)
         assert record["occupancy"]["programs"] >= 1, _name(record)
+
+
+# --- other GPUs than the tables were measured on ---
+
+NVIDIA = [name for name, target in TARGETS.items() if target.gpu.backend == "cuda"]
+
+# What those are asked that are not compiled for all else: many rows, of widths whose programs share a multiprocessor,
+# or take nearly all of the smallest one's shared memory.
+BACKWARDS = ("--pass", "backward", "--shape", "16384x768,4096x12288,1024x65536,1024x66000")
+
+# Where ptxas asks for more registers than on an H200: 202 of a thread, which leave room for 2 programs and not 3; and up to
+# 160 bytes of local memory.
+CROWDED = {("sm_120", "layer_norm", 768)}
+SPILLING = {("sm_100", "layer_norm", 12288), ("sm_120", "layer_norm", 12288)}
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_all_programs_of_a_backward_run_at_once(target: str, compiled: Compiled) -> None:
+    """As many of each multiprocessor as tuning/ chose have room there, shared memory and registers, and do not spill."""
+    records = compiled(target, *(() if target in LANES else BACKWARDS))
+    walking = [record for record in records if "STAGES" in record["options"]]
+    assert {record["kernel"] for record in walking} == {"row_backward", "row_backward_split", "row_backward_apply"}
+    for record in walking:
+        case = target, record["op"], record["shape"][1]
+        programs = -(-math.prod(record["grid"]) // TARGETS[target].multiprocessors)
+        assert record["shared"] <= TARGETS[target].shared_of_program, _name(record)
+        assert record["occupancy"]["programs"] == programs or case in CROWDED, _name(record)
+        assert record["spills"] <= SPILLED_VALUE or case in SPILLING, _name(record)
+
+
+def test_what_is_not_aligned_has_room_too(compiled: Compiled) -> None:
+    """Rows of fp32 that nearly fill a program's shared memory, and whose dx goes through it besides."""
+    records = compiled("sm_80", "--pass", "backward", "--dtype", "fp32", "--shape", "8192x5118")
+    assert max(record["shared"] for record in records) <= TARGETS["sm_80"].shared_of_program
 
 
 # --- the file of what is known ---

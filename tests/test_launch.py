@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trinorm import functional, inspection, replay
-from trinorm.launch import Device, describe, launch
+from trinorm.launch import describe, launch
 from trinorm.ops import CALLS, rows
 from trinorm.ops.calls import Bounded
 from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
+from trinorm.targets import TARGETS
 
 
 class _Kernel:
@@ -134,11 +136,15 @@ def test_what_reaches_the_driver(triton: str) -> None:
 
 
 def test_devices_are_described() -> None:
-    assert describe(torch.device("cpu")) == Device(132, 227 << 10, dependent_launch=False, programs_wait=False)
+    h200 = TARGETS["sm_90"].device
+    assert describe(torch.device("meta")) == h200
+    assert describe(torch.device("cpu")) == replace(h200, dependent_launch=False, programs_wait=False)
     if torch.cuda.is_available():
-        here = describe(torch.device("cuda", 0))
-        assert here.multiprocessors == torch.cuda.get_device_properties(0).multi_processor_count
-        assert here.shared_memory >= 48 << 10
+        here, properties = describe(torch.device("cuda", 0)), torch.cuda.get_device_properties(0)
+        assert here.multiprocessors == properties.multi_processor_count
+        assert 48 << 10 <= here.shared_of_program <= here.shared
+        if "H200" in properties.name:
+            assert here == h200
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="only compiled kernels are repeated")

@@ -41,4 +41,4 @@ def test_the_scarcest_resource_limits(target: str, warps: int, shared: int, grid
 
 def test_a_program_may_have_all_that_a_launch_is_sized_by() -> None:
     for target in TARGETS.values():
-        assert occupancy(target, 4, 32, target.device.shared_memory, MANY).programs == 1
+        assert occupancy(target, 4, 32, target.device.shared_of_program, MANY).programs == 1

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trinorm.launch import Device
 from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
+from trinorm.targets import TARGETS
 from trinorm.tuning import (
     RowBackward,
     RowBackwardFew,
@@ -19,12 +24,10 @@ from trinorm.tuning import (
     choose_forward,
 )
 
-DEVICES = [
-    Device(132, 227 << 10, dependent_launch=True, programs_wait=True),
-    Device(108, 163 << 10, dependent_launch=False, programs_wait=True),
-    Device(14, 99 << 10, dependent_launch=False, programs_wait=True),
-    Device(304, 64 << 10, dependent_launch=False, programs_wait=False),
-]
+H200 = TARGETS["sm_90"].device
+# One that has less of everything than any GPU.
+SCARCE = Device(14, 16, 48 << 10, 47 << 10, 1 << 20, dependent_launch=False, programs_wait=True)
+DEVICES = [*(target.device for target in TARGETS.values()), SCARCE]
 specs = st.sampled_from([LAYER_NORM, RMS_NORM])
 row_counts = st.integers(1, 1 << 33)
 widths = st.one_of(st.integers(1, 1 << 20), st.sampled_from([1, 64, 128, 768, 4096, 8192, 12288, 16384, 16385]))
@@ -69,9 +72,55 @@ def test_backward(spec: RowNorm, m: int, n: int, itemsize: int, device: Device) 
         _is_a_split(plan, plan.lanes(n), n, itemsize, device)
     assert 1 <= plan.partials(m, n, device) <= min(m, plan.most_partials(n, device))
     assert plan.most_partials(n, device) <= 4 * device.multiprocessors, "scratch for dw and db"
-    if isinstance(plan, RowBackward) and plan.stages > 1:
-        staged = 2 * (plan.stages - 1) * plan.tiles * plan.tile.rows * n * itemsize
-        assert staged <= device.shared_memory, "what waits in shared memory fits there"
+    assert plan.per_sm * plan.tile.warps <= device.warps
+    if plan.stages > 1:
+        program = (plan.stages - 1) * 2 * math.prod(plan.stage(n)) * itemsize + device.shared_reserved
+        assert plan.per_sm * program <= device.shared, "what waits in shared memory fits there, of all programs at once"
+    if isinstance(plan, RowBackward):
+        assert plan.stage(n)[1] >= n, "whole rows"
+
+
+@given(spec=specs, m=row_counts, n=widths.filter(lambda n: n > 2))
+def test_an_h200_gets_what_was_measured_on_it(spec: RowNorm, m: int, n: int) -> None:
+    """bf16: no launch of the tables is cut to what there is room for. (Tiles of rows of 1 or 2 are mostly statistics.)"""
+    vast = replace(H200, warps=1 << 20, shared=1 << 40, shared_of_program=1 << 40)
+    assert choose_backward(spec, m, n, 2, H200) == choose_backward(spec, m, n, 2, vast)
+
+
+@pytest.mark.parametrize("spec", [LAYER_NORM, RMS_NORM], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("n", [64, 768, 4096, 12288, 65536, 66000])
+def test_programs_that_do_not_fit_together_have_fewer_stages(spec: RowNorm, n: int) -> None:
+    """As many programs as on an H200, and the most stages that fit, or 1: 2 are often worse than 1."""
+    for kilobytes, itemsize in itertools.product(range(48, 229), (2, 4)):
+        device = replace(H200, shared=kilobytes << 10, shared_of_program=(kilobytes - 1) << 10)
+        wish, plan = (choose_backward(spec, 1 << 20, n, itemsize, on) for on in (H200, device))
+        assert not isinstance(wish, RowBackwardFew)
+        assert plan == replace(wish, stages=plan.stages)
+        rows, columns = wish.stage(n)
+        waiting = 2 * rows * columns * itemsize
+        # What the driver takes is certain. Statistics take up to 16 bytes a row, sums of rows less than 1 KB a program.
+        least, most = (
+            max((s for s in (wish.stages, 3) if wish.per_sm * ((s - 1) * stage + of_program) <= device.shared), default=1)
+            for stage, of_program in ((waiting + 16 * rows, 2 << 10), (waiting, 1 << 10))
+        )
+        assert least <= plan.stages <= most
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_l2_cannot_keep_streams_through_it(device: Device) -> None:
+    for spec, itemsize in itertools.product((LAYER_NORM, RMS_NORM), (2, 4)):
+        for tensors, choose in ((2, choose_forward), (3, choose_backward)):
+            of_l2 = device.l2 // (tensors * 4096 * itemsize)  # so many rows fill it
+            kept, passing = (choose(spec, m, 4096, itemsize, device) for m in (of_l2 // 2, of_l2 + 1))
+            assert not getattr(kept, "stream", False)
+            assert getattr(passing, "stream", True)
+
+
+def test_an_h200_streams_above_32_mb() -> None:
+    for choose, rows in ((choose_forward, 2048), (choose_backward, 1365)):
+        at_most, above = (choose(RMS_NORM, m, 4096, 2, H200) for m in (rows, rows + 1))
+        assert not at_most.stream
+        assert above.stream
 
 
 @pytest.mark.parametrize("spec", [LAYER_NORM, RMS_NORM], ids=lambda spec: spec.name)
@@ -79,5 +128,5 @@ def test_backward(spec: RowNorm, m: int, n: int, itemsize: int, device: Device) 
 def test_few_binaries_for_each_width(spec: RowNorm, n: int) -> None:
     """However many rows come: forward as L2 holds them or not; backward for very few, few, as L2 holds them or not."""
     counts = [1, 5, 64, 65, 128, 512, 513, 5000, 1 << 20, 1 << 31]
-    assert len({choose_forward(spec, m, n, 2, DEVICES[0]) for m in counts}) <= 2
-    assert len({choose_backward(spec, m, n, 2, DEVICES[0]) for m in counts}) <= 4
+    assert len({choose_forward(spec, m, n, 2, H200) for m in counts}) <= 2
+    assert len({choose_backward(spec, m, n, 2, H200) for m in counts}) <= 4

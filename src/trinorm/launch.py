@@ -63,14 +63,23 @@ def watched() -> Iterator[list[Started]]:
 class Device:
     """What a launch is sized by.
 
-    shared_memory: bytes that one program may have. dependent_launch: programmatic dependent launch exists (sm_90).
-    programs_wait: programs run side by side, so that one may wait for another.
+    warps: how many a multiprocessor keeps at once. shared: its bytes of shared memory. shared_of_program: what one program
+    may have of them. l2: bytes of L2. dependent_launch: programmatic dependent launch exists (sm_90). programs_wait:
+    programs run side by side, so that one may wait for another.
     """
 
     multiprocessors: int
-    shared_memory: int
+    warps: int
+    shared: int
+    shared_of_program: int
+    l2: int
     dependent_launch: bool
     programs_wait: bool
+
+    @property
+    def shared_reserved(self) -> int:
+        """Bytes of shared memory that the driver takes besides, for each program: what one that is alone cannot have."""
+        return self.shared - self.shared_of_program
 
 
 @functools.cache
@@ -78,11 +87,14 @@ def describe(device: torch.device) -> Device:
     """The device's own figures; an H200's where there is no GPU (the interpreter, and compiling for a target)."""
     if device.type != "cuda":
         real = device.type == "meta"
-        return Device(multiprocessors=132, shared_memory=227 << 10, dependent_launch=real, programs_wait=real)
+        return Device(132, 64, 228 << 10, 227 << 10, 60 << 20, dependent_launch=real, programs_wait=real)
     properties = torch.cuda.get_device_properties(device)
     return Device(
         properties.multi_processor_count,
+        properties.max_threads_per_multi_processor // properties.warp_size,
+        properties.shared_memory_per_multiprocessor,
         properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        properties.L2_cache_size,
         dependent_launch=torch.version.hip is None and properties.major >= 9,
         programs_wait=torch.version.hip is None and not INTERPRETED,
     )

@@ -31,9 +31,8 @@ class Speed:
 class Target:
     """One GPU.
 
-    warps, programs: how many a multiprocessor keeps at once. shared: its bytes of shared memory. shared_of_program: what
-    one program may have of them. shared_reserved: what the driver takes besides, for each program. speed: None where
-    nobody has measured it.
+    warps, programs: how many a multiprocessor keeps at once. shared, shared_of_program, l2: as of its Device. speed: None
+    where nobody has measured it.
     """
 
     gpu: GPUTarget
@@ -42,7 +41,7 @@ class Target:
     programs: int
     shared: int
     shared_of_program: int
-    shared_reserved: int
+    l2: int
     speed: Speed | None = None
 
     @property
@@ -50,7 +49,8 @@ class Target:
         """What a launch is sized by."""
         nvidia = self.gpu.backend == "cuda"
         early = nvidia and self.gpu.arch >= 90
-        return Device(self.multiprocessors, self.shared_of_program, dependent_launch=early, programs_wait=nvidia)
+        memory = self.shared, self.shared_of_program, self.l2
+        return Device(self.multiprocessors, self.warps, *memory, dependent_launch=early, programs_wait=nvidia)
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,18 @@ class Occupancy:
     limit: str
 
 
-# NVIDIA: the CUDA programming guide's table of compute capabilities; AMD: the CDNA3 instruction set's. The speed of an
-# H200: torch's copy and add of 8192 × 8192 bf16 reach 4.2 to 4.3 TB/s; the clock that Nsight Compute finds under norms
-# (1.92 to 1.97 GHz); the copy of 128 × 768 in a CUDA graph, for most of which nothing moves (1.5 µs).
+# NVIDIA: the CUDA programming guide's table of compute capabilities; AMD: the CDNA3 instruction set's. Multiprocessors and
+# L2, as torch reports it, are those of A100, RTX 3090, RTX 4090, H200, B200, RTX 5090 and MI300X (L2 of one of its 8 dies).
+# The speed of an H200: torch's copy and add of 8192 × 8192 bf16 reach 4.2 to 4.3 TB/s; the clock that Nsight Compute finds
+# under norms (1.92 to 1.97 GHz); the copy of 128 × 768 in a CUDA graph, for most of which nothing moves (1.5 µs).
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 108, 64, 32, 164 << 10, 163 << 10, 1 << 10),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 132, 64, 32, 228 << 10, 227 << 10, 1 << 10, Speed(4.3e12, 1.95e9, 1.5e-6)),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 148, 64, 32, 228 << 10, 227 << 10, 1 << 10),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 304, 32, 32, 64 << 10, 64 << 10, 0),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 108, 64, 32, 164 << 10, 163 << 10, 40 << 20),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), 82, 48, 16, 100 << 10, 99 << 10, 6 << 20),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), 128, 48, 24, 100 << 10, 99 << 10, 72 << 20),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 132, 64, 32, 228 << 10, 227 << 10, 60 << 20, Speed(4.3e12, 1.95e9, 1.5e-6)),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 148, 64, 32, 228 << 10, 227 << 10, 126 << 20),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), 170, 48, 24, 100 << 10, 99 << 10, 96 << 20),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 304, 32, 32, 64 << 10, 64 << 10, 4 << 20),
 }
 
 
@@ -78,7 +82,7 @@ def occupancy(target: Target, warps: int, registers: int, shared: int, grid: int
     of_scheduler = _REGISTERS_OF_LANE // _rounded_up(registers, _REGISTER_STEP)
     fitting = {
         "registers": SCHEDULERS * of_scheduler // warps,
-        "shared memory": target.shared // (_rounded_up(shared + target.shared_reserved, _SHARED_STEP) or 1),
+        "shared memory": target.shared // (_rounded_up(shared + target.device.shared_reserved, _SHARED_STEP) or 1),
         "warps": target.warps // warps,
         "programs": target.programs,
         "grid": -(-grid // target.multiprocessors),

@@ -46,7 +46,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--pass", dest="passes", type=names(PASSES), default=list(PASSES), help=f"comma-separated: {', '.join(PASSES)}"
     )
-    parser.add_argument("--target", default="sm_90", help="sm_80, sm_90 (H100, H200), sm_100 or gfx942")
+    parser.add_argument(
+        "--target", default="sm_90", help="sm_80, sm_86, sm_89, sm_90 (H100, H200), sm_100, sm_120 or gfx942"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON line for each kernel; - prints them")
     parser.set_defaults(func=run)
 

@@ -61,6 +61,10 @@ class RowBackward:
     per_sm: int
     stream: bool
 
+    def stage(self, n: int) -> tuple[int, int]:
+        """How many rows and columns a stage holds."""
+        return self.tiles * self.tile.rows, -(-n // self.tile.chunk) * self.tile.chunk
+
     def most_partials(self, n: int, device: Device) -> int:
         """At most how many programs there are, each with its partial of dw and db."""
         return self.per_sm * device.multiprocessors
@@ -91,6 +95,10 @@ class RowBackwardSplit:
     per_sm: int
     registers: int | None = None
 
+    def stage(self, n: int) -> tuple[int, int]:
+        """How many rows and columns a stage holds."""
+        return 1, self.block
+
     def most_partials(self, n: int, device: Device) -> int:
         """At most how many teams there are, each with its partial of dw and db."""
         return max(1, self.per_sm * device.multiprocessors // (n // self.block))
@@ -111,6 +119,10 @@ class RowBackwardWide:
     tile: Tile
     stages: int
     per_sm: int
+
+    def stage(self, n: int) -> tuple[int, int]:
+        """How many rows and columns a stage holds."""
+        return 1, self.tile.chunk
 
     def most_partials(self, n: int, device: Device) -> int:
         """At most how many programs there are for each chunk of columns, each with its partial of dw and db."""

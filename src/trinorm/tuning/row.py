@@ -2,7 +2,8 @@
 
 Every figure is device time on an H200 (bf16 in and out), as a ratio to the copy (forward) or the add (backward) of the
 same run; it stands beside the row that it decided. N counts elements; another dtype takes the row of its own N, as far as
-its rows can be held. docs/performance.md has the runs.
+its rows can be held. docs/performance.md has the runs. Other GPUs get the same launches, with as many programs and stages
+as they have room for (``_fitted``), and what is large by their own L2 (``_is_large``).
 """
 
 from __future__ import annotations
@@ -23,9 +24,6 @@ from .kinds import (
     RowForwardWide,
     Tile,
 )
-
-# Above this much of what is read and written, half of an H200's L2, nothing stays there for the next op anyway.
-_LARGE_BYTES = 32 << 20
 
 # --- forward ---
 
@@ -76,7 +74,7 @@ def choose_forward(
 ) -> RowForward | RowForwardSplit | RowForwardWide:
     """The forward's launch for m rows of n elements of ``itemsize`` bytes."""
     scarce = m < _SCARCE_ROWS * device.multiprocessors
-    return _choose_forward(spec, n, itemsize, device, scarce, 2 * m * n * itemsize > _LARGE_BYTES)
+    return _choose_forward(spec, n, itemsize, device, scarce, _is_large(2 * m * n * itemsize, device))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -119,8 +117,10 @@ _BACKWARD: tuple[tuple[int, tuple[Tile, int, int, int] | None, tuple[Tile, int, 
 _HELD_FP64 = 2048
 _BACKWARD_FP64 = Tile(2, 1024, 8), 1, 3, 1
 
-# What sums over rows exchange between warps, at the most; and a mean or an rstd.
-_REDUCTION_BYTES = 16 << 10
+# Besides its stages a loop shares sums of a row between warps, and what it writes where that is not aligned: at the most.
+# (Sums over rows come after the loop, in the stages' place.) And a mean or an rstd.
+_SUMS_BYTES = 512
+_UNALIGNED_BYTES = 16 << 10
 _STATISTIC_BYTES = 8
 
 # One launch beats two until the columns' second reading outweighs a launch: 256x4096 5.3 µs against 11.8, 2048x4096 34
@@ -154,7 +154,7 @@ def choose_backward(
 ) -> RowBackward | RowBackwardFew | RowBackwardSplit | RowBackwardWide:
     """The backward's launch for m rows of n elements of ``itemsize`` bytes."""
     few = next((rows for rows in _FEW_ROWS if m <= rows), None)
-    return _choose_backward(spec, n, itemsize, device, few, 3 * m * n * itemsize > _LARGE_BYTES)
+    return _choose_backward(spec, n, itemsize, device, few, _is_large(3 * m * n * itemsize, device))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -162,21 +162,34 @@ def _choose_backward(
     spec: RowNorm, n: int, itemsize: int, device: Device, few: int | None, stream: bool
 ) -> RowBackward | RowBackwardFew | RowBackwardSplit | RowBackwardWide:
     if n > _SPLIT_ABOVE and (split := _first_split(_BACKWARD_SPLIT, spec, n, itemsize, device)):
-        return split
+        return _fitted(split, n, itemsize, device)
     held = next((row[1:][_column(spec)] for row in _BACKWARD if n <= row[0]), None)
     if held is None or (itemsize == 8 and n > _HELD_FP64):
-        return _BACKWARD_WIDE
+        return _fitted(_BACKWARD_WIDE, n, itemsize, device)
     if few is not None:
         tile, _ = next(row[1] for row in _FORWARD if n <= row[0])
         tile = _narrowed(_with_warps(tile, max(tile.warps, _FEW_WARPS)), n)
         return RowBackwardFew(tile, sums=Tile(_FEW_ROWS[few] // (2 if itemsize == 8 else 1), 32, tile.warps))
     tile, tiles, stages, per_sm = _BACKWARD_FP64 if itemsize == 8 else held
-    tile = _narrowed(tile, n)
-    # All stages but one of x, dy, mean and rstd wait in shared memory; where they do not fit, loads go to registers.
-    row_bytes = 2 * -(-n // tile.chunk) * tile.chunk * itemsize + 2 * _STATISTIC_BYTES
-    if (stages - 1) * tiles * tile.rows * row_bytes + _REDUCTION_BYTES > device.shared_memory:
-        stages = 1
-    return RowBackward(tile, tiles, stages, per_sm, stream)
+    return _fitted(RowBackward(_narrowed(tile, n), tiles, stages, per_sm, stream), n, itemsize, device)
+
+
+P = TypeVar("P", RowBackward, RowBackwardSplit, RowBackwardWide)
+
+
+def _fitted(wish: P, n: int, itemsize: int, device: Device) -> P:
+    """The launch with as many programs, and then stages, as a multiprocessor has room for at once.
+
+    All stages but one of x, dy, mean and rstd wait in shared memory; where they do not fit, loads go to registers.
+    """
+    per_sm = min(wish.per_sm, device.warps // wish.tile.warps)
+    besides = _SUMS_BYTES if n * itemsize % 16 == 0 else _UNALIGNED_BYTES
+    room = device.shared // per_sm - device.shared_reserved - besides
+    rows, columns = wish.stage(n)
+    stage_bytes = 2 * rows * (columns * itemsize + _STATISTIC_BYTES)
+    # Not 2 stages in place of more: they are often worse than 1 (kernels/row_backward.py).
+    stages = next((stages for stages in (wish.stages, 3) if (stages - 1) * stage_bytes <= room), 1)
+    return dataclasses.replace(wish, stages=stages, per_sm=per_sm)
 
 
 def choose_total(programs: int) -> Tile:
@@ -188,6 +201,12 @@ def choose_total(programs: int) -> Tile:
 
 # Making a team's words none.
 FORGET = Tile(1, 1024, 4)
+
+
+def _is_large(nbytes: int, device: Device) -> bool:
+    """Whether of so much read and written, over 32 of an H200's 60 MB of L2, nothing stays there for the next op anyway."""
+    return 15 * nbytes > 8 * device.l2
+
 
 S = TypeVar("S", RowForwardSplit, RowBackwardSplit)
 
