@@ -130,7 +130,7 @@ _WIDEN_TWO: tl.constexpr = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xf
 @triton.jit
 def widened(x, ACC: tl.constexpr):
     """x in the accumulator's dtype."""
-    if x.dtype == tl.bfloat16 and tl.float32 == ACC and takes_ptx():
+    if x.dtype == tl.bfloat16 and tl.float32 == ACC and x.numel > 1 and takes_ptx():
         return tl.inline_asm_elementwise(_WIDEN_TWO, "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
     else:
         return x.to(ACC)
