@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -154,3 +155,28 @@ def test_a_remembered_call_under_autocast_is_cast_as_the_first_was(
         assert dx.dtype == torch.bfloat16
         assert _call(op, x, weight, bias).dtype == torch.bfloat16, "outside of autocast nothing is cast"
     assert len(CALLS._seen) == 1, "one shape, remembered with autocast and without"
+
+
+def test_selective_checkpointing_sees_a_call_seen_before(op: str, device: torch.device) -> None:
+    """Its modes are told of torch's operators: none of a kernel, which another run of the same function would launch."""
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    told: list[str] = []
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        told.append(str(operator))
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    x = torch.randn(4, 8, device=device, requires_grad=True)
+    weight, bias = _parameters(op, 8, device)
+    for _ in range(3):
+        _call(op, x, weight, bias)
+    with pytest.warns(UserWarning, match="TorchDispatchMode") if x.is_cuda else contextlib.nullcontext():
+        y = checkpoint(
+            lambda x: _call(op, x, weight, bias),
+            x,
+            use_reentrant=False,
+            context_fn=lambda: create_selective_checkpoint_contexts(policy),
+        )
+    assert any(name in operator for operator in told for name in (op, "rsqrt"))
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(_call(op, x, weight, bias).sum(), x))
