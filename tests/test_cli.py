@@ -69,6 +69,16 @@ def test_a_folder_is_bench_s_to_name_a_file_in(tmp_path: Path, capsys: pytest.Ca
     assert f"--json: cannot write {named} (" in capsys.readouterr().err
 
 
+def test_plots_that_have_no_folder_are_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for path in (file, file / "below"):
+        assert main(["bench", "--plot", str(path)]) == 2
+        assert capsys.readouterr().err.startswith(f"trinorm bench: --plot: cannot make {path} (")
+    with pytest.raises(WorkError):
+        main(["bench", "--plot", str(tmp_path / "new")])
+
+
 def test_results_go_to_the_file_or_under_the_gpus_name() -> None:
     assert results_path(Path("a/b.jsonl"), "NVIDIA H200", "2000-01-01", "x") == Path("a/b.jsonl")
     assert results_path(Path("a"), "NVIDIA H200", "2000-01-01", "x") == Path("a/nvidia-h200/2000-01-01-x.jsonl")

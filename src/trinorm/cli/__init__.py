@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -90,6 +91,15 @@ def unwritable(path: Path) -> str | None:
     except OSError as error:
         return f"--json: cannot write {path} ({error}); name a file that can be written"
     return None
+
+
+def no_folder(path: Path) -> str | None:
+    """Why --plot's pictures cannot be put in this folder, or None: then it is there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"--plot: cannot make {path} ({error}); name a folder that can be written"
+    return None if os.access(path, os.W_OK) else f"--plot: cannot write to {path}; name a folder that can be written"
 
 
 def wide_console() -> Console:

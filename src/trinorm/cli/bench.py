@@ -20,7 +20,7 @@ from ..bench.providers import OURS, PEERS, load
 from ..bench.records import Record, provenance, results_path
 from ..cases import DTYPES
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import names, refuse, shapes, unwritable, wide_console
+from . import names, no_folder, refuse, shapes, unwritable, wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,6 +127,8 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
     here = provenance(device)
     path = args.json and results_path(args.json, here.gpu, here.date, "-".join(args.op + args.dtype))
     if path is not None and (fault := unwritable(path)):
+        return refuse("bench", fault)
+    if args.plot is not None and (fault := no_folder(args.plot)):
         return refuse("bench", fault)
     console.print(f"{here.gpu}, torch {here.torch}, triton {here.triton}")
     providers, absent = load(args.peers)
