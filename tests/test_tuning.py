@@ -70,8 +70,15 @@ def test_backward(spec: RowNorm, m: int, n: int, itemsize: int, device: Device) 
         return
     if isinstance(plan, RowBackwardSplit):
         _is_a_split(plan, plan.lanes(n), n, itemsize, device)
-    assert 1 <= plan.partials(m, n, device) <= min(m, plan.most_partials(n, device))
-    assert plan.most_partials(n, device) <= 4 * device.multiprocessors, "scratch for dw and db"
+    partials = plan.partials(m, n, device)
+    assert 1 <= partials <= m
+    assert max(partials, plan.most_partials(n, device)) <= 4 * device.multiprocessors, "scratch for dw and db"
+    if isinstance(plan, RowBackward):
+        assert partials <= plan.most_partials(n, device), "all at work at once"
+    elif partials + plan.most_partials(n, device) <= 4 * device.multiprocessors:
+        assert -(-m // partials) <= 128, "few enough to be summed one after the other"
+    if not isinstance(plan, RowBackward) and partials < m:
+        assert partials % plan.most_partials(n, device) == 0, "all who are at work at once have as much to do"
     assert plan.per_sm * plan.tile.warps <= device.warps
     if plan.stages > 1:
         program = (plan.stages - 1) * 2 * math.prod(plan.stage(n)) * itemsize + device.shared_reserved
