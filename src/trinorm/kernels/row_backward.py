@@ -363,7 +363,7 @@ def sum_partials(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """dw (grid axis 1: 0) and db (1) from their partials. ROWS holds every P: all loads are in flight at once."""
+    """dw (grid axis 1: 0) and db (1) from their partials. ROWS holds the P at work at once: all loads are in flight."""
     wait_for_previous(PDL)
     let_next_launch(PDL)
     if DB is None:

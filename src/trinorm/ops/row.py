@@ -73,7 +73,6 @@ class RowCall:
         "_gradients",
         "_kept",
         "_met",
-        "_n",
         "_needs_grad",
         "_replay",
         "_saved",
@@ -96,7 +95,6 @@ class RowCall:
         self._spec, self._dims, self._eps, self._cast, self._kept = spec, dims, eps, cast, kept
         self._bias_dtype = None if bias is None else bias.dtype
         self._needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-        self._n = x.shape[-dims:].numel()
         self._apply = _apply_to_output if save == "output" else _apply
         from . import rows
 
@@ -190,10 +188,6 @@ class RowCall:
             )
         return reference.gradients_of_output(self._spec, y, self._dims, weight, bias, self._bias_dtype, rstd, dy)
 
-    def can_undo(self, weight: Tensor | None, bias: Tensor | None) -> bool:
-        """Whether x̂ can be made again of this call's y."""
-        return undoable(weight, bias, self._n, self._saved[0])
-
     def _record(self, what: Hashable, function: Function, *inputs: Tensor | None) -> tuple[Results, Function | None]:
         """``function(*inputs)``, and its repetition (replay.record) from the RECORDED_FROM-th such call on.
 
@@ -241,7 +235,7 @@ class _RowNormToOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: RowCall) -> Tensor | None:
         y, mean, rstd = (call._replay or call.forward)(x, weight, bias)
-        ctx.call, ctx.from_output = call, call.can_undo(weight, bias)
+        ctx.call, ctx.from_output = call, undoable(weight, bias, x.shape[-call._dims :].numel(), x.dtype)
         if ctx.from_output:
             ctx.save_for_backward(y, weight, None, rstd, bias)
         else:

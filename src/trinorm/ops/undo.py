@@ -19,13 +19,13 @@ def undoable(weight: Tensor | None, bias: Tensor | None, n: int, dtype: torch.dt
     Each time: an answer kept would go stale unseen, as not all who write a weight (fused optimizers, FSDP) count up its
     version. False under CUDA-graph capture, where nobody can wait.
     """
-    parameters = [t.detach().abs() for t in (weight, bias) if t is not None]
-    if not parameters:
+    given = weight if weight is not None else bias
+    if given is None:
         return True
-    if parameters[0].is_cuda and torch.cuda.is_current_stream_capturing():
+    if given.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    w = parameters[0] if weight is not None else torch.ones_like(parameters[0])
-    margin = w if bias is None else w - parameters[-1]
+    w = torch.ones_like(given) if weight is None else weight.detach().abs()
+    margin = w if bias is None else w - bias.detach().abs()
     least, most, spared = torch.stack([*(extreme.double() for extreme in w.aminmax()), margin.amin().double()]).tolist()
     limits = torch.finfo(dtype)
     # Written so that NaN, which is in all three if it is anywhere, fails.
