@@ -21,9 +21,10 @@ READY := $(VENV)/.ready
 bench: $(READY)
 	$(BIN)/trinorm bench $(ARGS)
 
-# Two processes of one thread each: the interpreter computes on one core, and more threads than cores only wait.
+# Two processes of one thread each: the interpreter computes on one core, and more threads than cores only wait. One that
+# is done takes tests that wait behind the other's slow ones.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 check: $(READY)
 	$(BIN)/trinorm check $(ARGS)
