@@ -88,8 +88,9 @@ def _choose_forward(
         tile, tiles = _of_one_row(tile), 1
     stream = large and n >= _STREAM_COLUMNS
     # Asking early for w and b hides their latency (128x768: LayerNorm 1.78 µs against 2.04), but of long rows LayerNorm's
-    # registers then cost occupancy where that counts (8192x8192: 0.98 against 0.73).
-    preload = not (spec.center and stream)
+    # registers then cost occupancy where that counts (8192x8192: 0.98 against 0.73), and RMSNorm's of the longest that a
+    # program holds (fp32, 4096x16384: 0.96 against 0.90).
+    preload = not (stream and (spec.center or n * itemsize >= _HELD_BYTES))
     early = scarce or tile.warps >= _EARLY_WARPS
     return RowForward(_narrowed(tile, n), tiles, stream, preload, early)
 
