@@ -73,11 +73,10 @@ def test_backward(spec: RowNorm, m: int, n: int, itemsize: int, device: Device) 
     partials = plan.partials(m, n, device)
     assert 1 <= partials <= m
     assert max(partials, plan.most_partials(n, device)) <= 4 * device.multiprocessors, "scratch for dw and db"
-    if isinstance(plan, RowBackward):
-        assert partials <= plan.most_partials(n, device), "all at work at once"
-    elif partials + plan.most_partials(n, device) <= 4 * device.multiprocessors:
-        assert -(-m // partials) <= 128, "few enough to be summed one after the other"
-    if not isinstance(plan, RowBackward) and partials < m:
+    rows, together = (plan.tile.rows, plan.tiles) if isinstance(plan, RowBackward) else (1, 1)
+    if partials + plan.most_partials(n, device) <= 4 * device.multiprocessors:
+        assert m <= 128 * rows * partials, "few enough to be summed one after the other"
+    if partials < -(-m // (rows * together)):
         assert partials % plan.most_partials(n, device) == 0, "all who are at work at once have as much to do"
     assert plan.per_sm * plan.tile.warps <= device.warps
     if plan.stages > 1:

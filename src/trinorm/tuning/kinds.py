@@ -66,12 +66,13 @@ class RowBackward:
         return self.tiles * self.tile.rows, -(-n // self.tile.chunk) * self.tile.chunk
 
     def most_partials(self, n: int, device: Device) -> int:
-        """At most how many programs there are, each with its partial of dw and db."""
+        """At most how many programs are at work at once, each with its partial of dw and db."""
         return self.per_sm * device.multiprocessors
 
     def partials(self, m: int, n: int, device: Device) -> int:
-        """How many programs share m rows."""
-        return min(-(-m // (self.tile.rows * self.tiles)), self.most_partials(n, device))
+        """How many programs share m rows. Each row of a tile has sums of its own until the last."""
+        summed = -(-m // self.tile.rows)
+        return min(-(-summed // self.tiles), _sharing(summed, self.most_partials(n, device), device))
 
 
 @dataclass(frozen=True)
