@@ -254,6 +254,19 @@ def test_where_y_can_be_undone(
         assert undoable(weight, None, 64, dtype) is yes
 
 
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)], ids=str)
+def test_no_elements(shape: tuple[int, int], device: str) -> None:
+    x = torch.ones(shape, device=device, requires_grad=True)
+    w, b = (torch.ones(shape[1:], device=device, requires_grad=True) for _ in range(2))
+    for y, leaves in (
+        (functional.layer_norm(x, shape[1:], w, b, save="output"), (x, w, b)),
+        (functional.rms_norm(x, shape[1:], w, save="output"), (x, w)),
+    ):
+        assert y.shape == shape
+        for gradient, leaf in zip(torch.autograd.grad(y.sum(), leaves), leaves, strict=True):
+            torch.testing.assert_close(gradient, torch.zeros_like(leaf))
+
+
 def test_absent_parameters(device: str) -> None:
     assert undoable(None, None, 64, torch.bfloat16)
     assert undoable(None, torch.ones(4, device=device), 4, torch.bfloat16), "an absent weight is 1"

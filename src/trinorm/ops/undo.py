@@ -20,7 +20,7 @@ def undoable(weight: Tensor | None, bias: Tensor | None, n: int, dtype: torch.dt
     version. False under CUDA-graph capture, where nobody can wait.
     """
     given = weight if weight is not None else bias
-    if given is None:
+    if given is None or not n:
         return True
     if given.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
