@@ -145,6 +145,8 @@ def test_a_results_file_equals_itself(path: Path) -> None:
     ("text", "message"),
     [
         ("{]", "Expecting"),
+        ('{"device_us": NaN}\n', "NaN is no number"),
+        ('{"device_us": -Infinity}\n', "-Infinity is no number"),
         ("[1]\n", "not every line is an object"),
         ('"rms_norm"\n', "not every line is an object"),
         ('{"op": "rms_norm"}\n', "a line without 'pass'"),

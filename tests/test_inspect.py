@@ -74,6 +74,7 @@ def test_a_target_nobody_measured_has_no_times() -> None:
     [
         (("--shape", "128"), "'128' is not a shape"),
         (("--shape", "128x768,4x1048577"), "'4x1048577' is too wide; a row has at most 1,048,576 columns"),
+        (("--shape", "99999999999999999999x64"), "'99999999999999999999x64' is too large; a tensor has at most"),
         (("layernorm",), "'layernorm' is not one of layer_norm, rms_norm"),
         (("--pass", "both"), "'both' is not one of forward, backward"),
     ],

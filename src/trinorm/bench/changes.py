@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from .providers import PEERS
 
@@ -123,12 +123,16 @@ class Changes:
 def read(path: Path) -> list[Line]:
     """A file's lines. Raises ValueError where it does not hold such lines."""
     try:
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        lines = [json.loads(line, parse_constant=_refuse) for line in path.read_text("utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not all(isinstance(line, dict) for line in lines):
         raise ValueError(f"{path}: not every line is an object")
     return lines
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number to compare")
 
 
 def compare_lines(before: Sequence[Line], after: Sequence[Line]) -> Changes:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 # The longest rows that are tested, and so promised. (From 2^31 columns on, no kernel compiles.)
 MAX_COLUMNS = 1 << 20
 
+# In fp64 what torch can count the bytes of.
+MAX_ELEMENTS = (1 << 60) - 1
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, of ``sys.argv`` unless ``arguments`` are given; its exit status."""
@@ -41,6 +44,8 @@ def shape(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a shape; write rows x columns, e.g. 128x768")
     if int(n) > MAX_COLUMNS:
         raise argparse.ArgumentTypeError(f"{text!r} is too wide; a row has at most {MAX_COLUMNS:,} columns")
+    if int(m) * int(n) > MAX_ELEMENTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is too large; a tensor has at most {MAX_ELEMENTS:,} elements")
     return int(m), int(n)
 
 
