@@ -95,12 +95,23 @@ def autocast_to_fp32(spec: RowNorm, device: str) -> bool:
     return torch.is_autocast_enabled(device) and _policy_is_fp32(spec.name, device)
 
 
+def in_fp32(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
+    """These tensors as autocast hands them to an op that it computes in fp32."""
+    return x.float(), *(None if t is None else t.float() for t in parameters)
+
+
 @functools.cache
 def _policy_is_fp32(op: str, device: str) -> bool:
     # Asked of torch itself, once: on CUDA's list 2.11 has layer_norm and not rms_norm, on the CPU's neither.
     with torch.autocast(device, dtype=torch.bfloat16):
         y = getattr(F, op)(torch.ones(1, 1, dtype=torch.bfloat16, device=device), (1,))
     return bool(y.dtype == torch.float32)
+
+
+def statistics(spec: RowNorm, x: Tensor, dims: int, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, rstd) of the rows in ATen's ops, float64, with x's leading dims."""
+    mean, rstd, _ = _normalized(spec, x.double(), dims, eps)
+    return mean.flatten(-dims).squeeze(-1), rstd.flatten(-dims).squeeze(-1)
 
 
 def composite_gradients(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..launch import INTERPRETED
 
@@ -20,6 +21,22 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Types that are no tensor subclass, which the kernels would bypass.
 PLAIN = frozenset((Tensor, Parameter))
 PLAIN_OR_NONE = PLAIN | {type(None)}
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether there are kernels for where x is."""
+    return HAS_TRITON and (x.is_cuda or INTERPRETED)
+
+
+def is_recorded(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether torch.compile or torch.export records this call as the registered op: where the kernels will serve it.
+
+    Elsewhere they record the composite, which Inductor fuses with what is around it on a CPU.
+    """
+    wrapped = is_traceable_wrapper_subclass(x) or any(
+        t is not None and is_traceable_wrapper_subclass(t) for t in (weight, bias)
+    )
+    return torch.compiler.is_compiling() and has_kernels(x) and not wrapped
 
 
 def kernels_serve(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -39,6 +56,11 @@ def kernels_serve(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None
     if x.is_cuda and reason != _TRACER:
         _warn_once(op, reason)
     return False
+
+
+def accumulator_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What statistics, products and sums are computed in: fp32, or fp64 as soon as one tensor is."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def observer() -> str | None:

@@ -13,7 +13,7 @@ from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from .. import reference
 from ..spec import RowNorm
-from . import road
+from . import library, road
 from .calls import Bounded, Calls
 from .layout import readable
 from .undo import undoable
@@ -37,12 +37,14 @@ def row_norm(
     asked: normalized_shape and eps as the caller gave them, by which the next call is recalled. save: as functional's.
     """
     if not road.kernels_serve(spec.name, x, weight, bias):
+        if road.is_recorded(x, weight, bias):
+            return library.norm(spec, x, normalized_shape, weight, bias, eps)
         return reference.composite(spec, x, normalized_shape, weight, bias, eps)
     given = x, weight, bias
     autocast = torch._C._is_any_autocast_enabled() and x.dtype != torch.float64
     cast = autocast and reference.autocast_to_fp32(spec, x.device.type)
     if cast:
-        x, weight, bias = _in_fp32(x, weight, bias)
+        x, weight, bias = reference.in_fp32(x, weight, bias)
     dims = len(normalized_shape)
     found = x, weight, bias
     x = readable(x, dims)
@@ -52,10 +54,6 @@ def row_norm(
     if kept:
         CALLS.keep(spec.name, save, given[0], asked[0], *given[1:], asked[1], call)
     return call.norm(x, weight, bias)
-
-
-def _in_fp32(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return x.float(), None if weight is None else weight.float(), None if bias is None else bias.float()
 
 
 class RowCall:
@@ -96,17 +94,15 @@ class RowCall:
         self._bias_dtype = None if bias is None else bias.dtype
         self._needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
         self._apply = _apply_to_output if save == "output" else _apply
-        from . import rows
-
         # What is saved for the backward, as it has to come back: x, weight, statistics.
-        self._saved = x.dtype, x.dtype if weight is None else weight.dtype, rows.accumulator_dtype(x, weight, bias)
+        self._saved = x.dtype, x.dtype if weight is None else weight.dtype, road.accumulator_dtype(x, weight, bias)
         self._replay: Function | None = None
         self._gradients: Bounded[Function] = Bounded(8)
         self._met: Bounded[int] = Bounded(16)
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self._cast:
-            x, weight, bias = _in_fp32(x, weight, bias)
+            x, weight, bias = reference.in_fp32(x, weight, bias)
         return self.norm(x, weight, bias)
 
     def norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

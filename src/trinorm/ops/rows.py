@@ -27,6 +27,7 @@ from ..tuning import (
     choose_total,
 )
 from .layout import rows_of
+from .road import accumulator_dtype
 
 
 class Normalized(NamedTuple):
@@ -170,11 +171,6 @@ def _started_by(tile: Tile, device: torch.device, early: bool = True) -> dict[st
 
 
 _ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-def accumulator_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """What statistics, products and sums are computed in: fp32, or fp64 as soon as one tensor is."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _widest(x: Tensor, accumulator: torch.dtype) -> int:

@@ -1,0 +1,271 @@
+"""The row norms as registered ops, ``torch.ops.trinorm.*``: what torch.compile and torch.export put in their graphs.
+
+For each spec, by the kernels where they run and by ATen's ops elsewhere::
+
+    layer_norm(input, normalized_shape, weight?, bias?, eps) -> (y, mean, rstd)
+    rms_norm(input, normalized_shape, weight?, eps) -> (y, rstd)
+    <norm>_backward(dy, input, normalized_shape, weight?, mean?, rstd, eps, dx, dw, db?) -> (dx, dw, db)
+
+The statistics are for the backward: they have the input's leading dims and the accumulator's dtype, and carry no gradients.
+dx and dw say whether a gradient is wanted, db in which dtype; one that is not is None, as in ATen's own backwards. eps is
+for second derivatives, which are those of the closed form. Defaults and better errors are functional's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+from .. import reference
+from ..spec import LAYER_NORM, RMS_NORM, RowNorm
+from . import road
+from .layout import readable
+
+if TYPE_CHECKING:
+    from ..replay import Results
+
+
+def norm(
+    spec: RowNorm, x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """y, by the registered op."""
+    parameters = (weight, bias) if spec.center else (weight,)
+    return getattr(torch.ops.trinorm, spec.name)(x, normalized_shape, *parameters, eps)[0]
+
+
+class _Op:
+    """An op, called as torch.ops has it. What each of torch's layers does with a call is in the methods that bear its name.
+
+    compute: of tensors with storage. composite: the same in ATen's ops, differentiable. fake: results without values.
+    """
+
+    name: str
+    schema: str
+
+    def __init__(self, spec: RowNorm) -> None:
+        self._spec = spec
+
+    def __call__(self, *args: Any) -> Results:
+        return self._overload(*args)
+
+    def below_autograd(self, keyset: Any, *args: Any) -> Results:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    @property
+    def _overload(self) -> Any:
+        return getattr(torch.ops.trinorm, self.name).default
+
+
+class _Forward(_Op):
+    def __init__(self, spec: RowNorm, backward: _Backward) -> None:
+        super().__init__(spec)
+        bias, mean = ("Tensor? bias, ", "Tensor, ") if spec.center else ("", "")
+        self.name = spec.name
+        self.schema = (
+            f"(Tensor input, SymInt[] normalized_shape, Tensor? weight, {bias}float eps) -> (Tensor, {mean}Tensor)"
+        )
+        self.backward = backward
+
+    def autocast(self, key: str, x: Tensor, shape: Sequence[int], *rest: Any) -> Results:
+        """In fp32 where torch's own op is."""
+        *parameters, eps = rest
+        if x.dtype != torch.float64 and reference.autocast_to_fp32(self._spec, x.device.type):
+            x, *parameters = reference.in_fp32(x, *parameters)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            return self(x, shape, *parameters, eps)
+
+    def vmap(self, info: Any, dims: Sequence[Any], x: Tensor, *rest: Any) -> tuple[Results, Sequence[int | None]]:
+        if any(isinstance(dim, int) for dim in dims[1:]):
+            return _one_by_one(self, info, dims, x, *rest)
+        return _batched(self(x.movedim(dims[0], 0), *rest))
+
+    def autograd(self, keyset: Any, *args: Any) -> Results:
+        if forward_ad._current_level >= 0:  # a kernel would drop the tangents
+            return self.composite(*args)
+        if not torch.is_grad_enabled() or not _any_requires_grad(*args):
+            return self.below_autograd(keyset, *args)
+        # Each transform of torch.func calls this for its own level, and so asks for no more than one.
+        with enable_single_level_autograd_function():
+            return _apply(self, keyset, *args)
+
+    def composite(self, *args: Any) -> Results:
+        x, shape, weight, bias, eps = self._problem(*args)
+        y = reference.composite(self._spec, x, shape, weight, bias, eps).contiguous()
+        mean, rstd = reference.statistics(self._spec, x, len(shape), eps)
+        stats = road.accumulator_dtype(x, weight, bias)
+        return self._results(y, mean.to(stats), rstd.to(stats))
+
+    def compute(self, *args: Any) -> Results:
+        x, shape, weight, bias, eps = self._problem(*args)
+        if not road.has_kernels(x) or not x.numel():
+            return self.composite(*args)
+        from . import rows
+
+        dims = len(shape)
+        weight, bias = (None if t is None else readable(t, dims) for t in (weight, bias))
+        y, *statistics = rows.forward(self._spec, readable(x, dims), dims, weight, bias, eps, save=True)
+        return self._results(y, *(None if t is None else t.view(x.shape[:-dims]) for t in statistics))
+
+    def fake(self, *args: Any) -> Results:
+        x, shape, weight, bias, _ = self._problem(*args)
+        stats = road.accumulator_dtype(x, weight, bias)
+        mean, rstd = (x.new_empty(x.shape[: -len(shape)], dtype=stats) for _ in range(2))
+        return self._results(x.new_empty(x.shape), mean, rstd)
+
+    def _problem(
+        self, x: Tensor, shape: Sequence[int], weight: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Sequence[int], Tensor | None, Tensor | None, float]:
+        """(x, shape, weight, bias, eps), which belong together."""
+        bias, eps = rest if self._spec.center else (None, *rest)
+        _check(self.name, x, shape, weight, bias)
+        return x, shape, weight, bias, eps
+
+    def _results(self, y: Tensor, mean: Tensor | None, rstd: Tensor | None) -> Results:
+        return (y, mean, rstd) if self._spec.center else (y, rstd)
+
+
+class _Backward(_Op):
+    schema = (
+        "(Tensor dy, Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? mean, Tensor rstd, float eps, "
+        "bool dx, bool dw, ScalarType? db) -> (Tensor, Tensor, Tensor)"
+    )
+
+    def __init__(self, spec: RowNorm) -> None:
+        super().__init__(spec)
+        self.name = f"{spec.name}_backward"
+
+    def vmap(self, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Results, Sequence[int | None]]:
+        dy, x, shape, weight, mean, rstd, eps, dx, dw, db = args
+        if isinstance(dims[3], int) or dw or db is not None:
+            return _one_by_one(self, info, dims, *args)  # each has a weight, or sums over rows, of its own
+        dy, x, mean, rstd = (
+            t if t is None else t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in ((dy, dims[0]), (x, dims[1]), (mean, dims[4]), (rstd, dims[5]))
+        )
+        return _batched(self(dy, x, shape, weight, mean, rstd, eps, dx, dw, db))
+
+    def autograd(self, keyset: Any, *args: Any) -> Results:
+        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _any_requires_grad(*args)):
+            return self.composite(*args)
+        return self.below_autograd(keyset, *args)
+
+    def composite(self, *args: Any) -> Results:
+        dy, x, shape, weight, _, _, eps, dx, dw, db = args
+        found: Any = reference.composite_gradients(self._spec, x, len(shape), weight, db, eps, dy)
+        return found.dx.contiguous() if dx else None, found.dw if dw else None, found.db
+
+    def compute(self, *args: Any) -> Results:
+        dy, x, shape, weight, mean, rstd, _, dx, dw, db = args
+        _check(self.name, x, shape, weight)
+        alike = dy.shape == x.shape and all(t is None or t.shape == x.shape[: -len(shape)] for t in (mean, rstd))
+        torch._check(alike, lambda: f"trinorm::{self.name}: dy, mean or rstd is not of the input's shape")
+        if not road.has_kernels(x) or not x.numel():
+            return self.composite(*args)
+        from . import rows
+
+        dims = len(shape)
+        wanted = dict(dx=dx, dw=weight.dtype if dw else None, db=db)
+        weight = None if weight is None else readable(weight, dims)
+        mean = None if mean is None else mean.flatten()
+        return rows.backward(self._spec, readable(dy, dims), readable(x, dims), dims, weight, mean, rstd.flatten(), **wanted)
+
+    def fake(self, *args: Any) -> Results:
+        _, x, shape, weight, _, _, _, dx, dw, db = args
+        return (
+            x.new_empty(x.shape) if dx else None,
+            weight.new_empty(shape) if dw else None,
+            None if db is None else x.new_empty(shape, dtype=db),
+        )
+
+
+class _Differentiable(torch.autograd.Function):
+    """The forward op with its backward op for a derivative, which has its own."""
+
+    @staticmethod
+    def forward(ctx: Any, op: _Forward, keyset: Any, *args: Any) -> Results:
+        with torch.enable_grad():  # for the transforms of torch.func around this one
+            y, *statistics = op.below_autograd(keyset, *args)
+        x, shape, weight, *bias, eps = args
+        ctx.save_for_backward(x, weight, *statistics)
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        ctx.op, ctx.shape, ctx.eps = op, shape, eps
+        ctx.bias_dtype = bias[0].dtype if bias and bias[0] is not None else None
+        return y, *statistics
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad
+        if dy is None:
+            return (None,) * len(wanted)
+        x, weight, *mean, rstd = ctx.saved_tensors
+        _, _, dx, _, dw, *db, _ = wanted
+        dx, dw, db_ = ctx.op.backward(
+            dy, x, ctx.shape, weight, mean[0] if mean else None, rstd, ctx.eps, dx, dw, ctx.bias_dtype if any(db) else None
+        )
+        return None, None, dx, None, dw, *(db_ for _ in db), None
+
+
+# Function.apply less its Python part, which would hand the whole to torch.func once more.
+_apply = super(torch.autograd.Function, _Differentiable).apply
+
+
+def _any_requires_grad(*args: Any) -> bool:
+    return any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    shape: Sequence[int],
+    *parameters: Tensor | None,
+) -> None:
+    """That the kernels read nothing but these tensors."""
+    shape = torch.Size(shape)
+    fits = 0 < len(shape) <= x.ndim and x.shape[-len(shape) :] == shape
+    fits = fits and all(t is None or (t.shape == shape and t.device == x.device) for t in parameters)
+    torch._check(fits, lambda: f"trinorm::{op}: input, weight or bias does not fit normalized_shape {list(shape)}")
+    known = all(t is None or t.dtype in road.KERNEL_DTYPES for t in (x, *parameters))
+    torch._check_not_implemented(known, lambda: f"trinorm::{op}: a dtype other than {road.KERNEL_DTYPES}")
+
+
+def _batched(results: Results) -> tuple[Results, Sequence[int | None]]:
+    return results, tuple(None if r is None else 0 for r in results)
+
+
+def _one_by_one(op: _Op, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Results, Sequence[int | None]]:
+    """A call for each element of the mapped dims, the results stacked."""
+    each = [
+        op(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    return _batched(tuple(None if of[0] is None else torch.stack(of) for of in zip(*each, strict=True)))
+
+
+_LIBRARY = torch.library.Library("trinorm", "DEF")
+
+
+def _register(spec: RowNorm) -> None:
+    backward = _Backward(spec)
+    forward = _Forward(spec, backward)
+    ops: tuple[_Forward | _Backward, ...] = forward, backward
+    for op in ops:
+        # Any strides do, so that Inductor need not keep those that it traced: compute reads them as they are, or copies.
+        _LIBRARY.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+        _LIBRARY.impl(op.name, op.compute, "CompositeExplicitAutograd")
+        _LIBRARY.impl(op.name, op.autograd, "Autograd", with_keyset=True)
+        torch.library.register_fake(f"trinorm::{op.name}", op.fake, lib=_LIBRARY)
+        torch.library.register_vmap(f"trinorm::{op.name}", op.vmap, lib=_LIBRARY)
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        _LIBRARY.impl(forward.name, functools.partial(forward.autocast, key), key)
+
+
+for _spec in (LAYER_NORM, RMS_NORM):
+    _register(_spec)
