@@ -260,24 +260,6 @@ def test_batched_gradients(op: str, device: torch.device) -> None:
     torch.testing.assert_close(batched, one_by_one)
 
 
-def test_compiled_without_a_graph_break(op: str, device: torch.device) -> None:
-    """torch.compile sees the composite, over any number of rows."""
-
-    def f(x: Tensor, weight: Tensor) -> Tensor:
-        return getattr(functional, op)(x, (8,), weight)
-
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
-    weight = torch.randn(8, device=device, requires_grad=True)
-    for rows_ in (3, 5, 7):
-        x = torch.randn(rows_, 8, device=device, requires_grad=True)
-        for ours, theirs in zip(
-            torch.autograd.grad(compiled(x, weight).sum(), (x, weight)),
-            torch.autograd.grad(getattr(F, op)(x, (8,), weight).sum(), (x, weight)),
-            strict=True,
-        ):
-            torch.testing.assert_close(ours, theirs)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_traced_for_any_number_of_rows(op: str, device: torch.device) -> None:
     traced = torch.jit.trace(lambda x: getattr(functional, op)(x, (8,)), torch.randn(2, 8, device=device))

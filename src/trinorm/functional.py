@@ -47,7 +47,8 @@ def layer_norm(
             than that of b, x is kept all the same; a warning says so, once. To look at w and b the host waits for the
             device at each call; under CUDA-graph capture nobody can, and x is kept. An op that changes y in place, or a
             bias changed before the backward, makes the backward raise, as torch does; so do second derivatives, which need
-            x. Where trinorm's kernels do not run, "output" changes nothing.
+            x. Under torch.compile, and where trinorm's kernels do not run, "output" changes
+            nothing.
 
     Returns:
         A contiguous tensor of the input's shape and dtype (fp32 where autocast makes torch's own op return that).

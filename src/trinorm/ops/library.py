@@ -174,7 +174,9 @@ class _Backward(_Op):
         wanted = dict(dx=dx, dw=weight.dtype if dw else None, db=db)
         weight = None if weight is None else readable(weight, dims)
         mean = None if mean is None else mean.flatten()
-        return rows.backward(self._spec, readable(dy, dims), readable(x, dims), dims, weight, mean, rstd.flatten(), **wanted)
+        return rows.backward(
+            self._spec, readable(dy, dims), readable(x, dims), dims, weight, mean, rstd.flatten(), **wanted
+        )
 
     def fake(self, *args: Any) -> Results:
         _, x, shape, weight, _, _, _, dx, dw, db = args
