@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from paths import SPECS
 from trinorm import functional, nn, reference
-from trinorm.ops import rows
+from trinorm.ops import road, rows
 from trinorm.spec import RowNorm
 
 # torch compiles scripts of its own the first time that forward mode or Inductor is used.
@@ -93,8 +93,18 @@ def assert_same_bits(found: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 def test_opcheck(spec: RowNorm, dtype: torch.dtype, affine: bool, device: torch.device) -> None:
+    check_ops(spec, (2, 3, 8), dtype, affine, device)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8), (8,)], ids=str)
+def test_opcheck_without_kernels(spec: RowNorm, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(road, "INTERPRETED", False)
+    check_ops(spec, shape, torch.float64, True, torch.device("cpu"))
+
+
+def check_ops(spec: RowNorm, shape: tuple[int, ...], dtype: torch.dtype, affine: bool, device: torch.device) -> None:
     op, backward = (getattr(torch.ops.trinorm, name) for name in (spec.name, f"{spec.name}_backward"))
-    x = torch.randn(2, 3, 8, device=device).to(dtype).requires_grad_()
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
     given = parameters(spec, (8,), dtype, device) if affine else [None] * (2 if spec.center else 1)
     torch.library.opcheck(op, (x, (8,), *given, 1e-5))
     y, *mean, rstd = op(x, (8,), *given, 1e-5)
@@ -237,7 +247,18 @@ def test_tangents_are_not_dropped(spec: RowNorm, by: Callable[..., Tensor], devi
 
 @pytest.mark.parametrize("parameter_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_autocast(spec: RowNorm, dtype: torch.dtype, parameter_dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("policy", ["torch's", "fp32"])
+def test_autocast(
+    spec: RowNorm,
+    policy: str,
+    dtype: torch.dtype,
+    parameter_dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As an eager call, which has torch's dtypes (test_functional.py); fp32 is the policy of no norm on a CPU."""
+    if policy == "fp32":
+        monkeypatch.setattr(reference, "_policy_is_fp32", lambda *_: True)
     x = torch.randn(4, 8, device=device).to(dtype).requires_grad_()
     inputs = x, *parameters(spec, (8,), parameter_dtype, device)
 
@@ -247,6 +268,7 @@ def test_autocast(spec: RowNorm, dtype: torch.dtype, parameter_dtype: torch.dtyp
         return [y.detach(), *torch.autograd.grad(y.float().square().sum(), inputs)]
 
     eager = run(public)
+    assert policy != "fp32" or eager[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_same_bits(run(registered), eager)
     assert_same_bits(run(lambda *a: torch.compile(public, fullgraph=True, backend="aot_eager")(*a)), eager)
 
@@ -285,25 +307,20 @@ def test_compiled_once_for_any_number_of_rows(spec: RowNorm, backend: str, devic
             assert_same_bits(results(compiled, dy, x, *given), results(lambda x, *p: f(x, (8,), *p), dy, x, *given))
 
 
+def recorded(spec: RowNorm, x: Tensor) -> bool:
+    """Whether Dynamo's graph has the op."""
+    nodes: list[torch.fx.Node] = []
+    torch.compile(public, fullgraph=True, backend=lambda g, _: (nodes.extend(g.graph.nodes), g.forward)[1])(spec, x, (8,))
+    return getattr(torch.ops.trinorm, spec.name) in [node.target for node in nodes]
+
+
 def test_compiled_graph_has_the_op(spec: RowNorm, device: torch.device) -> None:
-    graphs: list[torch.fx.GraphModule] = []
-    compiled = torch.compile(
-        lambda x: public(spec, x, (8,)), fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward
-    )
-    compiled(torch.randn(3, 8, device=device))
-    (graph,) = graphs
-    assert getattr(torch.ops.trinorm, spec.name) in [node.target for node in graph.graph.nodes]
+    assert recorded(spec, torch.randn(3, 8, device=device))
 
 
-def test_compiled_on_a_cpu_without_kernels_is_the_composite(monkeypatch: pytest.MonkeyPatch, spec: RowNorm) -> None:
-    from trinorm.ops import road
-
+def test_compiled_on_a_cpu_without_kernels_is_the_composite(spec: RowNorm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(road, "INTERPRETED", False)
-    graphs: list[torch.fx.GraphModule] = []
-    torch.compile(lambda x: public(spec, x, (8,)), backend=lambda graph, _: graphs.append(graph) or graph.forward)(
-        torch.randn(3, 8)
-    )
-    assert getattr(torch.ops.trinorm, spec.name) not in [node.target for node in graphs[0].graph.nodes]
+    assert not recorded(spec, torch.randn(3, 8))
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap", "vmap of parameters", "per-sample gradients", "jacrev"])
@@ -339,13 +356,9 @@ def test_checkpointed(spec: RowNorm, compiled: bool, saved: bool | None, device:
     run = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
     inputs = torch.randn(5, 8, device=device, requires_grad=True), *parameters(spec, (8,), torch.float32, device)
     dy = torch.randn(5, 8, device=device)
-    found = results(run, dy, *inputs)
-    if compiled:
-        assert_same_bits(found, results(f, dy, *inputs))
-        assert saved is None or op in asked
-    else:
-        for got, want in zip(found, results(f, dy, *inputs), strict=True):
-            torch.testing.assert_close(got, want)
+    exactly = dict(rtol=0, atol=0) if compiled else {}
+    torch.testing.assert_close(results(run, dy, *inputs), results(f, dy, *inputs), **exactly)
+    assert saved is None or (op in asked) == compiled
 
 
 # torch.export.

@@ -1,7 +1,7 @@
 """The same specs without Triton: the float64 oracle, and the differentiable composite of ATen's own ops.
 
 The oracle is what every test compares with: the definition, written out. The composite is what runs wherever the
-kernels do not: on CPU, under forward-mode AD, vmap and torch.compile, and for second derivatives.
+kernels do not: on CPU, under forward-mode AD and vmap, and for second derivatives.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How torch sees the kernels: the guard that picks the road, the calls seen before, and autograd."""
+"""How torch sees the kernels: the guard that picks the road, the calls seen before, autograd, and the registered ops."""
 
 from .row import CALLS, row_norm
 

@@ -33,10 +33,9 @@ def is_recorded(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
 
     Elsewhere they record the composite, which Inductor fuses with what is around it on a CPU.
     """
-    wrapped = is_traceable_wrapper_subclass(x) or any(
-        t is not None and is_traceable_wrapper_subclass(t) for t in (weight, bias)
-    )
-    return torch.compiler.is_compiling() and has_kernels(x) and not wrapped
+    if not torch.compiler.is_compiling() or not has_kernels(x):
+        return False
+    return not any(t is not None and is_traceable_wrapper_subclass(t) for t in (x, weight, bias))
 
 
 def kernels_serve(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -64,8 +63,8 @@ def accumulator_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def observer() -> str | None:
-    """What looks inside ops just now and would not see a kernel: torch.compile and torch.jit (Inductor fuses the
-    composite), torch.func, forward-mode AD, modes that count or record ATen ops. None when nothing does.
+    """What looks inside ops just now and would not see a kernel: torch.compile and torch.jit, torch.func, forward-mode AD,
+    modes that count or record ATen ops. None when nothing does.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return _TRACER
