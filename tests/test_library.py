@@ -87,9 +87,6 @@ def assert_same_bits(found: list[Tensor], expected: list[Tensor]) -> None:
         assert torch.equal(got, want)
 
 
-# The ops by themselves.
-
-
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 def test_opcheck(spec: RowNorm, dtype: torch.dtype, affine: bool, device: torch.device) -> None:
@@ -114,6 +111,8 @@ def check_ops(spec: RowNorm, shape: tuple[int, ...], dtype: torch.dtype, affine:
         wanted = dx, affine, db
         arguments = x, (8,), given[0], mean[0] if mean else None, rstd, 1e-5
         torch.library.opcheck(backward, (dy, *arguments, *wanted))
+        # Which opcheck does not see.
+        assert all(t is None or t.data_ptr() != dy.data_ptr() for t in backward(dy, *arguments, *wanted))
         torch.library.opcheck(backward, (dy.requires_grad_(), *arguments, *wanted))
         dy = dy.detach()
 
@@ -334,9 +333,6 @@ def test_compiled_transforms(spec: RowNorm, transform: str, device: torch.device
     torch.testing.assert_close(compiled(x, *given), apply(lambda x, *p: torchs(spec, x, (4,), *p), x, *given))
 
 
-# Checkpointing.
-
-
 @pytest.mark.filterwarnings("ignore:trinorm:UserWarning")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("saved", [None, True, False], ids=["all", "selective, saved", "selective, recomputed"])
@@ -359,9 +355,6 @@ def test_checkpointed(spec: RowNorm, compiled: bool, saved: bool | None, device:
     exactly = dict(rtol=0, atol=0) if compiled else {}
     torch.testing.assert_close(results(run, dy, *inputs), results(f, dy, *inputs), **exactly)
     assert saved is None or (op in asked) == compiled
-
-
-# torch.export.
 
 
 class Block(torch.nn.Module):
