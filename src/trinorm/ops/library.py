@@ -52,14 +52,23 @@ class _Op:
         self._spec = spec
 
     def __call__(self, *args: Any) -> Results:
-        return self._overload(*args)
+        return self.overload(*args)
 
-    def below_autograd(self, keyset: Any, *args: Any) -> Results:
-        with torch._C._AutoDispatchBelowAutograd():
-            return self._overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    def kernel(self, keyset: Any, *args: Any) -> Results:
+        """The call as a node of autograd's."""
+        # Each transform of torch.func calls this for its own level, and asks for no more than that one.
+        with enable_single_level_autograd_function():
+            return _apply(self, torch.is_grad_enabled(), keyset, *args)
+
+    def save(self, ctx: Any, results: Results, *args: Any) -> None:
+        """Keep what ``differentiate`` needs."""
+
+    def differentiate(self, ctx: Any, *gradients: Tensor | None) -> Results:
+        """The gradients of the arguments, of the results' gradients."""
+        raise NotImplementedError
 
     @property
-    def _overload(self) -> Any:
+    def overload(self) -> Any:
         return getattr(torch.ops.trinorm, self.name).default
 
 
@@ -71,7 +80,7 @@ class _Forward(_Op):
         self.schema = (
             f"(Tensor input, SymInt[] normalized_shape, Tensor? weight, {bias}float eps) -> (Tensor, {mean}Tensor)"
         )
-        self.backward = backward
+        self._backward = backward
 
     def autocast(self, key: str, x: Tensor, shape: Sequence[int], *rest: Any) -> Results:
         """In fp32 where torch's own op is."""
@@ -87,13 +96,22 @@ class _Forward(_Op):
         return _batched(self(x.movedim(dims[0], 0), *rest))
 
     def autograd(self, keyset: Any, *args: Any) -> Results:
-        if forward_ad._current_level >= 0:  # a kernel would drop the tangents
-            return self.composite(*args)
-        if not torch.is_grad_enabled() or not _any_requires_grad(*args):
-            return self.below_autograd(keyset, *args)
-        # Each transform of torch.func calls this for its own level, and so asks for no more than one.
-        with enable_single_level_autograd_function():
-            return _apply(self, keyset, *args)
+        return self.composite(*args) if forward_ad._current_level >= 0 else self.kernel(keyset, *args)
+
+    def save(self, ctx: Any, results: Results, *args: Any) -> None:
+        x, shape, weight, *bias, eps = args
+        ctx.save_for_backward(x, weight, *results[1:])
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.shape, ctx.eps = shape, eps
+        ctx.bias_dtype = bias[0].dtype if bias and bias[0] is not None else None
+
+    def differentiate(self, ctx: Any, *gradients: Tensor | None) -> Results:
+        dy, (x, weight, *mean, rstd) = gradients[0], ctx.saved_tensors
+        _, _, _, dx, _, dw, *db, _ = ctx.needs_input_grad
+        dx, dw, db_ = self._backward(
+            dy, x, ctx.shape, weight, mean[0] if mean else None, rstd, ctx.eps, dx, dw, ctx.bias_dtype if any(db) else None
+        )
+        return dx, None, dw, *(db_ for _ in db), None
 
     def composite(self, *args: Any) -> Results:
         x, shape, weight, bias, eps = self._problem(*args)
@@ -154,7 +172,7 @@ class _Backward(_Op):
     def autograd(self, keyset: Any, *args: Any) -> Results:
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _any_requires_grad(*args)):
             return self.composite(*args)
-        return self.below_autograd(keyset, *args)
+        return self.kernel(keyset, *args)
 
     def composite(self, *args: Any) -> Results:
         dy, x, shape, weight, _, _, eps, dx, dw, db = args
@@ -188,36 +206,28 @@ class _Backward(_Op):
         )
 
 
-class _Differentiable(torch.autograd.Function):
-    """The forward op with its backward op for a derivative, which has its own."""
+class _Kernel(torch.autograd.Function):
+    """An op's call below autograd. It has no forward mode: there torch raises, where the tangent would else be dropped."""
 
     @staticmethod
-    def forward(ctx: Any, op: _Forward, keyset: Any, *args: Any) -> Results:
-        with torch.enable_grad():  # for the transforms of torch.func around this one
-            y, *statistics = op.below_autograd(keyset, *args)
-        x, shape, weight, *bias, eps = args
-        ctx.save_for_backward(x, weight, *statistics)
-        ctx.mark_non_differentiable(*statistics)
+    def forward(ctx: Any, op: _Op, grad_mode: bool, keyset: Any, *args: Any) -> Results:
+        # Below are also the transforms of torch.func around this one, which do not know that a Function stops gradients.
+        with torch.set_grad_enabled(grad_mode), torch._C._AutoDispatchBelowAutograd():
+            results = op.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        ctx.op = op
         ctx.set_materialize_grads(False)
-        ctx.op, ctx.shape, ctx.eps = op, shape, eps
-        ctx.bias_dtype = bias[0].dtype if bias and bias[0] is not None else None
-        return y, *statistics
+        op.save(ctx, results, *args)
+        return results
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad
-        if dy is None:
-            return (None,) * len(wanted)
-        x, weight, *mean, rstd = ctx.saved_tensors
-        _, _, dx, _, dw, *db, _ = wanted
-        dx, dw, db_ = ctx.op.backward(
-            dy, x, ctx.shape, weight, mean[0] if mean else None, rstd, ctx.eps, dx, dw, ctx.bias_dtype if any(db) else None
-        )
-        return None, None, dx, None, dw, *(db_ for _ in db), None
+    def backward(ctx: Any, *gradients: Tensor | None) -> Results:
+        if gradients[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return None, None, None, *ctx.op.differentiate(ctx, *gradients)
 
 
 # Function.apply less its Python part, which would hand the whole to torch.func once more.
-_apply = super(torch.autograd.Function, _Differentiable).apply
+_apply = super(torch.autograd.Function, _Kernel).apply
 
 
 def _any_requires_grad(*args: Any) -> bool:
