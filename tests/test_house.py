@@ -34,6 +34,7 @@ PACKAGE, KERNELS, OPS, TUNING = "src/trinorm", "src/trinorm/kernels", "src/trino
 
 # The parts of the package. A part imports only itself and the parts above it.
 FLOW = (
+    "switches",
     "spec",
     "compare",
     "kernels",

@@ -25,6 +25,10 @@ def test_torchs_module_with_another_forward_and_save(ours: type, theirs: type, d
         "forward",
         "extra_repr",
         "save",
+        "batch_invariant",
+        "__annotations__",
+        "__annotations_cache__",
+        "__annotate_func__",
         "__firstlineno__",
         "__static_attributes__",
     }

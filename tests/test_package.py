@@ -72,7 +72,7 @@ for kind, parameters in ((torch.nn.LayerNorm, 2), (torch.nn.RMSNorm, 1)):
     found = gradients(module)
     assert len(found) == 2 + parameters
     assert all(map(torch.equal, found, expected))
-by_op, *_ = torch.ops.trinorm.rms_norm(torch.ones(2, 6), (6,), None, 1e-5)
+by_op, *_ = torch.ops.trinorm.rms_norm(torch.ones(2, 6), (6,), None, 1e-5, False)
 assert torch.equal(by_op, torch.nn.functional.rms_norm(torch.ones(2, 6), (6,), eps=1e-5))
 assert not any(name.partition(".")[0] == "triton" for name in sys.modules)
 print("done")
@@ -92,7 +92,7 @@ def test_types_are_published() -> None:
 
 
 def test_public_names_are_there_and_documented() -> None:
-    assert trinorm.__all__ == ["Report", "functional", "nn", "replace"]
+    assert trinorm.__all__ == ["Report", "functional", "nn", "options", "replace"]
     assert trinorm.functional.__all__ == ["layer_norm", "rms_norm"]
     for owner, name in (
         *((trinorm, name) for name in trinorm.__all__),

@@ -3,11 +3,13 @@
 - ``trinorm.functional``  layer_norm and rms_norm, with torch.nn.functional's signatures
 - ``trinorm.nn``          LayerNorm and RMSNorm, subclasses of torch's
 - ``trinorm.replace``     swap a model's torch norms for these, in place
+- ``trinorm.options``     switches for the whole process: batch_invariant, autocast_keeps_dtype
 """
 
 from . import functional, nn
 from .convert import Report, replace
+from .switches import options
 
 __version__ = "0.1.0"
 
-__all__ = ["Report", "functional", "nn", "replace"]
+__all__ = ["Report", "functional", "nn", "options", "replace"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from .ops import CALLS, row_norm
 from .ops.road import KERNEL_DTYPES
 from .spec import LAYER_NORM, RMS_NORM
+from .switches import options
 
 __all__ = ["layer_norm", "rms_norm"]
 
@@ -27,6 +28,7 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     save: Save = "input",
+    batch_invariant: bool | None = None,
 ) -> Tensor:
     r"""Layer normalization over the last ``len(normalized_shape)`` dims.
 
@@ -49,6 +51,10 @@ def layer_norm(
             bias changed before the backward, makes the backward raise, as torch does; so do second derivatives, which need
             x. Under torch.compile, and where trinorm's kernels do not run, "output" changes
             nothing.
+        batch_invariant: True promises that the bits of a row's result, and of its gradient, do not depend on how many rows
+            are beside it, among tensors of aligned storage: the launch is then that of many rows, which for few is slower.
+            (Sums over rows, the gradients of weight and bias, depend on all of them.) None: as ``trinorm.options`` says.
+            Where trinorm's kernels do not run, torch's own operator promises what it does.
 
     Returns:
         A contiguous tensor of the input's shape and dtype (fp32 where autocast makes torch's own op return that).
@@ -62,15 +68,15 @@ def layer_norm(
 
     Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
     """
-    if (call := CALLS.recall("layer_norm", save, input, normalized_shape, weight, bias, eps)) is not None:
+    manner = save if batch_invariant is None else (save, batch_invariant)
+    if (call := CALLS.recall("layer_norm", manner, input, normalized_shape, weight, bias, eps)) is not None:
         return call(input, weight, bias)
     if type(input) is not Tensor and has_torch_function_unary(input):
-        return handle_torch_function(
-            layer_norm, (input,), input, normalized_shape, weight=weight, bias=bias, eps=eps, save=save
-        )
-    asked = normalized_shape, eps
-    shape, eps = _check("layer_norm", input, normalized_shape, weight, bias, eps, save)
-    return row_norm(LAYER_NORM, input, shape, weight, bias, eps, asked, save)
+        given: dict[str, Any] = dict(weight=weight, bias=bias, eps=eps, save=save, batch_invariant=batch_invariant)
+        return handle_torch_function(layer_norm, (input,), input, normalized_shape, **given)
+    asked = normalized_shape, eps, manner
+    shape, eps, invariant = _check("layer_norm", input, normalized_shape, weight, bias, eps, save, batch_invariant)
+    return row_norm(LAYER_NORM, input, shape, weight, bias, eps, asked, save, invariant)
 
 
 def rms_norm(
@@ -80,6 +86,7 @@ def rms_norm(
     eps: float | None = None,
     *,
     save: Save = "input",
+    batch_invariant: bool | None = None,
 ) -> Tensor:
     r"""Root mean square normalization over the last ``len(normalized_shape)`` dims.
 
@@ -94,7 +101,7 @@ def rms_norm(
         weight: ``normalized_shape``, any of the dtypes above, not necessarily the input's; None is 1.
         eps: added to the mean square, so in the input's units squared; >= 0. None is the epsilon of the dtype that the
             statistics are computed in, as torch does it: 2^-23 for float16, bfloat16 and float32, 2^-52 for float64.
-        save: as :func:`layer_norm`.
+        save, batch_invariant: as :func:`layer_norm`.
 
     Returns:
         As :func:`layer_norm`.
@@ -104,17 +111,19 @@ def rms_norm(
 
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
-    if (call := CALLS.recall("rms_norm", save, input, normalized_shape, weight, None, eps)) is not None:
+    manner = save if batch_invariant is None else (save, batch_invariant)
+    if (call := CALLS.recall("rms_norm", manner, input, normalized_shape, weight, None, eps)) is not None:
         return call(input, weight, None)
     if type(input) is not Tensor and has_torch_function_unary(input):
-        return handle_torch_function(rms_norm, (input,), input, normalized_shape, weight=weight, eps=eps, save=save)
-    asked = normalized_shape, eps
+        given: dict[str, Any] = dict(weight=weight, eps=eps, save=save, batch_invariant=batch_invariant)
+        return handle_torch_function(rms_norm, (input,), input, normalized_shape, **given)
+    asked = normalized_shape, eps, manner
     if eps is None:
         # torch's documentation says finfo(x.dtype).eps; its code, CPU and CUDA, uses the dtype it computes in (2.11, 2.13).
         double = isinstance(input, Tensor) and input.dtype == torch.float64
         eps = 2.220446049250313e-16 if double else 1.1920928955078125e-07
-    shape, eps = _check("rms_norm", input, normalized_shape, weight, None, eps, save)
-    return row_norm(RMS_NORM, input, shape, weight, None, eps, asked, save)
+    shape, eps, invariant = _check("rms_norm", input, normalized_shape, weight, None, eps, save, batch_invariant)
+    return row_norm(RMS_NORM, input, shape, weight, None, eps, asked, save, invariant)
 
 
 def _check(
@@ -125,8 +134,11 @@ def _check(
     bias: Tensor | None,
     eps: float,
     save: str,
-) -> tuple[torch.Size, float]:
-    """normalized_shape as a Size and eps as a float, or torch's own class of error, with the argument named."""
+    batch_invariant: bool | None,
+) -> tuple[torch.Size, float, bool]:
+    """normalized_shape as a Size, eps as a float and batch_invariant as a bool, or torch's own class of error, with the
+    argument named.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}(): input must be a Tensor, not {type(x).__name__}")
     try:
@@ -163,7 +175,11 @@ def _check(
         raise ValueError(f"{op}(): eps is {eps}; it must be a number >= 0")
     if not isinstance(save, str) or save not in ("input", "output"):
         raise ValueError(f"{op}(): save is {save!r}; it must be 'input' or 'output'")
-    return shape, float(eps)
+    if batch_invariant is None:
+        batch_invariant = options.batch_invariant
+    elif not isinstance(batch_invariant, bool):
+        raise TypeError(f"{op}(): batch_invariant must be True, False or None, not {batch_invariant!r}")
+    return shape, float(eps), batch_invariant
 
 
 def _refuse_shape(op: str, x: Tensor, shape: torch.Size) -> None:

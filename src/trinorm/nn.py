@@ -1,8 +1,8 @@
 """Modules: torch.nn's own norms, computed by trinorm.
 
 Each is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so checkpoints load both
-ways and ``isinstance`` keeps working; only ``forward`` differs. The attribute ``save``, "input" unless it is set, is the
-functions' argument of that name.
+ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save``, "input" unless it is set, and
+``batch_invariant``, None unless it is set, are the functions' arguments of these names.
 """
 
 from __future__ import annotations
@@ -23,12 +23,21 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     save: functional.Save = "input"
+    batch_invariant: bool | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, save=self.save)
+        return functional.layer_norm(
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            save=self.save,
+            batch_invariant=self.batch_invariant,
+        )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _shown(self.save)
+        return super().extra_repr() + _shown(self)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -41,13 +50,20 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     save: functional.Save = "input"
+    batch_invariant: bool | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps, save=self.save)
+        return functional.rms_norm(
+            x, self.normalized_shape, self.weight, self.eps, save=self.save, batch_invariant=self.batch_invariant
+        )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _shown(self.save)
+        return super().extra_repr() + _shown(self)
 
 
-def _shown(save: str) -> str:
-    return "" if save == "input" else f", save={save!r}"
+def _shown(module: LayerNorm | RMSNorm) -> str:
+    """What is not torch's, where it is not the default."""
+    of_class = {name: getattr(type(module), name) for name in ("save", "batch_invariant")}
+    return "".join(
+        f", {name}={getattr(module, name)!r}" for name, usual in of_class.items() if getattr(module, name) != usual
+    )

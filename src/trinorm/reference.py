@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .spec import RowNorm
+from .switches import options
 
 
 class Exact(NamedTuple):
@@ -91,8 +92,14 @@ def torch_gradients(
 
 
 def autocast_to_fp32(spec: RowNorm, device: str) -> bool:
-    """Whether autocast is on, and makes torch's own op compute in fp32 and return it."""
-    return torch.is_autocast_enabled(device) and _policy_is_fp32(spec.name, device)
+    """Whether autocast is on, and the op is to compute in fp32 and return it, as torch's own then does."""
+    return torch.is_autocast_enabled(device) and not options.autocast_keeps_dtype and _policy_is_fp32(spec.name, device)
+
+
+def keeping_dtype(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Where to call an op that has a policy of its own: out of autocast, if the input's dtype is to be kept."""
+    keeps = options.autocast_keeps_dtype and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if keeps else contextlib.nullcontext()
 
 
 def in_fp32(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
@@ -212,7 +219,13 @@ def composite(
     torch's op where it takes the dtypes given; where it does not (weights of another floating dtype), the same op in
     fp32 or fp64 with one rounding at the end.
     """
-    shape = list(normalized_shape)
+    with keeping_dtype(x.device.type):
+        return _composite(spec, x, list(normalized_shape), weight, bias, eps)
+
+
+def _composite(
+    spec: RowNorm, x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
     dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
     narrow = None
     if len(dtypes) > 1:

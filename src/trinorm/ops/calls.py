@@ -44,7 +44,7 @@ class Calls(Generic[T]):
     def recall(
         self,
         op: str,
-        save: str,
+        manner: Hashable,
         x: Tensor,
         normalized_shape: Sequence[int],
         weight: Tensor | None,
@@ -58,7 +58,7 @@ class Calls(Generic[T]):
             return None
         if type(x) not in road.PLAIN or type(eps) not in _NUMBERS:
             return None
-        entries = self._seen.get((op, save, x.shape, eps, weight is None, bias is None, _grad_is_on()))
+        entries = self._seen.get((op, manner, x.shape, eps, weight is None, bias is None, _grad_is_on()))
         if entries is None:
             return None
         tensors = _present(x, weight, bias)
@@ -70,7 +70,7 @@ class Calls(Generic[T]):
     def keep(
         self,
         op: str,
-        save: str,
+        manner: Hashable,
         x: Tensor,
         normalized_shape: Sequence[int],
         weight: Tensor | None,
@@ -84,7 +84,7 @@ class Calls(Generic[T]):
             return
         # A tuple is recognized by its identity, which a list could keep while it changes.
         shape = normalized_shape if isinstance(normalized_shape, tuple) else torch.Size(normalized_shape)
-        key = op, save, x.shape, eps, weight is None, bias is None, torch.is_grad_enabled()
+        key = op, manner, x.shape, eps, weight is None, bias is None, torch.is_grad_enabled()
         self._seen[key] = ((alike, shape, call), *self._seen.get(key, ())[: _VARIANTS - 1])
 
 

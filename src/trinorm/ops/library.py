@@ -2,9 +2,9 @@
 
 For each spec, by the kernels where they run and by ATen's ops elsewhere::
 
-    layer_norm(input, normalized_shape, weight?, bias?, eps) -> (y, mean, rstd)
-    rms_norm(input, normalized_shape, weight?, eps) -> (y, rstd)
-    <norm>_backward(dy, input, normalized_shape, weight?, mean?, rstd, eps, dx, dw, db?) -> (dx, dw, db)
+    layer_norm(input, normalized_shape, weight?, bias?, eps, batch_invariant) -> (y, mean, rstd)
+    rms_norm(input, normalized_shape, weight?, eps, batch_invariant) -> (y, rstd)
+    <norm>_backward(dy, input, normalized_shape, weight?, mean?, rstd, eps, dx, dw, db?, batch_invariant) -> (dx, dw, db)
 
 The statistics are for the backward: they have the input's leading dims and the accumulator's dtype, and carry no gradients.
 dx and dw say whether a gradient is wanted, db in which dtype; one that is not is None, as in ATen's own backwards. eps is
@@ -32,11 +32,18 @@ if TYPE_CHECKING:
 
 
 def norm(
-    spec: RowNorm, x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+    spec: RowNorm,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    batch_invariant: bool,
 ) -> Tensor:
     """y, by the registered op."""
     parameters = (weight, bias) if spec.center else (weight,)
-    return getattr(torch.ops.trinorm, spec.name)(x, normalized_shape, *parameters, eps)[0]
+    with reference.keeping_dtype(x.device.type):
+        return getattr(torch.ops.trinorm, spec.name)(x, normalized_shape, *parameters, eps, batch_invariant)[0]
 
 
 class _Op:
@@ -78,17 +85,18 @@ class _Forward(_Op):
         bias, mean = ("Tensor? bias, ", "Tensor, ") if spec.center else ("", "")
         self.name = spec.name
         self.schema = (
-            f"(Tensor input, SymInt[] normalized_shape, Tensor? weight, {bias}float eps) -> (Tensor, {mean}Tensor)"
+            f"(Tensor input, SymInt[] normalized_shape, Tensor? weight, {bias}float eps, bool batch_invariant) "
+            f"-> (Tensor, {mean}Tensor)"
         )
         self._backward = backward
 
     def autocast(self, key: str, x: Tensor, shape: Sequence[int], *rest: Any) -> Results:
         """In fp32 where torch's own op is."""
-        *parameters, eps = rest
+        *parameters, eps, batch_invariant = rest
         if x.dtype != torch.float64 and reference.autocast_to_fp32(self._spec, x.device.type):
             x, *parameters = reference.in_fp32(x, *parameters)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            return self(x, shape, *parameters, eps)
+            return self(x, shape, *parameters, eps, batch_invariant)
 
     def vmap(self, info: Any, dims: Sequence[Any], x: Tensor, *rest: Any) -> tuple[Results, Sequence[int | None]]:
         if any(isinstance(dim, int) for dim in dims[1:]):
@@ -99,51 +107,52 @@ class _Forward(_Op):
         return self.composite(*args) if forward_ad._current_level >= 0 else self.kernel(keyset, *args)
 
     def save(self, ctx: Any, results: Results, *args: Any) -> None:
-        x, shape, weight, *bias, eps = args
+        x, shape, weight, *bias, eps, batch_invariant = args
         ctx.save_for_backward(x, weight, *results[1:])
         ctx.mark_non_differentiable(*results[1:])
-        ctx.shape, ctx.eps = shape, eps
+        ctx.shape, ctx.eps, ctx.batch_invariant = shape, eps, batch_invariant
         ctx.bias_dtype = bias[0].dtype if bias and bias[0] is not None else None
 
     def differentiate(self, ctx: Any, *gradients: Tensor | None) -> Results:
         dy, (x, weight, *mean, rstd) = gradients[0], ctx.saved_tensors
-        _, _, _, dx, _, dw, *db, _ = ctx.needs_input_grad
-        dx, dw, db_ = self._backward(
-            dy, x, ctx.shape, weight, mean[0] if mean else None, rstd, ctx.eps, dx, dw, ctx.bias_dtype if any(db) else None
-        )
-        return dx, None, dw, *(db_ for _ in db), None
+        _, _, _, dx, _, dw, *db, _, _ = ctx.needs_input_grad
+        wanted = dx, dw, ctx.bias_dtype if any(db) else None
+        mean = mean[0] if mean else None
+        dx, dw, db_ = self._backward(dy, x, ctx.shape, weight, mean, rstd, ctx.eps, *wanted, ctx.batch_invariant)
+        return dx, None, dw, *(db_ for _ in db), None, None
 
     def composite(self, *args: Any) -> Results:
-        x, shape, weight, bias, eps = self._problem(*args)
+        x, shape, weight, bias, eps, _ = self._problem(*args)
         y = reference.composite(self._spec, x, shape, weight, bias, eps).contiguous()
         mean, rstd = reference.statistics(self._spec, x, len(shape), eps)
         stats = road.accumulator_dtype(x, weight, bias)
         return self._results(y, mean.to(stats), rstd.to(stats))
 
     def compute(self, *args: Any) -> Results:
-        x, shape, weight, bias, eps = self._problem(*args)
+        x, shape, weight, bias, eps, batch_invariant = self._problem(*args)
         if not road.has_kernels(x) or not x.numel():
             return self.composite(*args)
         from . import rows
 
         dims = len(shape)
         weight, bias = (None if t is None else readable(t, dims) for t in (weight, bias))
-        y, *statistics = rows.forward(self._spec, readable(x, dims), dims, weight, bias, eps, save=True)
+        problem = self._spec, readable(x, dims), dims, weight, bias, eps
+        y, *statistics = rows.forward(*problem, save=True, batch_invariant=batch_invariant)
         return self._results(y, *(None if t is None else t.view(x.shape[:-dims]) for t in statistics))
 
     def fake(self, *args: Any) -> Results:
-        x, shape, weight, bias, _ = self._problem(*args)
+        x, shape, weight, bias, *_ = self._problem(*args)
         stats = road.accumulator_dtype(x, weight, bias)
         mean, rstd = (x.new_empty(x.shape[: -len(shape)], dtype=stats) for _ in range(2))
         return self._results(x.new_empty(x.shape), mean, rstd)
 
     def _problem(
         self, x: Tensor, shape: Sequence[int], weight: Tensor | None, *rest: Any
-    ) -> tuple[Tensor, Sequence[int], Tensor | None, Tensor | None, float]:
-        """(x, shape, weight, bias, eps), which belong together."""
-        bias, eps = rest if self._spec.center else (None, *rest)
+    ) -> tuple[Tensor, Sequence[int], Tensor | None, Tensor | None, float, bool]:
+        """(x, shape, weight, bias, eps, batch_invariant), which belong together."""
+        bias, eps, batch_invariant = rest if self._spec.center else (None, *rest)
         _check(self.name, x, shape, weight, bias)
-        return x, shape, weight, bias, eps
+        return x, shape, weight, bias, eps, batch_invariant
 
     def _results(self, y: Tensor, mean: Tensor | None, rstd: Tensor | None) -> Results:
         return (y, mean, rstd) if self._spec.center else (y, rstd)
@@ -152,7 +161,7 @@ class _Forward(_Op):
 class _Backward(_Op):
     schema = (
         "(Tensor dy, Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? mean, Tensor rstd, float eps, "
-        "bool dx, bool dw, ScalarType? db) -> (Tensor, Tensor, Tensor)"
+        "bool dx, bool dw, ScalarType? db, bool batch_invariant) -> (Tensor, Tensor, Tensor)"
     )
 
     def __init__(self, spec: RowNorm) -> None:
@@ -160,14 +169,14 @@ class _Backward(_Op):
         self.name = f"{spec.name}_backward"
 
     def vmap(self, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Results, Sequence[int | None]]:
-        dy, x, shape, weight, mean, rstd, eps, dx, dw, db = args
+        dy, x, shape, weight, mean, rstd, eps, dx, dw, db, batch_invariant = args
         if isinstance(dims[3], int) or dw or db is not None:
             return _one_by_one(self, info, dims, *args)  # each has a weight, or sums over rows, of its own
         dy, x, mean, rstd = (
             t if t is None else t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
             for t, dim in ((dy, dims[0]), (x, dims[1]), (mean, dims[4]), (rstd, dims[5]))
         )
-        return _batched(self(dy, x, shape, weight, mean, rstd, eps, dx, dw, db))
+        return _batched(self(dy, x, shape, weight, mean, rstd, eps, dx, dw, db, batch_invariant))
 
     def autograd(self, keyset: Any, *args: Any) -> Results:
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _any_requires_grad(*args)):
@@ -175,13 +184,13 @@ class _Backward(_Op):
         return self.kernel(keyset, *args)
 
     def composite(self, *args: Any) -> Results:
-        dy, x, shape, weight, _, _, eps, dx, dw, db = args
+        dy, x, shape, weight, _, _, eps, dx, dw, db, _ = args
         found: Any = reference.composite_gradients(self._spec, x, len(shape), weight, db, eps, dy)
         # With no leading dims db is dy, which an op's result may not be.
         return found.dx.contiguous() if dx else None, found.dw if dw else None, None if db is None else found.db.clone()
 
     def compute(self, *args: Any) -> Results:
-        dy, x, shape, weight, mean, rstd, _, dx, dw, db = args
+        dy, x, shape, weight, mean, rstd, _, dx, dw, db, batch_invariant = args
         _check(self.name, x, shape, weight)
         alike = dy.shape == x.shape and all(t is None or t.shape == x.shape[: -len(shape)] for t in (mean, rstd))
         torch._check(alike, lambda: f"trinorm::{self.name}: dy, mean or rstd is not of the input's shape")
@@ -190,7 +199,7 @@ class _Backward(_Op):
         from . import rows
 
         dims = len(shape)
-        wanted = dict(dx=dx, dw=weight.dtype if dw else None, db=db)
+        wanted = dict(dx=dx, dw=weight.dtype if dw else None, db=db, batch_invariant=batch_invariant)
         weight = None if weight is None else readable(weight, dims)
         mean = None if mean is None else mean.flatten()
         return rows.backward(
@@ -198,7 +207,7 @@ class _Backward(_Op):
         )
 
     def fake(self, *args: Any) -> Results:
-        _, x, shape, weight, _, _, _, dx, dw, db = args
+        _, x, shape, weight, _, _, _, dx, dw, db, _ = args
         return (
             x.new_empty(x.shape) if dx else None,
             weight.new_empty(shape) if dw else None,

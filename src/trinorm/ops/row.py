@@ -13,6 +13,7 @@ from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from .. import reference
 from ..spec import RowNorm
+from ..switches import when_set
 from . import library, road
 from .calls import Bounded, Calls
 from .layout import readable
@@ -29,16 +30,18 @@ def row_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    asked: tuple[Sequence[int], float | None],
+    asked: tuple[Sequence[int], float | None, Hashable],
     save: str,
+    batch_invariant: bool,
 ) -> Tensor:
     """The norm of checked arguments, by the road that serves them. CALLS keeps what the kernels can do again.
 
-    asked: normalized_shape and eps as the caller gave them, by which the next call is recalled. save: as functional's.
+    asked: normalized_shape, eps and manner as the caller gave them, by which the next call is recalled. save,
+    batch_invariant: as functional's.
     """
     if not road.kernels_serve(spec.name, x, weight, bias):
         if road.is_recorded(x, weight, bias):
-            return library.norm(spec, x, normalized_shape, weight, bias, eps)
+            return library.norm(spec, x, normalized_shape, weight, bias, eps, batch_invariant)
         return reference.composite(spec, x, normalized_shape, weight, bias, eps)
     given = x, weight, bias
     autocast = torch._C._is_any_autocast_enabled() and x.dtype != torch.float64
@@ -50,9 +53,9 @@ def row_norm(
     x = readable(x, dims)
     weight, bias = (None if t is None else readable(t, dims) for t in (weight, bias))
     kept = all(now is before for now, before in zip((x, weight, bias), found, strict=True))
-    call = RowCall(spec, dims, x, weight, bias, eps, save, cast=cast, kept=kept)
+    call = RowCall(spec, dims, x, weight, bias, eps, save, batch_invariant, cast=cast, kept=kept)
     if kept:
-        CALLS.keep(spec.name, save, given[0], asked[0], *given[1:], asked[1], call)
+        CALLS.keep(spec.name, asked[2], given[0], asked[0], *given[1:], asked[1], call)
     return call.norm(x, weight, bias)
 
 
@@ -64,6 +67,7 @@ class RowCall:
 
     __slots__ = (
         "_apply",
+        "_batch_invariant",
         "_bias_dtype",
         "_cast",
         "_dims",
@@ -86,11 +90,13 @@ class RowCall:
         bias: Tensor | None,
         eps: float,
         save: str,
+        batch_invariant: bool,
         *,
         cast: bool,
         kept: bool,
     ) -> None:
         self._spec, self._dims, self._eps, self._cast, self._kept = spec, dims, eps, cast, kept
+        self._batch_invariant = batch_invariant
         self._bias_dtype = None if bias is None else bias.dtype
         self._needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
         self._apply = _apply_to_output if save == "output" else _apply
@@ -116,7 +122,8 @@ class RowCall:
         from . import rows
 
         def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Results:
-            return rows.forward(self._spec, x, self._dims, weight, bias, self._eps, save=self._needs_grad)
+            problem = self._spec, x, self._dims, weight, bias, self._eps
+            return rows.forward(*problem, save=self._needs_grad, batch_invariant=self._batch_invariant)
 
         results, again = self._record("forward", forward, *inputs)
         self._replay = again or self._replay
@@ -165,9 +172,10 @@ class RowCall:
             dy: Tensor, kept: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor, bias: Tensor | None
         ) -> Results:
             dw_dtype = weight.dtype if dw and weight is not None else None
-            wanted = dict(dx=dx, dw=dw_dtype, db=self._bias_dtype if db else None)
+            wanted: dict[str, Any] = dict(dx=dx, dw=dw_dtype, db=self._bias_dtype if db else None)
             problem = self._spec, dy, kept, self._dims, weight, mean, rstd
-            return rows.backward(*problem, **wanted, from_output=from_output, bias=bias)
+            wanted.update(from_output=from_output, bias=bias, batch_invariant=self._batch_invariant)
+            return rows.backward(*problem, **wanted)
 
         results, again = self._record(key, backward, *inputs)
         if again is not None:
@@ -261,3 +269,4 @@ _apply_to_output = super(torch.autograd.Function, _RowNormToOutput).apply
 
 # Row counts times the shapes of a model. One takes about 4 KB.
 CALLS: Calls[RowCall] = Calls(2048)
+when_set(CALLS.clear)

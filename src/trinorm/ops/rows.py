@@ -39,7 +39,15 @@ class Normalized(NamedTuple):
 
 
 def forward(
-    spec: RowNorm, x: Tensor, dims: int, weight: Tensor | None, bias: Tensor | None, eps: float, *, save: bool
+    spec: RowNorm,
+    x: Tensor,
+    dims: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    save: bool,
+    batch_invariant: bool = False,
 ) -> Normalized:
     """Normalize the last ``dims`` dims of x, which is readable (layout.readable); y is contiguous."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -51,7 +59,7 @@ def forward(
     if m == 0:
         return Normalized(y, mean, rstd)
 
-    plan = choose_forward(spec, m, n, _widest(x, stats), describe(x.device))
+    plan = choose_forward(spec, None if batch_invariant else m, n, _widest(x, stats), describe(x.device))
     odd_sizes, strides = rows_of(x, dims, n)
     options = dict(
         N=n,
@@ -89,6 +97,7 @@ def backward(
     db: torch.dtype | None,
     from_output: bool = False,
     bias: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dw, db) for a readable dy and what the forward kept, readable too: dx where asked for, dw and db in the dtype
     asked for.
@@ -107,7 +116,7 @@ def backward(
         return dx_out, dw_out, db_out
 
     size = describe(device)
-    plan = choose_backward(spec, m, n, _widest(kept, rstd.dtype), size)
+    plan = choose_backward(spec, None if batch_invariant else m, n, _widest(kept, rstd.dtype), size)
     operands = dy, kept, weight, bias if from_output else None, None if from_output else mean, rstd
     layout = (*rows_of(kept, dims, n), *rows_of(dy, dims, n))
     options = dict(N=n, ACC=_ACCUMULATOR[rstd.dtype])

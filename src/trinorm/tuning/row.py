@@ -70,11 +70,11 @@ _FORWARD_WIDE = (RowForwardWide(Tile(1, 4096, 16)), RowForwardWide(Tile(1, 8192,
 
 
 def choose_forward(
-    spec: RowNorm, m: int, n: int, itemsize: int, device: Device
+    spec: RowNorm, m: int | None, n: int, itemsize: int, device: Device
 ) -> RowForward | RowForwardSplit | RowForwardWide:
-    """The forward's launch for m rows of n elements of ``itemsize`` bytes."""
-    scarce = m < _SCARCE_ROWS * device.multiprocessors
-    return _choose_forward(spec, n, itemsize, device, scarce, _is_large(2 * m * n * itemsize, device))
+    """The forward's launch for m rows of n elements of ``itemsize`` bytes; for m None, one for any number of rows."""
+    scarce = m is not None and m < _SCARCE_ROWS * device.multiprocessors
+    return _choose_forward(spec, n, itemsize, device, scarce, m is None or _is_large(2 * m * n * itemsize, device))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -151,11 +151,11 @@ _TOTAL = (Tile(128, 32, 4), Tile(256, 32, 8), Tile(512, 32, 16))
 
 
 def choose_backward(
-    spec: RowNorm, m: int, n: int, itemsize: int, device: Device
+    spec: RowNorm, m: int | None, n: int, itemsize: int, device: Device
 ) -> RowBackward | RowBackwardFew | RowBackwardSplit | RowBackwardWide:
-    """The backward's launch for m rows of n elements of ``itemsize`` bytes."""
-    few = next((rows for rows in _FEW_ROWS if m <= rows), None)
-    return _choose_backward(spec, n, itemsize, device, few, _is_large(3 * m * n * itemsize, device))
+    """The backward's launch for m rows of n elements of ``itemsize`` bytes; for m None, one for any number of rows."""
+    few = next((rows for rows in _FEW_ROWS if m is not None and m <= rows), None)
+    return _choose_backward(spec, n, itemsize, device, few, m is None or _is_large(3 * m * n * itemsize, device))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,0 +1,58 @@
+"""Switches for the whole process, as attributes of ``trinorm.options``.
+
+    trinorm.options.batch_invariant = True
+
+    with trinorm.options(autocast_keeps_dtype=True):
+        ...
+
+A ``with`` sets them for its block, in every thread. What is compiled or exported keeps those that it was traced with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+
+class Options:
+    """The switches and their defaults; each is a bool.
+
+    batch_invariant: what a call without an argument of that name does (:func:`trinorm.functional.layer_norm`).
+    autocast_keeps_dtype: under autocast a norm returns its input's dtype, as it does elsewhere. False: it returns what
+        torch's own norm does, which for some norms on some devices is fp32 (``F.layer_norm`` on CUDA): twice the bytes,
+        which the next matrix product casts back. Statistics and sums are in fp32 in both.
+    """
+
+    batch_invariant: bool = False
+    autocast_keeps_dtype: bool = False
+
+    def __setattr__(self, name: str, value: bool) -> None:
+        if name not in _NAMES:
+            raise AttributeError(f"trinorm.options has no {name!r}; it has {', '.join(_NAMES)}")
+        if not isinstance(value, bool):
+            raise TypeError(f"trinorm.options.{name} must be True or False, not {value!r}")
+        super().__setattr__(name, value)
+        for hear in _LISTENERS:
+            hear()
+
+    @contextlib.contextmanager
+    def __call__(self, **switches: bool) -> Iterator[None]:
+        before = {name: getattr(self, name) for name in switches if name in _NAMES}
+        try:
+            for name, value in switches.items():
+                setattr(self, name, value)
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
+
+
+def when_set(hear: Callable[[], None]) -> None:
+    """Call ``hear`` whenever a switch was set: what was found with the old one no longer holds."""
+    _LISTENERS.append(hear)
+
+
+_NAMES = tuple(Options.__annotations__)
+_LISTENERS: list[Callable[[], None]] = []
+
+options = Options()
