@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from .. import reference
 from ..spec import LAYER_NORM, RMS_NORM, RowNorm
 from . import road
-from .layout import readable
+from .row import CALLS, RowCall, prepared
 
 if TYPE_CHECKING:
     from ..replay import Results
@@ -122,39 +122,41 @@ class _Forward(_Op):
         return dx, None, dw, *(db_ for _ in db), None, None
 
     def composite(self, *args: Any) -> Results:
-        x, shape, weight, bias, eps, _ = self._problem(*args)
+        x, shape, weight, bias, eps, _ = self._named(*args)
         y = reference.composite(self._spec, x, shape, weight, bias, eps).contiguous()
         mean, rstd = reference.statistics(self._spec, x, len(shape), eps)
         stats = road.accumulator_dtype(x, weight, bias)
         return self._results(y, mean.to(stats), rstd.to(stats))
 
     def compute(self, *args: Any) -> Results:
-        x, shape, weight, bias, eps, batch_invariant = self._problem(*args)
-        if not road.has_kernels(x) or not x.numel():
-            return self.composite(*args)
-        from . import rows
-
-        dims = len(shape)
-        weight, bias = (None if t is None else readable(t, dims) for t in (weight, bias))
-        problem = self._spec, readable(x, dims), dims, weight, bias, eps
-        y, *statistics = rows.forward(*problem, save=True, batch_invariant=batch_invariant)
-        return self._results(y, *(None if t is None else t.view(x.shape[:-dims]) for t in statistics))
+        x, shape, weight, bias, eps, batch_invariant = self._named(*args)
+        inputs, manner = (x, weight, bias), ("registered", batch_invariant)
+        call = CALLS.recall(self.name, manner, x, shape, weight, bias, eps)
+        if call is None:
+            _check(self.name, x, shape, weight, bias)
+            if not road.has_kernels(x) or not x.numel():
+                return self.composite(*args)
+            how: dict[str, Any] = dict(batch_invariant=batch_invariant, differentiated=True)
+            call, inputs = prepared(self._spec, len(shape), inputs, eps, (shape, eps, manner), **how)
+        y, *statistics = call.results(*inputs)
+        leading = x.shape[: -len(shape)]
+        return self._results(y, *(None if t is None else t.view(leading) for t in statistics))
 
     def fake(self, *args: Any) -> Results:
-        x, shape, weight, bias, *_ = self._problem(*args)
+        x, shape, weight, bias, *_ = self._named(*args)
+        _check(self.name, x, shape, weight, bias)
         stats = road.accumulator_dtype(x, weight, bias)
         mean, rstd = (x.new_empty(x.shape[: -len(shape)], dtype=stats) for _ in range(2))
         return self._results(x.new_empty(x.shape), mean, rstd)
 
-    def _problem(
+    def _named(
         self, x: Tensor, shape: Sequence[int], weight: Tensor | None, *rest: Any
     ) -> tuple[Tensor, Sequence[int], Tensor | None, Tensor | None, float, bool]:
-        """(x, shape, weight, bias, eps, batch_invariant), which belong together."""
+        """The arguments as (x, shape, weight, bias, eps, batch_invariant)."""
         bias, eps, batch_invariant = rest if self._spec.center else (None, *rest)
-        _check(self.name, x, shape, weight, bias)
         return x, shape, weight, bias, eps, batch_invariant
 
-    def _results(self, y: Tensor, mean: Tensor | None, rstd: Tensor | None) -> Results:
+    def _results(self, y: Tensor | None, mean: Tensor | None, rstd: Tensor | None) -> Results:
         return (y, mean, rstd) if self._spec.center else (y, rstd)
 
 
@@ -190,21 +192,22 @@ class _Backward(_Op):
         return found.dx.contiguous() if dx else None, found.dw if dw else None, None if db is None else found.db.clone()
 
     def compute(self, *args: Any) -> Results:
-        dy, x, shape, weight, mean, rstd, _, dx, dw, db, batch_invariant = args
-        _check(self.name, x, shape, weight)
+        dy, x, shape, weight, mean, rstd, eps, dx, dw, db, batch_invariant = args
         alike = dy.shape == x.shape and all(t is None or t.shape == x.shape[: -len(shape)] for t in (mean, rstd))
         torch._check(alike, lambda: f"trinorm::{self.name}: dy, mean or rstd is not of the input's shape")
-        if not road.has_kernels(x) or not x.numel():
-            return self.composite(*args)
-        from . import rows
-
-        dims = len(shape)
-        wanted = dict(dx=dx, dw=weight.dtype if dw else None, db=db, batch_invariant=batch_invariant)
-        weight = None if weight is None else readable(weight, dims)
+        manner = "registered", batch_invariant, db, rstd.dtype
+        call = CALLS.recall(self.name, manner, x, shape, weight, None, eps)
+        if call is None:
+            _check(self.name, x, shape, weight)
+            if not road.has_kernels(x) or not x.numel():
+                return self.composite(*args)
+            dtypes = x.dtype, x.dtype if weight is None else weight.dtype, rstd.dtype
+            how = dict(cast=False, kept=True, differentiated=True)
+            call = RowCall(self._spec, len(shape), dtypes, db, eps, "input", batch_invariant, **how)
+            CALLS.keep(self.name, manner, x, shape, weight, None, eps, call)
         mean = None if mean is None else mean.flatten()
-        return rows.backward(
-            self._spec, readable(dy, dims), readable(x, dims), dims, weight, mean, rstd.flatten(), **wanted
-        )
+        with torch.no_grad():
+            return call.backward((dx, dw, db is not None), dy, x, weight, mean, rstd.flatten())
 
     def fake(self, *args: Any) -> Results:
         _, x, shape, weight, _, _, _, dx, dw, db, _ = args

@@ -14,7 +14,7 @@ from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from .. import reference
 from ..spec import RowNorm
 from ..switches import when_set
-from . import library, road
+from . import road
 from .calls import Bounded, Calls
 from .layout import readable
 from .undo import undoable
@@ -23,46 +23,51 @@ if TYPE_CHECKING:
     from ..replay import Function, Results
 
 
-def row_norm(
+def prepared(
     spec: RowNorm,
-    x: Tensor,
-    normalized_shape: tuple[int, ...],
-    weight: Tensor | None,
-    bias: Tensor | None,
+    dims: int,
+    given: tuple[Tensor, Tensor | None, Tensor | None],
     eps: float,
     asked: tuple[Sequence[int], float | None, Hashable],
-    save: str,
+    *,
+    save: str = "input",
     batch_invariant: bool,
-) -> Tensor:
-    """The norm of checked arguments, by the road that serves them. CALLS keeps what the kernels can do again.
+    cast: bool = False,
+    differentiated: bool,
+) -> tuple[RowCall, tuple[Tensor, Tensor | None, Tensor | None]]:
+    """The call of ``given`` (x, weight, bias) that the kernels serve, and these as they read them. CALLS keeps the call.
 
-    asked: normalized_shape, eps and manner as the caller gave them, by which the next call is recalled. save,
-    batch_invariant: as functional's.
+    asked: normalized_shape, eps and manner as the caller gave them, by which the next call is recalled.
+    differentiated: a backward will ask for statistics.
     """
-    if not road.kernels_serve(spec.name, x, weight, bias):
-        if road.is_recorded(x, weight, bias):
-            return library.norm(spec, x, normalized_shape, weight, bias, eps, batch_invariant)
-        return reference.composite(spec, x, normalized_shape, weight, bias, eps)
-    given = x, weight, bias
-    autocast = torch._C._is_any_autocast_enabled() and x.dtype != torch.float64
-    cast = autocast and reference.autocast_to_fp32(spec, x.device.type)
-    if cast:
-        x, weight, bias = reference.in_fp32(x, weight, bias)
-    dims = len(normalized_shape)
-    found = x, weight, bias
+    x, weight, bias = found = reference.in_fp32(*given) if cast else given
     x = readable(x, dims)
     weight, bias = (None if t is None else readable(t, dims) for t in (weight, bias))
     kept = all(now is before for now, before in zip((x, weight, bias), found, strict=True))
-    call = RowCall(spec, dims, x, weight, bias, eps, save, batch_invariant, cast=cast, kept=kept)
+    stats = road.accumulator_dtype(x, weight, bias)
+    call = RowCall(
+        spec,
+        dims,
+        (x.dtype, x.dtype if weight is None else weight.dtype, stats),
+        None if bias is None else bias.dtype,
+        eps,
+        save,
+        batch_invariant,
+        cast=cast,
+        kept=kept,
+        differentiated=differentiated,
+    )
     if kept:
         CALLS.keep(spec.name, asked[2], given[0], asked[0], *given[1:], asked[1], call)
-    return call.norm(x, weight, bias)
+    return call, (x, weight, bias)
 
 
 class RowCall:
     """The norm, and its gradients, of arguments that differ from those of one call in their values alone.
 
-    cast: autocast has them taken to fp32 first. kept: others will come that are like these, so launches are recorded.
+    saved: the dtypes of x, weight and statistics, in which what is saved for the backward has to come back. bias_dtype:
+    db's. cast: autocast has the arguments taken to fp32 first. kept: others will come that are like these, so launches
+    are recorded. differentiated: a backward will ask for statistics.
     """
 
     __slots__ = (
@@ -70,12 +75,12 @@ class RowCall:
         "_batch_invariant",
         "_bias_dtype",
         "_cast",
+        "_differentiated",
         "_dims",
         "_eps",
         "_gradients",
         "_kept",
         "_met",
-        "_needs_grad",
         "_replay",
         "_saved",
         "_spec",
@@ -85,23 +90,20 @@ class RowCall:
         self,
         spec: RowNorm,
         dims: int,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        saved: tuple[torch.dtype, torch.dtype, torch.dtype],
+        bias_dtype: torch.dtype | None,
         eps: float,
         save: str,
         batch_invariant: bool,
         *,
         cast: bool,
         kept: bool,
+        differentiated: bool,
     ) -> None:
         self._spec, self._dims, self._eps, self._cast, self._kept = spec, dims, eps, cast, kept
         self._batch_invariant = batch_invariant
-        self._bias_dtype = None if bias is None else bias.dtype
-        self._needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        self._bias_dtype, self._saved, self._differentiated = bias_dtype, saved, differentiated
         self._apply = _apply_to_output if save == "output" else _apply
-        # What is saved for the backward, as it has to come back: x, weight, statistics.
-        self._saved = x.dtype, x.dtype if weight is None else weight.dtype, road.accumulator_dtype(x, weight, bias)
         self._replay: Function | None = None
         self._gradients: Bounded[Function] = Bounded(8)
         self._met: Bounded[int] = Bounded(16)
@@ -113,17 +115,20 @@ class RowCall:
 
     def norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """y of arguments that are cast already."""
-        if self._needs_grad:
+        if self._differentiated:
             return self._apply(x, weight, bias, self)
-        return (self._replay or self.forward)(x, weight, bias)[0]  # type: ignore[return-value]
+        return (self._replay or self._forward)(x, weight, bias)[0]  # type: ignore[return-value]
 
-    def forward(self, *inputs: Tensor | None) -> Results:
+    def results(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Results:
         """(y, mean, rstd), the statistics where a backward will ask for them."""
+        return (self._replay or self._forward)(x, weight, bias)
+
+    def _forward(self, *inputs: Tensor | None) -> Results:
         from . import rows
 
         def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Results:
             problem = self._spec, x, self._dims, weight, bias, self._eps
-            return rows.forward(*problem, save=self._needs_grad, batch_invariant=self._batch_invariant)
+            return rows.forward(*problem, save=self._differentiated, batch_invariant=self._batch_invariant)
 
         results, again = self._record("forward", forward, *inputs)
         self._replay = again or self._replay
@@ -223,7 +228,7 @@ def _are_plain(dy: Tensor, *saved: Tensor | None) -> bool:
 class _RowNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: RowCall) -> Tensor | None:
-        y, mean, rstd = (call._replay or call.forward)(x, weight, bias)
+        y, mean, rstd = (call._replay or call._forward)(x, weight, bias)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.call = call
         return y
@@ -238,7 +243,7 @@ class _RowNormToOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: RowCall) -> Tensor | None:
-        y, mean, rstd = (call._replay or call.forward)(x, weight, bias)
+        y, mean, rstd = (call._replay or call._forward)(x, weight, bias)
         ctx.call, ctx.from_output = call, undoable(weight, bias, x.shape[-call._dims :].numel(), x.dtype)
         if ctx.from_output:
             ctx.save_for_backward(y, weight, None, rstd, bias)
