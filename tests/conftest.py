@@ -45,6 +45,17 @@ def _nothing_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The kernels that a test has launched, one by one."""
+    from trinorm.ops import rows
+
+    kernels: list[object] = []
+    actual = rows.launch
+    monkeypatch.setattr(rows, "launch", lambda kernel, *args: (kernels.append(kernel), actual(kernel, *args))[1])
+    return kernels
+
+
+@pytest.fixture
 def force() -> Iterator[Callable[[object, object], None]]:
     """Makes every call of the test take these launches, whatever its size."""
     from trinorm.forced import forced

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from paths import SPECS
 from trinorm import functional, nn, reference
-from trinorm.ops import road, rows
+from trinorm.ops import road
 from trinorm.spec import RowNorm
 
 # torch compiles scripts of its own the first time that forward mode or Inductor is used.
@@ -47,15 +47,6 @@ def _nothing_compiled_before() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The kernels that were launched, from the point of a test where it asks."""
-    kernels: list[Any] = []
-    actual = rows.launch
-    monkeypatch.setattr(rows, "launch", lambda kernel, *args: (kernels.append(kernel), actual(kernel, *args))[1])
-    return kernels
 
 
 def parameters(spec: RowNorm, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:

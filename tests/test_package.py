@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 
 import trinorm
 
@@ -39,6 +40,26 @@ def test_import_leaves_triton_for_the_first_call() -> None:
     added = run("import sys, torch; before = set(sys.modules); import trinorm; print(*(set(sys.modules) - before))").split()
     assert "trinorm.functional" in added
     assert [name for name in added if name.partition(".")[0] in ("triton", "numpy", "rich", "matplotlib")] == []
+
+
+def test_import_is_fork_safe() -> None:
+    """A child that is forked after it, as a data loader's, is the first to ask for a GPU, and gets it."""
+    assert run(FORKED, **({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})) == "done"
+
+
+FORKED = """
+import os, sys, torch
+import trinorm
+
+child = os.fork()
+if not child:
+    x = torch.randn(4, 8, device="cuda" if torch.cuda.is_available() else "cpu", requires_grad=True)
+    trinorm.functional.rms_norm(x, (8,)).sum().backward()
+    print("done", flush=True)
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
 
 
 def test_works_without_triton() -> None:

@@ -25,7 +25,7 @@ PLAIN_OR_NONE = PLAIN | {type(None)}
 
 def has_kernels(x: Tensor) -> bool:
     """Whether there are kernels for where x is."""
-    return HAS_TRITON and (x.is_cuda or INTERPRETED)
+    return HAS_TRITON and _is_launched_on(x)
 
 
 def is_recorded(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -43,7 +43,7 @@ def kernels_serve(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None
 
     The composite serves CPU tensors, tensor subclasses, and whatever looks inside an op (``observer``).
     """
-    if not x.is_cuda and not INTERPRETED:
+    if not _is_launched_on(x):
         return False
     reason = observer()
     if reason is None and not HAS_TRITON:
@@ -55,6 +55,11 @@ def kernels_serve(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None
     if x.is_cuda and reason != _TRACER:
         _warn_once(op, reason)
     return False
+
+
+def _is_launched_on(x: Tensor) -> bool:
+    """Whether x is where Triton launches: a GPU, and a CPU for its interpreter. A meta tensor is neither's."""
+    return x.is_cuda or (INTERPRETED and x.is_cpu)
 
 
 def accumulator_dtype(*tensors: Tensor | None) -> torch.dtype:
