@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from trinorm import functional, reference
 from trinorm.compare import assert_no_worse
@@ -276,6 +277,28 @@ def test_tracers_see_one_call(op: str) -> None:
     assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [getattr(functional, op)]
     x = torch.randn(2, 8)
     torch.testing.assert_close(graph(x), getattr(F, op)(x, (8,)))
+
+
+def test_a_function_mode_sees_one_call(op: str, device: torch.device) -> None:
+    """Also of a call seen before: nothing is asked of a tensor where the mode sees it, as set_default_device's would."""
+    seen: list[object] = []
+
+    class See(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: object = None
+        ) -> object:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    norm = getattr(functional, op)
+    x = torch.randn(2, 8, device=device)
+    expected = norm(x, (8,))
+    for _ in range(2):
+        seen.clear()
+        with See():
+            y = norm(x, (8,))
+        assert seen == [norm]
+        assert torch.equal(y, expected)
 
 
 def test_eps_as_a_tensor_is_a_number(op: str, device: torch.device) -> None:

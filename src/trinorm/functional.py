@@ -68,12 +68,13 @@ def layer_norm(
 
     Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
     """
+    # First, as what follows asks a tensor for more than a TorchFunctionMode, set_default_device's own too, should see.
+    if has_torch_function_unary(input):
+        given: dict[str, Any] = dict(weight=weight, bias=bias, eps=eps, save=save, batch_invariant=batch_invariant)
+        return handle_torch_function(layer_norm, (input,), input, normalized_shape, **given)
     manner = save if batch_invariant is None else (save, batch_invariant)
     if (call := CALLS.recall("layer_norm", manner, input, normalized_shape, weight, bias, eps)) is not None:
         return call(input, weight, bias)
-    if type(input) is not Tensor and has_torch_function_unary(input):
-        given: dict[str, Any] = dict(weight=weight, bias=bias, eps=eps, save=save, batch_invariant=batch_invariant)
-        return handle_torch_function(layer_norm, (input,), input, normalized_shape, **given)
     asked = normalized_shape, eps, manner
     shape, eps, invariant = _check("layer_norm", input, normalized_shape, weight, bias, eps, save, batch_invariant)
     return row_norm(LAYER_NORM, input, shape, weight, bias, eps, asked, save, invariant)
@@ -111,12 +112,12 @@ def rms_norm(
 
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
+    if has_torch_function_unary(input):
+        given: dict[str, Any] = dict(weight=weight, eps=eps, save=save, batch_invariant=batch_invariant)
+        return handle_torch_function(rms_norm, (input,), input, normalized_shape, **given)
     manner = save if batch_invariant is None else (save, batch_invariant)
     if (call := CALLS.recall("rms_norm", manner, input, normalized_shape, weight, None, eps)) is not None:
         return call(input, weight, None)
-    if type(input) is not Tensor and has_torch_function_unary(input):
-        given: dict[str, Any] = dict(weight=weight, eps=eps, save=save, batch_invariant=batch_invariant)
-        return handle_torch_function(rms_norm, (input,), input, normalized_shape, **given)
     asked = normalized_shape, eps, manner
     if eps is None:
         # torch's documentation says finfo(x.dtype).eps; its code, CPU and CUDA, uses the dtype it computes in (2.11, 2.13).
