@@ -235,6 +235,8 @@ def _composite(
         weight = None if weight is None else weight.to(wide)
         bias = None if bias is None else bias.to(wide)
     if spec.center:
+        # A weight of ones changes no bit. Without one torch drops bias's second derivatives, silently (2.11, 2.13).
+        weight = torch.ones_like(bias) if weight is None and bias is not None else weight
         y = F.layer_norm(x, shape, weight, bias, eps)
     else:
         y = F.rms_norm(x, shape, weight, eps)
