@@ -176,6 +176,7 @@ def test_function(spec: RowNorm, dtype: torch.dtype, requires_grad: bool, by: Ro
     assert bool(launched) == by.launches
 
 
+@pytest.mark.filterwarnings("ignore:trinorm:UserWarning")
 def test_derivatives(spec: RowNorm, by: Road, launched: list[Any]) -> None:
     for problem in problems(spec, by.device, torch.float64, requires_grad=True):
         usable = with_usable_eps(spec, problem)
