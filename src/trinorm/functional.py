@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from .ops import CALLS, row_norm
+from .ops import CALLS, jagged, row_norm
 from .ops.road import KERNEL_DTYPES
 from .spec import LAYER_NORM, RMS_NORM
 from .switches import options
@@ -38,7 +38,8 @@ def layer_norm(
     with the biased variance. The signature, defaults and meaning are :func:`torch.nn.functional.layer_norm`'s.
 
     Args:
-        input: ``(*, *normalized_shape)``; float16, bfloat16, float32 or float64, any strides.
+        input: ``(*, *normalized_shape)``; float16, bfloat16, float32 or float64, any strides. Of a jagged tensor the ragged
+            dim is one of ``*``, and the result is as jagged.
         normalized_shape: the sizes of the dims that share statistics.
         weight: ``normalized_shape``, any of the dtypes above, not necessarily the input's; None is 1.
         bias: as weight; None is 0.
@@ -49,8 +50,7 @@ def layer_norm(
             than that of b, x is kept all the same; a warning says so, once. To look at w and b the host waits for the
             device at each call; under CUDA-graph capture nobody can, and x is kept. An op that changes y in place, or a
             bias changed before the backward, makes the backward raise, as torch does; so do second derivatives, which need
-            x. Under torch.compile, and where trinorm's kernels do not run, "output" changes
-            nothing.
+            x. Under torch.compile, and where trinorm's kernels do not run, "output" changes nothing.
         batch_invariant: True promises that the bits of a row's result, and of its gradient, do not depend on how many rows
             are beside it, among tensors of aligned storage: the launch is then that of many rows, which for few is slower.
             (Sums over rows, the gradients of weight and bias, depend on all of them.) None: as ``trinorm.options`` says.
@@ -71,7 +71,7 @@ def layer_norm(
     # First, as what follows asks a tensor for more than a TorchFunctionMode, set_default_device's own too, should see.
     if has_torch_function_unary(input):
         given: dict[str, Any] = dict(weight=weight, bias=bias, eps=eps, save=save, batch_invariant=batch_invariant)
-        return handle_torch_function(layer_norm, (input,), input, normalized_shape, **given)
+        return _of_subclass(layer_norm, input, normalized_shape, **given)
     manner = save if batch_invariant is None else (save, batch_invariant)
     if (call := CALLS.recall("layer_norm", manner, input, normalized_shape, weight, bias, eps)) is not None:
         return call(input, weight, bias)
@@ -97,7 +97,7 @@ def rms_norm(
     The signature, defaults and meaning are :func:`torch.nn.functional.rms_norm`'s.
 
     Args:
-        input: ``(*, *normalized_shape)``; float16, bfloat16, float32 or float64, any strides.
+        input: as :func:`layer_norm`.
         normalized_shape: the sizes of the dims that share statistics.
         weight: ``normalized_shape``, any of the dtypes above, not necessarily the input's; None is 1.
         eps: added to the mean square, so in the input's units squared; >= 0. None is the epsilon of the dtype that the
@@ -114,7 +114,7 @@ def rms_norm(
     """
     if has_torch_function_unary(input):
         given: dict[str, Any] = dict(weight=weight, eps=eps, save=save, batch_invariant=batch_invariant)
-        return handle_torch_function(rms_norm, (input,), input, normalized_shape, **given)
+        return _of_subclass(rms_norm, input, normalized_shape, **given)
     manner = save if batch_invariant is None else (save, batch_invariant)
     if (call := CALLS.recall("rms_norm", manner, input, normalized_shape, weight, None, eps)) is not None:
         return call(input, weight, None)
@@ -125,6 +125,13 @@ def rms_norm(
         eps = 2.220446049250313e-16 if double else 1.1920928955078125e-07
     shape, eps, invariant = _check("rms_norm", input, normalized_shape, weight, None, eps, save, batch_invariant)
     return row_norm(RMS_NORM, input, shape, weight, None, eps, asked, save, invariant)
+
+
+def _of_subclass(norm: Callable[..., Tensor], x: Tensor, normalized_shape: Sequence[int], **rest: Any) -> Tensor:
+    """What a jagged tensor's values, or another subclass's __torch_function__, make of ``norm``."""
+    if jagged.is_jagged(x):
+        return jagged.of_values(norm, x, normalized_shape, **rest)
+    return handle_torch_function(norm, (x,), x, normalized_shape, **rest)
 
 
 def _check(
@@ -142,6 +149,8 @@ def _check(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}(): input must be a Tensor, not {type(x).__name__}")
+    if x.is_nested:
+        raise RuntimeError(f"{op}(): input is a nested tensor of layout {x.layout}; of these only torch.jagged is taken")
     try:
         shape = torch.Size(normalized_shape)
     except TypeError:

@@ -58,12 +58,16 @@ class Calls(Generic[T]):
             return None
         if type(x) not in road.PLAIN or type(eps) not in _NUMBERS:
             return None
-        entries = self._seen.get((op, manner, x.shape, eps, weight is None, bias is None, _grad_is_on()))
+        try:
+            shape = x.shape
+        except RuntimeError:  # a nested tensor of strided layout has none
+            return None
+        entries = self._seen.get((op, manner, shape, eps, weight is None, bias is None, _grad_is_on()))
         if entries is None:
             return None
         tensors = _present(x, weight, bias)
-        for alike, shape, call in entries:
-            if alike(*tensors) and (shape is normalized_shape or shape == _size(normalized_shape)):
+        for alike, normalized, call in entries:
+            if alike(*tensors) and (normalized is normalized_shape or normalized == _size(normalized_shape)):
                 return call
         return None
 
