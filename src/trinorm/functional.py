@@ -50,7 +50,7 @@ def layer_norm(
             than that of b, x is kept all the same; a warning says so, once. To look at w and b the host waits for the
             device at each call; under CUDA-graph capture nobody can, and x is kept. An op that changes y in place, or a
             bias changed before the backward, makes the backward raise, as torch does; so do second derivatives, which need
-            x. Under torch.compile, and where trinorm's kernels do not run, "output" changes nothing.
+            x. Under torch.compile, for DTensors, and where trinorm's kernels do not run, "output" changes nothing.
         batch_invariant: True promises that the bits of a row's result, and of its gradient, do not depend on how many rows
             are beside it, among tensors of aligned storage: the launch is then that of many rows, which for few is slower.
             (Sums over rows, the gradients of weight and bias, depend on all of them.) None: as ``trinorm.options`` says.

@@ -41,6 +41,7 @@ def norm(
     batch_invariant: bool,
 ) -> Tensor:
     """y, by the registered op."""
+    _know_distributed(x, weight, bias)
     parameters = (weight, bias) if spec.center else (weight,)
     with reference.keeping_dtype(x.device.type):
         return getattr(torch.ops.trinorm, spec.name)(x, normalized_shape, *parameters, eps, batch_invariant)[0]
@@ -63,6 +64,7 @@ class _Op:
 
     def kernel(self, keyset: Any, *args: Any) -> Results:
         """The call as a node of autograd's."""
+        _know_distributed(*args)
         # Each transform of torch.func calls this for its own level, and asks for no more than that one.
         with enable_single_level_autograd_function():
             return _apply(self, torch.is_grad_enabled(), keyset, *args)
@@ -242,6 +244,12 @@ class _Kernel(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Kernel).apply
 
 
+def _know_distributed(*args: Any) -> None:
+    """Have the rules for DTensors registered where one of these is distributed: earlier, it would take DTensor's import."""
+    if road.are_distributed(*args):
+        from . import sharding  # noqa: F401
+
+
 def _any_requires_grad(*args: Any) -> bool:
     return any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
@@ -274,13 +282,17 @@ def _one_by_one(op: _Op, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Re
     return _batched(tuple(None if of[0] is None else torch.stack(of) for of in zip(*each, strict=True)))
 
 
+# For what registers rules of its own for them.
+OPS: list[_Forward | _Backward] = []
+
 _LIBRARY = torch.library.Library("trinorm", "DEF")
 
 
 def _register(spec: RowNorm) -> None:
     backward = _Backward(spec)
     forward = _Forward(spec, backward)
-    ops: tuple[_Forward | _Backward, ...] = forward, backward
+    ops = forward, backward
+    OPS.extend(ops)
     for op in ops:
         # Any strides do, so that Inductor need not keep those that it traced: compute reads them as they are, or copies.
         _LIBRARY.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))

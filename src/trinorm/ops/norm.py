@@ -25,9 +25,9 @@ def row_norm(
     batch_invariant: bool,
 ) -> Tensor:
     """The norm of checked arguments. asked: as row.prepared's. save, batch_invariant: as functional's."""
+    if road.takes_op(x, weight, bias):
+        return library.norm(spec, x, normalized_shape, weight, bias, eps, batch_invariant)
     if not road.kernels_serve(spec.name, x, weight, bias):
-        if road.is_recorded(x, weight, bias):
-            return library.norm(spec, x, normalized_shape, weight, bias, eps, batch_invariant)
         return reference.composite(spec, x, normalized_shape, weight, bias, eps)
     autocast = torch._C._is_any_autocast_enabled() and x.dtype != torch.float64
     call, inputs = prepared(

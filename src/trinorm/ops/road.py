@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 import warnings
 
 import torch
@@ -22,26 +23,40 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 PLAIN = frozenset((Tensor, Parameter))
 PLAIN_OR_NONE = PLAIN | {type(None)}
 
+# By the modules they come with: none is there before an import that takes a second, which is left to others.
+_DISTRIBUTED = (
+    ("torch.distributed.tensor", "DTensor"),
+    ("torch.distributed._functional_collectives", "AsyncCollectiveTensor"),
+)
+
 
 def has_kernels(x: Tensor) -> bool:
     """Whether there are kernels for where x is."""
     return HAS_TRITON and _is_launched_on(x)
 
 
-def is_recorded(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether torch.compile or torch.export records this call as the registered op: where the kernels will serve it.
+def are_distributed(*args: object) -> bool:
+    """Whether one of these is a wrapper of torch.distributed's, which takes registered ops to the tensor that it holds."""
+    classes = tuple(getattr(sys.modules[module], name) for module, name in _DISTRIBUTED if module in sys.modules)
+    return any(isinstance(t, classes) for t in args)
 
-    Elsewhere they record the composite, which Inductor fuses with what is around it on a CPU.
+
+def takes_op(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether this call is the registered op's: one of distributed tensors, or one that torch.compile or torch.export
+    records; where the kernels will serve it.
+
+    Elsewhere the composite is recorded, which Inductor fuses with what is around it on a CPU.
     """
-    if not torch.compiler.is_compiling() or not has_kernels(x):
+    if not has_kernels(x):
         return False
-    return not any(t is not None and is_traceable_wrapper_subclass(t) for t in (x, weight, bias))
+    wrappers = [t for t in (x, weight, bias) if type(t) not in PLAIN_OR_NONE and is_traceable_wrapper_subclass(t)]
+    return are_distributed(*wrappers) if wrappers else torch.compiler.is_compiling()
 
 
 def kernels_serve(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether the kernels compute this call; a GPU call that they do not serve says why, once.
 
-    The composite serves CPU tensors, tensor subclasses, and whatever looks inside an op (``observer``).
+    The composite serves CPU tensors, other tensor subclasses, and whatever looks inside an op (``observer``).
     """
     if not _is_launched_on(x):
         return False
