@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -69,12 +69,15 @@ def layer_norm(
     Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
     """
     # First, as what follows asks a tensor for more than a TorchFunctionMode, set_default_device's own too, should see.
-    if has_torch_function_unary(input):
+    if has_torch_function_unary(input) and not jagged.is_jagged(input):
         given: dict[str, Any] = dict(weight=weight, bias=bias, eps=eps, save=save, batch_invariant=batch_invariant)
-        return _of_subclass(layer_norm, input, normalized_shape, **given)
+        return handle_torch_function(layer_norm, (input,), input, normalized_shape, **given)
     manner = save if batch_invariant is None else (save, batch_invariant)
     if (call := CALLS.recall("layer_norm", manner, input, normalized_shape, weight, bias, eps)) is not None:
         return call(input, weight, bias)
+    if type(input) is not Tensor and jagged.is_jagged(input):
+        given = dict(weight=weight, bias=bias, eps=eps, save=save, batch_invariant=batch_invariant)
+        return jagged.of_values(layer_norm, input, normalized_shape, **given)
     asked = normalized_shape, eps, manner
     shape, eps, invariant = _check("layer_norm", input, normalized_shape, weight, bias, eps, save, batch_invariant)
     return row_norm(LAYER_NORM, input, shape, weight, bias, eps, asked, save, invariant)
@@ -112,12 +115,15 @@ def rms_norm(
 
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
-    if has_torch_function_unary(input):
+    if has_torch_function_unary(input) and not jagged.is_jagged(input):
         given: dict[str, Any] = dict(weight=weight, eps=eps, save=save, batch_invariant=batch_invariant)
-        return _of_subclass(rms_norm, input, normalized_shape, **given)
+        return handle_torch_function(rms_norm, (input,), input, normalized_shape, **given)
     manner = save if batch_invariant is None else (save, batch_invariant)
     if (call := CALLS.recall("rms_norm", manner, input, normalized_shape, weight, None, eps)) is not None:
         return call(input, weight, None)
+    if type(input) is not Tensor and jagged.is_jagged(input):
+        given = dict(weight=weight, eps=eps, save=save, batch_invariant=batch_invariant)
+        return jagged.of_values(rms_norm, input, normalized_shape, **given)
     asked = normalized_shape, eps, manner
     if eps is None:
         # torch's documentation says finfo(x.dtype).eps; its code, CPU and CUDA, uses the dtype it computes in (2.11, 2.13).
@@ -125,13 +131,6 @@ def rms_norm(
         eps = 2.220446049250313e-16 if double else 1.1920928955078125e-07
     shape, eps, invariant = _check("rms_norm", input, normalized_shape, weight, None, eps, save, batch_invariant)
     return row_norm(RMS_NORM, input, shape, weight, None, eps, asked, save, invariant)
-
-
-def _of_subclass(norm: Callable[..., Tensor], x: Tensor, normalized_shape: Sequence[int], **rest: Any) -> Tensor:
-    """What a jagged tensor's values, or another subclass's __torch_function__, make of ``norm``."""
-    if jagged.is_jagged(x):
-        return jagged.of_values(norm, x, normalized_shape, **rest)
-    return handle_torch_function(norm, (x,), x, normalized_shape, **rest)
 
 
 def _check(
