@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +15,8 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from paths import SPECS
-from trinorm import functional, nn, reference
-from trinorm.ops import road
+from trinorm import functional, reference
+from trinorm.ops import library, road
 from trinorm.spec import RowNorm
 
 # torch compiles scripts of its own the first time that forward mode or Inductor is used.
@@ -301,6 +298,34 @@ def test_compiled_once_for_any_number_of_rows(spec: RowNorm, backend: str, devic
             assert_same_bits(results(compiled, dy, x, *given), results(lambda x, *p: f(x, (8,), *p), dy, x, *given))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU captures graphs")
+def test_in_cuda_graphs(spec: RowNorm, device: torch.device) -> None:
+    """mode="reduce-overhead": replayed for other values of x and of the weights, forward and backward."""
+
+    def f(x: Tensor, *p: Tensor) -> Tensor:
+        return public(spec, x * 2, (768,), *p) * 2
+
+    compiled = torch.compile(f, fullgraph=True, mode="reduce-overhead")
+    given = parameters(spec, (768,), torch.bfloat16, device)
+    for _ in range(5):
+        x, dy = (torch.randn(130, 768, device=device, dtype=torch.bfloat16) for _ in range(2))
+        x.requires_grad_()
+        torch.compiler.cudagraph_mark_step_begin()
+        found = [t.clone() for t in results(compiled, dy, x, *given)]
+        assert_same_bits(found, results(f, dy, x, *given))
+        with torch.no_grad():
+            given[0].mul_(1.5)
+
+
+def test_a_call_seen_before_is_recalled(spec: RowNorm, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = torch.randn(5, 8, device=device, requires_grad=True), *parameters(spec, (8,), torch.float32, device)
+    dy = torch.randn(5, 8, device=device)
+    expected = results(lambda x, *p: registered(spec, x, (8,), *p), dy, *inputs)
+    for made in ("prepared", "RowCall"):
+        monkeypatch.delattr(library, made)
+    assert_same_bits(results(lambda x, *p: registered(spec, x, (8,), *p), dy, *inputs), expected)
+
+
 def recorded(spec: RowNorm, x: Tensor) -> bool:
     """Whether Dynamo's graph has the op."""
     nodes: list[torch.fx.Node] = []
@@ -350,40 +375,3 @@ def test_checkpointed(spec: RowNorm, compiled: bool, saved: bool | None, device:
     exactly = dict(rtol=0, atol=0) if compiled else {}
     torch.testing.assert_close(results(run, dy, *inputs), results(f, dy, *inputs), **exactly)
     assert saved is None or (op in asked) == compiled
-
-
-class Block(torch.nn.Module):
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.first, self.second = nn.LayerNorm(8, device=device), nn.RMSNorm(8, device=device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x) * 2)
-
-
-@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
-def test_exported_and_loaded_elsewhere(strict: bool, device: torch.device, tmp_path: Path) -> None:
-    model, x = Block(device), torch.randn(4, 8, device=device)
-    rows_ = torch.export.Dim("rows", min=2)
-    exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: rows_}}, strict=strict)
-    targets = [node.target for node in exported.graph.nodes]
-    assert {torch.ops.trinorm.layer_norm.default, torch.ops.trinorm.rms_norm.default} <= set(targets)
-    torch.export.save(exported, tmp_path / "model.pt2")
-    more = torch.randn(7, 8, device=device)
-    torch.save([(t, model(t).detach()) for t in (x, more)], tmp_path / "expected.pt")
-    ran = subprocess.run(
-        [sys.executable, "-c", LOADED, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True
-    )
-    assert ran.stdout.split() == ["same", "same"], ran.stderr
-
-
-LOADED = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import conftest  # the interpreter, where there is no GPU
-import torch, trinorm
-
-model = torch.export.load(sys.argv[2] + "/model.pt2").module()
-for x, expected in torch.load(sys.argv[2] + "/expected.pt"):
-    print("same" if torch.equal(model(x), expected) else "different")
-"""
