@@ -18,3 +18,5 @@ class RowNorm:
 
 LAYER_NORM = RowNorm("layer_norm", center=True)
 RMS_NORM = RowNorm("rms_norm", center=False)
+
+ROW_NORMS = (LAYER_NORM, RMS_NORM)

@@ -23,7 +23,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from .. import reference
-from ..spec import LAYER_NORM, RMS_NORM, RowNorm
+from ..spec import ROW_NORMS, RowNorm
 from . import road
 from .row import CALLS, RowCall, prepared
 
@@ -282,17 +282,13 @@ def _one_by_one(op: _Op, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Re
     return _batched(tuple(None if of[0] is None else torch.stack(of) for of in zip(*each, strict=True)))
 
 
-# For what registers rules of its own for them.
-OPS: list[_Forward | _Backward] = []
-
 _LIBRARY = torch.library.Library("trinorm", "DEF")
 
 
 def _register(spec: RowNorm) -> None:
     backward = _Backward(spec)
     forward = _Forward(spec, backward)
-    ops = forward, backward
-    OPS.extend(ops)
+    ops: tuple[_Forward | _Backward, ...] = forward, backward
     for op in ops:
         # Any strides do, so that Inductor need not keep those that it traced: compute reads them as they are, or copies.
         _LIBRARY.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
@@ -305,5 +301,5 @@ def _register(spec: RowNorm) -> None:
         _LIBRARY.impl(forward.name, functools.partial(forward.autocast, key), key)
 
 
-for _spec in (LAYER_NORM, RMS_NORM):
+for _spec in ROW_NORMS:
     _register(_spec)

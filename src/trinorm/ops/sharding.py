@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 
-from . import library
+from ..spec import ROW_NORMS
 
 _OF_ROWS = ("dy", "input", "mean", "rstd")
 _OF_ALL_ROWS = ("weight", "bias")
@@ -42,8 +43,9 @@ def _rule(op: OpOverload, *args: Any) -> list[tuple[Placements, Placements]]:
     return found
 
 
-for _op in library.OPS:
-    register_sharding(_op.overload)(functools.partial(_rule, _op.overload))
+for _name in (name for spec in ROW_NORMS for name in (spec.name, f"{spec.name}_backward")):
+    _op = getattr(torch.ops.trinorm, _name).default
+    register_sharding(_op)(functools.partial(_rule, _op))
     # DTensor keeps what a rule said for the next call of these layouts. register_sharding has it tell calls apart by
     # tensors and by arguments from the first int on; ours differ by normalized_shape and by the gradients wanted too.
-    DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[_op.overload] = RuntimeSchemaInfo(1)
+    DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[_op] = RuntimeSchemaInfo(1)
