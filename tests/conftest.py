@@ -1,20 +1,13 @@
 """What every test file shares. Without a GPU the kernels run through Triton's interpreter; with one, as they are."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
 import torch
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    # Before trinorm is imported: it and Triton read this once.
-    os.environ["TRITON_INTERPRET"] = "1"
-    from trinorm import interpreter
-
-    interpreter.install()
+from machine import ON_GPU
 
 # A first call compiles, and the interpreter is slow. The same examples on every run.
 hypothesis.settings.register_profile("trinorm", deadline=None, derandomize=True)

@@ -105,8 +105,8 @@ def test_a_wrong_result_is_found(
 def test_a_wrong_eps_is_found(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = rows.forward
 
-    def forward(spec: Any, x: Any, dims: Any, weight: Any, bias: Any, eps: float, *, save: bool) -> rows.Normalized:
-        return honest(spec, x, dims, weight, bias, eps * 2, save=save)
+    def forward(spec: Any, x: Any, dims: Any, weight: Any, bias: Any, eps: float, **how: Any) -> rows.Normalized:
+        return honest(spec, x, dims, weight, bias, eps * 2, **how)
 
     monkeypatch.setattr(rows, "forward", forward)
     CALLS.clear()

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from conftest import ON_GPU
+from machine import ON_GPU
 from trinorm import functional, nn
 from trinorm.ops import rows
 from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm

@@ -47,7 +47,7 @@ def check_elsewhere(load: str, model: Block, inputs: list[Tensor], folder: Path)
 RUN = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import conftest  # the interpreter, where there is no GPU
+import machine  # the interpreter, where there is no GPU
 import torch, trinorm
 
 with torch.no_grad():
