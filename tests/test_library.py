@@ -155,6 +155,15 @@ def test_what_does_not_fit_is_refused(spec: RowNorm, device: torch.device) -> No
     with pytest.raises(NotImplementedError, match="dtype"):
         op(x.int(), (8,), None, *rest, 1e-5, False)
     _, *mean, rstd = op(x, (8,), None, *rest, 1e-5, False)
+    for dy, mean_, rstd_ in (
+        (x.int(), mean, rstd),
+        (x, mean, rstd.half()),
+        (x, [] if mean else [rstd], rstd),
+    ):
+        with pytest.raises(RuntimeError, match="as the forward gives them"):
+            backward(dy, x, (8,), None, mean_[0] if mean_ else None, rstd_, 1e-5, True, False, None, False)
+    with pytest.raises(RuntimeError, match="there is no weight"):
+        backward(x, x, (8,), None, mean[0] if mean else None, rstd, 1e-5, True, True, None, False)
     for dy, rstd_ in ((x[:2], rstd), (x, rstd[:2])):
         with pytest.raises(RuntimeError, match="input's shape"):
             backward(dy, x, (8,), None, mean[0] if mean else None, rstd_, 1e-5, True, False, None, False)
@@ -205,9 +214,6 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
     "jvp": lambda f, x, *p: torch.func.jvp(f, (x, *p), (x.cos(), *(t.sin() for t in p))),
     "jacfwd": lambda f, x, *p: torch.func.jacfwd(lambda x: f(x, *p))(x),
     "hessian": lambda f, x, *p: torch.func.hessian(lambda x: f(x, *p).sin().sum())(x),
-    "grad of jvp": lambda f, x, *p: torch.func.grad(
-        lambda x: torch.func.jvp(lambda x: f(x, *p), (x,), (x.cos(),))[1].sin().sum()
-    )(x),
 }
 
 

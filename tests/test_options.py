@@ -154,6 +154,40 @@ def test_a_remembered_call_is_not_what_the_options_say_no_more(spec: RowNorm, de
     assert launches(by_option, spec, 768, device) == launches(by_argument, spec, 768, device)
 
 
+def test_calls_of_one_shape_are_told_apart(spec: RowNorm, device: torch.device) -> None:
+    """Each kind of call thrice in turn, so that each is recalled among the others."""
+    (x, *parameters), dy = problem(spec, 1, 768, torch.bfloat16, device)
+    x, parameters = x.detach(), [p.detach() for p in parameters]
+    op, backward = (getattr(torch.ops.trinorm, name) for name in (spec.name, f"{spec.name}_backward"))
+    _, *mean, rstd = op(x, (768,), *parameters, 1e-5, False)
+    saved = [mean[0] if mean else None, rstd]
+    calls: dict[str, Callable[[bool], object]] = {
+        "eager": lambda invariant: getattr(functional, spec.name)(x, (768,), *parameters, batch_invariant=invariant),
+        "op": lambda invariant: op(x, (768,), *parameters, 1e-5, invariant),
+        "backward": lambda invariant: backward(dy, x, (768,), parameters[0], *saved, 1e-5, True, False, None, invariant),
+    }
+    launched: list[Any] = []
+    actual = rows.launch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            rows, "launch", lambda kernel, *a: (launched.append((kernel.__name__, a[-1]["ROWS"])), actual(kernel, *a))[1]
+        )
+        found: dict[tuple[str, bool], list[Any]] = {}
+        for _ in range(3):
+            for name, call in calls.items():
+                for invariant in (False, True):
+                    launched.clear()
+                    call(invariant)
+                    found.setdefault((name, invariant), []).append(launched[0])
+    assert all(len(set(tiles)) == 1 for tiles in found.values())
+    assert all(found[name, False] != found[name, True] for name in calls)
+    if spec.center:
+        for _ in range(3):
+            for db in (torch.bfloat16, torch.float32, None):
+                *_, sums = backward(dy, x, (768,), parameters[0], *saved, 1e-5, True, True, db, False)
+                assert (None if sums is None else sums.dtype) == db
+
+
 def test_a_block_sets_and_gives_back() -> None:
     with trinorm.options(batch_invariant=True):
         assert trinorm.options.batch_invariant

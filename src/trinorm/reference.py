@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .spec import RowNorm
 from .switches import options
@@ -217,7 +218,8 @@ def composite(
     """The norm as torch's own op, differentiable any number of times and in either mode.
 
     torch's op where it takes the dtypes given; where it does not (weights of another floating dtype), the same op in
-    fp32 or fp64 with one rounding at the end.
+    fp32 or fp64 with one rounding at the end. Under torch.func and in forward mode LayerNorm is the definition, written
+    out: of torch's op the forward mode of a derivative, and third derivatives, are wrong there, silently (2.13).
     """
     with keeping_dtype(x.device.type):
         return _composite(spec, x, list(normalized_shape), weight, bias, eps)
@@ -228,13 +230,18 @@ def _composite(
 ) -> Tensor:
     dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
     narrow = None
-    if len(dtypes) > 1:
+    defined = spec.center and _is_transformed()
+    if len(dtypes) > 1 or defined:
         narrow = None if autocast_to_fp32(spec, x.device.type) else x.dtype
         wide = torch.float64 if torch.float64 in dtypes else torch.float32
         x = x.to(wide)
         weight = None if weight is None else weight.to(wide)
         bias = None if bias is None else bias.to(wide)
-    if spec.center:
+    if defined:
+        _, _, xhat = _normalized(spec, x, len(shape), eps)
+        y = xhat if weight is None else xhat * weight
+        y = y if bias is None else y + bias
+    elif spec.center:
         # A weight of ones changes no bit. Without one torch drops bias's second derivatives, silently (2.11, 2.13).
         weight = torch.ones_like(bias) if weight is None and bias is not None else weight
         y = F.layer_norm(x, shape, weight, bias, eps)
@@ -242,3 +249,10 @@ def _composite(
         y = F.rms_norm(x, shape, weight, eps)
         y = y if bias is None else y + bias
     return y if narrow is None else y.to(narrow)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward mode differentiates. A tracer shows neither."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()

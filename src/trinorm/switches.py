@@ -5,7 +5,8 @@
     with trinorm.options(autocast_keeps_dtype=True):
         ...
 
-A ``with`` sets them for its block, in every thread. What is compiled or exported keeps those that it was traced with.
+A ``with`` sets them for its block, in every thread: it is not for threads that overlap, nor for setting while another
+thread calls a norm. torch.compile compiles anew for another setting; what is exported keeps that of its export.
 """
 
 from __future__ import annotations

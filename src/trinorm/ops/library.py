@@ -125,14 +125,15 @@ class _Forward(_Op):
 
     def composite(self, *args: Any) -> Results:
         x, shape, weight, bias, eps, _ = self._named(*args)
+        _check(self.name, x, shape, weight, bias)
         y = reference.composite(self._spec, x, shape, weight, bias, eps).contiguous()
         mean, rstd = reference.statistics(self._spec, x, len(shape), eps)
         stats = road.accumulator_dtype(x, weight, bias)
-        return self._results(y, mean.to(stats), rstd.to(stats))
+        return self._results(y, mean.detach().to(stats), rstd.detach().to(stats))
 
     def compute(self, *args: Any) -> Results:
         x, shape, weight, bias, eps, batch_invariant = self._named(*args)
-        inputs, manner = (x, weight, bias), ("registered", batch_invariant)
+        inputs, manner = (x, weight, bias), (_REGISTERED, batch_invariant)
         call = CALLS.recall(self.name, manner, x, shape, weight, bias, eps)
         if call is None:
             _check(self.name, x, shape, weight, bias)
@@ -197,10 +198,19 @@ class _Backward(_Op):
         dy, x, shape, weight, mean, rstd, eps, dx, dw, db, batch_invariant = args
         alike = dy.shape == x.shape and all(t is None or t.shape == x.shape[: -len(shape)] for t in (mean, rstd))
         torch._check(alike, lambda: f"trinorm::{self.name}: dy, mean or rstd is not of the input's shape")
-        manner = "registered", batch_invariant, db, rstd.dtype
+        given = self._spec.center == (mean is not None)
+        given = given and all(
+            t is None or (t.device == x.device and t.dtype in road.KERNEL_DTYPES) for t in (dy, mean, rstd)
+        )
+        given = given and rstd.dtype in (torch.float32, torch.float64) and (mean is None or mean.dtype == rstd.dtype)
+        torch._check(given, lambda: f"trinorm::{self.name}: dy, mean and rstd are not as the forward gives them")
+        manner = _REGISTERED, batch_invariant, db, rstd.dtype
         call = CALLS.recall(self.name, manner, x, shape, weight, None, eps)
         if call is None:
             _check(self.name, x, shape, weight)
+            torch._check(
+                not dw or weight is not None, lambda: f"trinorm::{self.name}: dw is asked for, but there is no weight"
+            )
             if not road.has_kernels(x) or not x.numel():
                 return self.composite(*args)
             dtypes = x.dtype, x.dtype if weight is None else weight.dtype, rstd.dtype
@@ -281,6 +291,9 @@ def _one_by_one(op: _Op, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Re
     ]
     return _batched(tuple(None if of[0] is None else torch.stack(of) for of in zip(*each, strict=True)))
 
+
+# The manner of a registered op's calls, which no caller of functional can name.
+_REGISTERED = object()
 
 _LIBRARY = torch.library.Library("trinorm", "DEF")
 
