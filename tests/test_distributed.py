@@ -112,7 +112,7 @@ def rules_come_with_the_first_distributed_tensor(mesh: DeviceMesh) -> None:
     assert "trinorm.ops.sharding" not in sys.modules
     # As rows stay where they are, the ranks need not do the same.
     if mesh.get_rank() == 0:
-        torch.ops.trinorm.rms_norm(x, (8,), None, 1e-5, False)
+        torch.ops.trinorm.rms_norm(x, (8,), None, 1e-5, False, "output")
     else:
         with torch.inference_mode():
             functional.rms_norm(x, (8,))

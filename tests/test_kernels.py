@@ -72,25 +72,27 @@ def test_lanes_outside_the_row_read_the_identity_as_absent_vectors_do(n: int, de
 
 
 @triton.jit
-def _affine_kernel(Y, G, X, W, B, N: tl.constexpr):
+def _affine_kernel(Y, G, X, W, B, N: tl.constexpr, OFFSET: tl.constexpr):
     columns = index.chunk_columns(0, N)
     mask = index.columns_live(columns, N, N)
     w = index.load_or(W, columns, mask, affine.NO_WEIGHT, False)
     b = index.load_or(B, columns, mask, affine.NO_BIAS, False)
     x = tl.load(X + columns)
-    tl.store(Y + columns, affine.affine(x, w, b))
-    tl.store(G + columns, affine.affine_backward(x, w))
+    tl.store(Y + columns, affine.affine(x, w, b, OFFSET))
+    tl.store(G + columns, affine.affine_backward(x, w, OFFSET))
 
 
 @pytest.mark.parametrize("has_weight", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_affine(has_weight: bool, has_bias: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_affine(has_weight: bool, has_bias: bool, offset: float, device: torch.device) -> None:
     x = torch.randn(32, device=device)
     x[:4] = torch.tensor([-0.0, 0.0, torch.inf, torch.nan], device=device)
     w = torch.randn(32, device=device) if has_weight else None
     b = torch.randn(32, device=device).bfloat16() if has_bias else None
     y, g = torch.empty_like(x), torch.empty_like(x)
-    _affine_kernel[(1,)](y, g, x, w, b, N=32)
+    _affine_kernel[(1,)](y, g, x, w, b, N=32, OFFSET=offset if has_weight else 0.0)
+    w = None if w is None else w + offset
     product = x if w is None else x * w
     assert torch.equal(g.view(torch.int32)[:3], product.view(torch.int32)[:3])
     torch.testing.assert_close(g, product, rtol=0, atol=0, equal_nan=True)
@@ -186,25 +188,28 @@ def test_dx(center: bool, device: torch.device) -> None:
 
 
 @triton.jit
-def _sums_kernel(OUT, X, DY, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+def _sums_kernel(OUT, X, DY, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, ROUND: tl.constexpr):
     live = tl.full([ROWS, 1], True, tl.int1)
     rows = index.tile_rows(0, ROWS)
     xs = index.load_row(X + rows * N, live, N, CHUNK, False)
     dys = index.load_row(DY + rows * N, live, N, CHUNK, False)
     mean = tl.zeros([ROWS, 1], tl.float32)
     zero = row_backward.zero_chunks(N, ROWS, CHUNK, tl.float32)
-    means, rstds = row_backward.undoing_row(mean, mean + 1.0, xs, xs, False, tl.float32)
-    dw = row_backward.add_dw(zero, xs, dys, means, rstds, tl.float32)
-    dw = row_backward.add_dw(dw, xs, dys, means, rstds, tl.float32)
+    means, rstds = row_backward.undoing_row(mean, mean + 1.0, xs, xs, 0.0, False, tl.float32)
+    dw = row_backward.add_dw(zero, xs, dys, means, rstds, tl.bfloat16, False, tl.float32)
+    dw = row_backward.add_dw(dw, xs, dys, means, rstds, tl.bfloat16, ROUND, tl.float32)
     row_backward.store_column_sums(OUT, 0, dw, N)
     row_backward.store_column_sums(OUT, N, row_backward.add_db(zero, dys, tl.float32), N)
 
 
-def test_column_sums(device: torch.device) -> None:
+@pytest.mark.parametrize("rounds", [False, True])
+def test_column_sums(rounds: bool, device: torch.device) -> None:
     x, dy = (torch.randint(-8, 8, (4, 40), device=device).float() for _ in range(2))
+    x += 1 + 2**-7 + 2**-9  # more digits than bf16 has
     out = torch.empty(2, 40, device=device)
-    _sums_kernel[(1,)](out, x, dy, N=40, ROWS=4, CHUNK=16)
-    assert torch.equal(out[0], 2 * (x * dy).sum(0)), "small integers add exactly"
+    _sums_kernel[(1,)](out, x, dy, N=40, ROWS=4, CHUNK=16, ROUND=rounds)
+    again = x.bfloat16().float() if rounds else x
+    assert torch.equal(out[0], (x * dy).sum(0) + (again * dy).sum(0)), "few digits add exactly"
     assert torch.equal(out[1], dy.sum(0))
 
 

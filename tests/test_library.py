@@ -60,7 +60,7 @@ def torchs(spec: RowNorm, x: Tensor, shape: tuple[int, ...], *parameters: Tensor
 
 
 def registered(spec: RowNorm, x: Tensor, shape: tuple[int, ...], *parameters: Tensor | None) -> Tensor:
-    return getattr(torch.ops.trinorm, spec.name)(x, shape, *parameters, 1e-5, False)[0]
+    return getattr(torch.ops.trinorm, spec.name)(x, shape, *parameters, 1e-5, False, "output")[0]
 
 
 def results(f: Callable[..., Tensor], dy: Tensor, *inputs: Tensor) -> list[Tensor]:
@@ -91,12 +91,12 @@ def check_ops(spec: RowNorm, shape: tuple[int, ...], dtype: torch.dtype, affine:
     op, backward = (getattr(torch.ops.trinorm, name) for name in (spec.name, f"{spec.name}_backward"))
     x = torch.randn(shape, device=device).to(dtype).requires_grad_()
     given = parameters(spec, (8,), dtype, device) if affine else [None] * (2 if spec.center else 1)
-    torch.library.opcheck(op, (x, (8,), *given, 1e-5, False))
-    y, *mean, rstd = op(x, (8,), *given, 1e-5, False)
+    torch.library.opcheck(op, (x, (8,), *given, 1e-5, False, "output"))
+    y, *mean, rstd = op(x, (8,), *given, 1e-5, False, "output")
     db = dtype if affine and spec.center else None
     dy = torch.randn_like(y.detach())
     for dx in (True, False) if affine else (True,):
-        wanted = dx, affine, db, False
+        wanted = dx, affine, db, False, "output"
         arguments = x, (8,), given[0], mean[0] if mean else None, rstd, 1e-5
         torch.library.opcheck(backward, (dy, *arguments, *wanted))
         # Which opcheck does not see.
@@ -109,7 +109,7 @@ def check_ops(spec: RowNorm, shape: tuple[int, ...], dtype: torch.dtype, affine:
 def test_opcheck_of_no_rows(spec: RowNorm, shape: tuple[int, ...], device: torch.device) -> None:
     x = torch.randn(shape, device=device, requires_grad=True)
     op = getattr(torch.ops.trinorm, spec.name)
-    torch.library.opcheck(op, (x, (8,), *parameters(spec, (8,), x.dtype, device), 1e-5, False))
+    torch.library.opcheck(op, (x, (8,), *parameters(spec, (8,), x.dtype, device), 1e-5, False, "output"))
 
 
 def test_no_columns(spec: RowNorm, device: torch.device) -> None:
@@ -137,7 +137,9 @@ def test_the_kernels_are_an_eager_calls(
 def test_statistics(spec: RowNorm, device: torch.device) -> None:
     for dtype in FLOATS:
         x = torch.randn(2, 3, 8, device=device).to(dtype)
-        _, *found = getattr(torch.ops.trinorm, spec.name)(x, (8,), *[None] * (2 if spec.center else 1), 1e-5, False)
+        _, *found = getattr(torch.ops.trinorm, spec.name)(
+            x, (8,), *[None] * (2 if spec.center else 1), 1e-5, False, "output"
+        )
         exact = reference.oracle(spec, x, (8,), None, None, 1e-5)
         for got, want in zip(found, (exact.mean, exact.rstd) if spec.center else (exact.rstd,), strict=True):
             assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -151,22 +153,22 @@ def test_what_does_not_fit_is_refused(spec: RowNorm, device: torch.device) -> No
     x, rest = torch.randn(3, 8, device=device), [None] * spec.center
     for shape, weight in (((4,), None), ((), None), ((1, 3, 8), None), ((8,), torch.ones(4, device=device))):
         with pytest.raises(RuntimeError, match="does not fit"):
-            op(x, shape, weight, *rest, 1e-5, False)
+            op(x, shape, weight, *rest, 1e-5, False, "output")
     with pytest.raises(NotImplementedError, match="dtype"):
-        op(x.int(), (8,), None, *rest, 1e-5, False)
-    _, *mean, rstd = op(x, (8,), None, *rest, 1e-5, False)
+        op(x.int(), (8,), None, *rest, 1e-5, False, "output")
+    _, *mean, rstd = op(x, (8,), None, *rest, 1e-5, False, "output")
     for dy, mean_, rstd_ in (
         (x.int(), mean, rstd),
         (x, mean, rstd.half()),
         (x, [] if mean else [rstd], rstd),
     ):
         with pytest.raises(RuntimeError, match="as the forward gives them"):
-            backward(dy, x, (8,), None, mean_[0] if mean_ else None, rstd_, 1e-5, True, False, None, False)
+            backward(dy, x, (8,), None, mean_[0] if mean_ else None, rstd_, 1e-5, True, False, None, False, "output")
     with pytest.raises(RuntimeError, match="there is no weight"):
-        backward(x, x, (8,), None, mean[0] if mean else None, rstd, 1e-5, True, True, None, False)
+        backward(x, x, (8,), None, mean[0] if mean else None, rstd, 1e-5, True, True, None, False, "output")
     for dy, rstd_ in ((x[:2], rstd), (x, rstd[:2])):
         with pytest.raises(RuntimeError, match="input's shape"):
-            backward(dy, x, (8,), None, mean[0] if mean else None, rstd_, 1e-5, True, False, None, False)
+            backward(dy, x, (8,), None, mean[0] if mean else None, rstd_, 1e-5, True, False, None, False, "output")
 
 
 # Derivatives.

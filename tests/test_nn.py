@@ -25,6 +25,7 @@ def test_torchs_module_with_another_forward_and_save(ours: type, theirs: type, d
         "forward",
         "extra_repr",
         "save",
+        "cast",
         "batch_invariant",
         "__annotations__",
         "__annotations_cache__",

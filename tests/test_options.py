@@ -1,4 +1,4 @@
-"""trinorm.options, and the argument of its name: batch_invariant, autocast_keeps_dtype."""
+"""trinorm.options, and the argument of its name: batch_invariant, autocast_keeps_dtype, inductor_fuses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def spec(request: pytest.FixtureRequest) -> RowNorm:
 @pytest.fixture(autouse=True)
 def _defaults_again() -> Iterator[None]:
     yield
-    for name in ("batch_invariant", "autocast_keeps_dtype"):
+    for name in ("batch_invariant", "autocast_keeps_dtype", "inductor_fuses"):
         setattr(trinorm.options, name, False)
 
 
@@ -57,7 +57,7 @@ def by_module(spec: RowNorm, x: Tensor, *parameters: Tensor) -> Tensor:
 
 
 def by_op(spec: RowNorm, x: Tensor, *parameters: Tensor) -> Tensor:
-    return getattr(torch.ops.trinorm, spec.name)(x, x.shape[-1:], *parameters, 1e-5, True)[0]
+    return getattr(torch.ops.trinorm, spec.name)(x, x.shape[-1:], *parameters, 1e-5, True, "output")[0]
 
 
 def compiled(spec: RowNorm, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -159,12 +159,14 @@ def test_calls_of_one_shape_are_told_apart(spec: RowNorm, device: torch.device) 
     (x, *parameters), dy = problem(spec, 1, 768, torch.bfloat16, device)
     x, parameters = x.detach(), [p.detach() for p in parameters]
     op, backward = (getattr(torch.ops.trinorm, name) for name in (spec.name, f"{spec.name}_backward"))
-    _, *mean, rstd = op(x, (768,), *parameters, 1e-5, False)
+    _, *mean, rstd = op(x, (768,), *parameters, 1e-5, False, "output")
     saved = [mean[0] if mean else None, rstd]
     calls: dict[str, Callable[[bool], object]] = {
         "eager": lambda invariant: getattr(functional, spec.name)(x, (768,), *parameters, batch_invariant=invariant),
-        "op": lambda invariant: op(x, (768,), *parameters, 1e-5, invariant),
-        "backward": lambda invariant: backward(dy, x, (768,), parameters[0], *saved, 1e-5, True, False, None, invariant),
+        "op": lambda invariant: op(x, (768,), *parameters, 1e-5, invariant, "output"),
+        "backward": lambda invariant: backward(
+            dy, x, (768,), parameters[0], *saved, 1e-5, True, False, None, invariant, "output"
+        ),
     }
     launched: list[Any] = []
     actual = rows.launch
@@ -184,8 +186,25 @@ def test_calls_of_one_shape_are_told_apart(spec: RowNorm, device: torch.device) 
     if spec.center:
         for _ in range(3):
             for db in (torch.bfloat16, torch.float32, None):
-                *_, sums = backward(dy, x, (768,), parameters[0], *saved, 1e-5, True, True, db, False)
+                *_, sums = backward(dy, x, (768,), parameters[0], *saved, 1e-5, True, True, db, False, "output")
                 assert (None if sums is None else sums.dtype) == db
+
+
+def test_inductor_fuses(spec: RowNorm, device: torch.device, launched: list[object]) -> None:
+    """What is recorded is torch's own operator, and the kernels' again once the option is off."""
+    torch._dynamo.reset()
+    (x, *parameters), dy = problem(spec, 3, 8, torch.float32, device)
+    expected = not_asked(spec, x, *parameters)
+    (expected_dx,) = torch.autograd.grad(expected, x, dy)
+    run = torch.compile(not_asked, backend="aot_eager", fullgraph=True)
+    for fuses in (True, False, True):
+        launched.clear()
+        with trinorm.options(inductor_fuses=fuses):
+            y = run(spec, x, *parameters)
+            (dx,) = torch.autograd.grad(y, x, dy)
+        assert bool(launched) != fuses
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(dx, expected_dx)
 
 
 def test_a_block_sets_and_gives_back() -> None:
@@ -199,7 +218,7 @@ def test_a_block_sets_and_gives_back() -> None:
 
 
 def test_what_is_no_switch_is_refused(device: torch.device) -> None:
-    with pytest.raises(AttributeError, match="no 'batch'; it has batch_invariant, autocast_keeps_dtype"):
+    with pytest.raises(AttributeError, match="no 'batch'; it has batch_invariant, autocast_keeps_dtype, inductor_fuses"):
         trinorm.options.batch = True
     with pytest.raises(AttributeError, match="no 'batch'"), trinorm.options(batch_invariant=True, batch=True):
         pass

@@ -93,7 +93,7 @@ for kind, parameters in ((torch.nn.LayerNorm, 2), (torch.nn.RMSNorm, 1)):
     found = gradients(module)
     assert len(found) == 2 + parameters
     assert all(map(torch.equal, found, expected))
-by_op, *_ = torch.ops.trinorm.rms_norm(torch.ones(2, 6), (6,), None, 1e-5, False)
+by_op, *_ = torch.ops.trinorm.rms_norm(torch.ones(2, 6), (6,), None, 1e-5, False, "output")
 assert torch.equal(by_op, torch.nn.functional.rms_norm(torch.ones(2, 6), (6,), eps=1e-5))
 assert not any(name.partition(".")[0] == "triton" for name in sys.modules)
 print("done")

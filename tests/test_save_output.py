@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from paths import PATHS, SPECS, SPLIT, WIDE
 from trinorm import functional, nn, reference
+from trinorm.cli.check import SAMPLES
 from trinorm.compare import assert_no_worse, unit_in_last_place
 from trinorm.ops import road, row, rows
 from trinorm.ops.undo import undoable
@@ -46,18 +48,28 @@ def check(spec: RowNorm, m: int, n: int, device: str, dtype: torch.dtype = torch
     of_y = reference.gradients_of_output(
         spec, y.double(), 1, weight.double(), b, torch.float64 if spec.center else None, rstd, dy
     )
-    problem = spec, x, (n,), weight, bias_or_none, 1e-5
-    by_torch = reference.torch_gradients(*problem, dy)
-    exact = reference.oracle_gradients(*problem, dy)
+    distances = torchs_distances(spec, (x, weight, bias, dy))
+    for _ in range(SAMPLES // min(m, n)):  # of a handful of numbers torch's largest error is chance
+        others = torchs_distances(spec, draw(m, n, device, dtype))
+        distances = [torch.maximum(so_far, again) for so_far, again in zip(distances, others, strict=True)]
     xhat = (y.double() - (0 if b is None else b)) / weight.double()
     rounded = lost(spec, 3 * torch.finfo(rstd.dtype).eps * xhat.abs(), xhat, rstd, weight, dy)
-    for what, got, want, torchs, exact_of_x, more in zip(
-        ("dx", "dw", "db"), found, of_y, by_torch, exact, rounded, strict=True
-    ):
-        if want is not None:
-            assert got is not None
-            assert torchs is not None
-            assert_no_worse(what, got, want, want + (torchs.double() - exact_of_x).abs() + more / 2)
+    for what, got, want, distance, more in zip(("dx", "dw", "db"), found, of_y, distances, rounded, strict=False):
+        assert got is not None
+        assert want is not None
+        assert_no_worse(what, got, want, want + distance + more / 2)
+
+
+def torchs_distances(spec: RowNorm, drawn: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Tensor]:
+    """How far torch's dx, dw and, where there is one, db are from float64's, element by element."""
+    x, weight, bias, dy = drawn
+    problem = spec, x, weight.shape, weight, bias if spec.center else None, 1e-5
+    exact, by_torch = reference.oracle_gradients(*problem, dy), reference.torch_gradients(*problem, dy)
+    return [
+        (torchs.double() - want).abs()
+        for torchs, want in zip(by_torch, exact, strict=True)
+        if torchs is not None and want is not None
+    ]
 
 
 def lost(
@@ -303,8 +315,8 @@ def test_a_y_that_was_changed_is_refused(device: str) -> None:
 
 def test_an_unknown_save_is_refused(device: str) -> None:
     for call in (functional.layer_norm, functional.rms_norm):
-        for save in ("y", None, 1):
-            with pytest.raises(ValueError, match=f"save is {save!r}; it must be 'input' or 'output'"):
+        for save in ("y", None, 1, [1]):
+            with pytest.raises(ValueError, match=f"save is {re.escape(repr(save))}; it must be 'input' or 'output'"):
                 call(torch.ones(2, 4, device=device), (4,), save=save)  # type: ignore[operator]
 
 

@@ -61,6 +61,8 @@ def test_the_last_step(
         *(dx, dw, db, words, given, *kept, rstd, m, (), (N,), (), strides),
         N=N,
         CENTER=spec.center,
+        OFFSET=0.0,
+        ROUND=False,
         FROM_OUTPUT=from_output,
         ACC=tl.float32,
         BLOCK=N,

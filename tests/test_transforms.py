@@ -29,7 +29,7 @@ def public(spec: RowNorm, x: Tensor, *parameters: Tensor) -> Tensor:
 
 
 def registered(spec: RowNorm, x: Tensor, *parameters: Tensor) -> Tensor:
-    return getattr(torch.ops.trinorm, spec.name)(x, x.shape[-1:], *parameters, 1e-5, False)[0]
+    return getattr(torch.ops.trinorm, spec.name)(x, x.shape[-1:], *parameters, 1e-5, False, "output")[0]
 
 
 def definition(spec: RowNorm, x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:

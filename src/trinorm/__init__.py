@@ -3,7 +3,7 @@
 - ``trinorm.functional``  layer_norm and rms_norm, with torch.nn.functional's signatures
 - ``trinorm.nn``          LayerNorm and RMSNorm, subclasses of torch's
 - ``trinorm.replace``     swap a model's torch norms for these, in place
-- ``trinorm.options``     switches for the whole process: batch_invariant, autocast_keeps_dtype
+- ``trinorm.options``     switches for the whole process: batch_invariant, autocast_keeps_dtype, inductor_fuses
 """
 
 from . import functional, nn

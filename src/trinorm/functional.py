@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .ops import CALLS, jagged, row_norm
 from .ops.road import KERNEL_DTYPES
-from .spec import LAYER_NORM, RMS_NORM
+from .spec import CASTS, LAYER_NORM, RMS_NORM, Cast
 from .switches import options
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -28,6 +28,7 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     save: Save = "input",
+    cast: Cast = "output",
     batch_invariant: bool | None = None,
 ) -> Tensor:
     r"""Layer normalization over the last ``len(normalized_shape)`` dims.
@@ -35,7 +36,8 @@ def layer_norm(
     .. math::
         y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \cdot w + b
 
-    with the biased variance. The signature, defaults and meaning are :func:`torch.nn.functional.layer_norm`'s.
+    with the biased variance, and with :math:`1 + w` for :math:`w` where ``cast="gemma"``. The signature, defaults and
+    meaning are :func:`torch.nn.functional.layer_norm`'s.
 
     Args:
         input: ``(*, *normalized_shape)``; float16, bfloat16, float32 or float64, any strides. Of a jagged tensor the ragged
@@ -51,6 +53,11 @@ def layer_norm(
             device at each call; under CUDA-graph capture nobody can, and x is kept. An op that changes y in place, or a
             bias changed before the backward, makes the backward raise, as torch does; so do second derivatives, which need
             x. Under torch.compile, for DTensors, and where trinorm's kernels do not run, "output" changes nothing.
+        cast: where a result of fewer digits than its statistics is rounded, and what the weight is kept as; models differ.
+            "output", torch's way: all in fp32, rounded once, at the end. "llama": the normalized input is rounded to the
+            input's dtype before it meets weight and bias, and the result once more (LLaMA, Mistral, Qwen, T5). "gemma":
+            the weight is kept as its distance from 1, and 1 is added to it in fp32 (Gemma; "zero-centered gamma"); without
+            a weight, as "output". Derivatives are those without the roundings; the weight's is of what it met.
         batch_invariant: True promises that the bits of a row's result, and of its gradient, do not depend on how many rows
             are beside it, among tensors of aligned storage: the launch is then that of many rows, which for few is slower.
             (Sums over rows, the gradients of weight and bias, depend on all of them.) None: as ``trinorm.options`` says.
@@ -64,23 +71,26 @@ def layer_norm(
         RuntimeError: a shape does not fit ``normalized_shape``, or the tensors are on different devices.
         NotImplementedError: a dtype other than the four.
         TypeError: an argument of the wrong kind.
-        ValueError: eps is negative or NaN, or ``save`` neither "input" nor "output".
+        ValueError: eps is negative or NaN; ``save`` or ``cast`` is none of their values; or ``save`` is "output" with the
+            ``cast`` "llama", whose y has two roundings, too many to be undone.
 
     Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
     """
     # First, as what follows asks a tensor for more than a TorchFunctionMode, set_default_device's own too, should see.
     if has_torch_function_unary(input) and not jagged.is_jagged(input):
-        given: dict[str, Any] = dict(weight=weight, bias=bias, eps=eps, save=save, batch_invariant=batch_invariant)
+        given: dict[str, Any] = dict(
+            weight=weight, bias=bias, eps=eps, save=save, cast=cast, batch_invariant=batch_invariant
+        )
         return handle_torch_function(layer_norm, (input,), input, normalized_shape, **given)
-    manner = save if batch_invariant is None else (save, batch_invariant)
+    manner = save if cast == "output" and batch_invariant is None else (save, cast, batch_invariant)
     if (call := CALLS.recall("layer_norm", manner, input, normalized_shape, weight, bias, eps)) is not None:
         return call(input, weight, bias)
     if type(input) is not Tensor and jagged.is_jagged(input):
-        given = dict(weight=weight, bias=bias, eps=eps, save=save, batch_invariant=batch_invariant)
+        given = dict(weight=weight, bias=bias, eps=eps, save=save, cast=cast, batch_invariant=batch_invariant)
         return jagged.of_values(layer_norm, input, normalized_shape, **given)
     asked = normalized_shape, eps, manner
-    shape, eps, invariant = _check("layer_norm", input, normalized_shape, weight, bias, eps, save, batch_invariant)
-    return row_norm(LAYER_NORM, input, shape, weight, bias, eps, asked, save, invariant)
+    shape, eps, invariant = _check("layer_norm", input, normalized_shape, weight, bias, eps, save, cast, batch_invariant)
+    return row_norm(LAYER_NORM.with_cast(cast), input, shape, weight, bias, eps, asked, save, invariant)
 
 
 def rms_norm(
@@ -90,6 +100,7 @@ def rms_norm(
     eps: float | None = None,
     *,
     save: Save = "input",
+    cast: Cast = "output",
     batch_invariant: bool | None = None,
 ) -> Tensor:
     r"""Root mean square normalization over the last ``len(normalized_shape)`` dims.
@@ -97,7 +108,8 @@ def rms_norm(
     .. math::
         y = \frac{x}{\sqrt{\mathrm{E}[x^2] + \epsilon}} \cdot w
 
-    The signature, defaults and meaning are :func:`torch.nn.functional.rms_norm`'s.
+    with :math:`1 + w` for :math:`w` where ``cast="gemma"``. The signature, defaults and meaning are
+    :func:`torch.nn.functional.rms_norm`'s.
 
     Args:
         input: as :func:`layer_norm`.
@@ -105,7 +117,7 @@ def rms_norm(
         weight: ``normalized_shape``, any of the dtypes above, not necessarily the input's; None is 1.
         eps: added to the mean square, so in the input's units squared; >= 0. None is the epsilon of the dtype that the
             statistics are computed in, as torch does it: 2^-23 for float16, bfloat16 and float32, 2^-52 for float64.
-        save, batch_invariant: as :func:`layer_norm`.
+        save, cast, batch_invariant: as :func:`layer_norm`.
 
     Returns:
         As :func:`layer_norm`.
@@ -116,21 +128,21 @@ def rms_norm(
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
     if has_torch_function_unary(input) and not jagged.is_jagged(input):
-        given: dict[str, Any] = dict(weight=weight, eps=eps, save=save, batch_invariant=batch_invariant)
+        given: dict[str, Any] = dict(weight=weight, eps=eps, save=save, cast=cast, batch_invariant=batch_invariant)
         return handle_torch_function(rms_norm, (input,), input, normalized_shape, **given)
-    manner = save if batch_invariant is None else (save, batch_invariant)
+    manner = save if cast == "output" and batch_invariant is None else (save, cast, batch_invariant)
     if (call := CALLS.recall("rms_norm", manner, input, normalized_shape, weight, None, eps)) is not None:
         return call(input, weight, None)
     if type(input) is not Tensor and jagged.is_jagged(input):
-        given = dict(weight=weight, eps=eps, save=save, batch_invariant=batch_invariant)
+        given = dict(weight=weight, eps=eps, save=save, cast=cast, batch_invariant=batch_invariant)
         return jagged.of_values(rms_norm, input, normalized_shape, **given)
     asked = normalized_shape, eps, manner
     if eps is None:
         # torch's documentation says finfo(x.dtype).eps; its code, CPU and CUDA, uses the dtype it computes in (2.11, 2.13).
         double = isinstance(input, Tensor) and input.dtype == torch.float64
         eps = 2.220446049250313e-16 if double else 1.1920928955078125e-07
-    shape, eps, invariant = _check("rms_norm", input, normalized_shape, weight, None, eps, save, batch_invariant)
-    return row_norm(RMS_NORM, input, shape, weight, None, eps, asked, save, invariant)
+    shape, eps, invariant = _check("rms_norm", input, normalized_shape, weight, None, eps, save, cast, batch_invariant)
+    return row_norm(RMS_NORM.with_cast(cast), input, shape, weight, None, eps, asked, save, invariant)
 
 
 def _check(
@@ -141,6 +153,7 @@ def _check(
     bias: Tensor | None,
     eps: float,
     save: str,
+    cast: str,
     batch_invariant: bool | None,
 ) -> tuple[torch.Size, float, bool]:
     """normalized_shape as a Size, eps as a float and batch_invariant as a bool, or torch's own class of error, with the
@@ -184,6 +197,13 @@ def _check(
         raise ValueError(f"{op}(): eps is {eps}; it must be a number >= 0")
     if not isinstance(save, str) or save not in ("input", "output"):
         raise ValueError(f"{op}(): save is {save!r}; it must be 'input' or 'output'")
+    if not isinstance(cast, str) or cast not in CASTS:
+        raise ValueError(f"{op}(): cast is {cast!r}; it must be one of {', '.join(map(repr, CASTS))}")
+    if save == "output" and cast == "llama":
+        raise ValueError(
+            f"{op}(): save is 'output' and cast is 'llama', whose output is rounded twice, which cannot be undone; "
+            "one of the two must be another"
+        )
     if batch_invariant is None:
         batch_invariant = options.batch_invariant
     elif not isinstance(batch_invariant, bool):

@@ -1,8 +1,8 @@
 """Modules: torch.nn's own norms, computed by trinorm.
 
 Each is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so checkpoints load both
-ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save``, "input" unless it is set, and
-``batch_invariant``, None unless it is set, are the functions' arguments of these names.
+ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input" unless it is set),
+``cast`` ("output") and ``batch_invariant`` (None) are the functions' arguments of these names.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     save: functional.Save = "input"
+    cast: functional.Cast = "output"
     batch_invariant: bool | None = None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -33,6 +34,7 @@ class LayerNorm(torch.nn.LayerNorm):
             self.bias,
             self.eps,
             save=self.save,
+            cast=self.cast,
             batch_invariant=self.batch_invariant,
         )
 
@@ -50,11 +52,18 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     save: functional.Save = "input"
+    cast: functional.Cast = "output"
     batch_invariant: bool | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.rms_norm(
-            x, self.normalized_shape, self.weight, self.eps, save=self.save, batch_invariant=self.batch_invariant
+            x,
+            self.normalized_shape,
+            self.weight,
+            self.eps,
+            save=self.save,
+            cast=self.cast,
+            batch_invariant=self.batch_invariant,
         )
 
     def extra_repr(self) -> str:
@@ -63,7 +72,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 def _shown(module: LayerNorm | RMSNorm) -> str:
     """What is not torch's, where it is not the default."""
-    of_class = {name: getattr(type(module), name) for name in ("save", "batch_invariant")}
+    of_class = {name: getattr(type(module), name) for name in ("save", "cast", "batch_invariant")}
     return "".join(
         f", {name}={getattr(module, name)!r}" for name, usual in of_class.items() if getattr(module, name) != usual
     )

@@ -44,7 +44,9 @@ def oracle(
     bias: Tensor | None,
     eps: float,
 ) -> Exact:
-    """The definition: ``rstd = (mean((x - mean)^2) + eps)^-1/2``, ``y = (x - mean) * rstd * weight + bias``.
+    """The definition: ``rstd = (mean((x - mean)^2) + eps)^-1/2``, ``y = (x - mean) * rstd * (weight + offset) + bias``.
+
+    A spec's roundings are not in it: they are an implementation's error, as all roundings are.
 
     Computed in float64; where an input is float64, in extended precision (numpy's longdouble), so that the error of a
     float64 result can be seen at all.
@@ -52,7 +54,7 @@ def oracle(
     lift, lower, quiet = _precise(x, weight, bias)
     with quiet:
         mean, rstd, xhat = _normalized(spec, lift(x), len(normalized_shape), eps)
-        y = xhat if weight is None else xhat * lift(weight)
+        y = xhat if weight is None else xhat * (lift(weight) + spec.offset)
         y = y if bias is None else y + lift(bias)
     return Exact(lower(y), lower(mean).flatten(), lower(rstd).flatten())
 
@@ -131,7 +133,8 @@ def composite_gradients(
     made y rescue rows beyond fp32's squares, which this could not.
     """
     _, rstd, xhat = _normalized(spec, x.double(), dims, eps)
-    return _in_dtypes_of(_gradients(spec, xhat, rstd, dims, _double(weight), dy.double()), x, weight, bias_dtype)
+    weighted = xhat.to(x.dtype).double() if spec.rounded else xhat
+    return _in_dtypes_of(_gradients(spec, xhat, rstd, dims, _double(weight), dy.double(), weighted), x, weight, bias_dtype)
 
 
 def gradients_of_output(
@@ -147,7 +150,7 @@ def gradients_of_output(
     """The same of y and rstd, of which x is not known: no function to be differentiated again."""
     w, b = _double(weight), _double(bias)
     xhat = y.double() if b is None else y.double() - b
-    xhat = xhat if w is None else xhat / w
+    xhat = xhat if w is None else xhat / (w + spec.offset)
     rstd = rstd.double().reshape(*y.shape[:-dims], *[1] * dims)
     return _in_dtypes_of(_gradients(spec, xhat, rstd, dims, w, dy.double()), y, weight, bias_dtype)
 
@@ -165,19 +168,22 @@ def _in_dtypes_of(
     )
 
 
-def _gradients(spec: RowNorm, xhat: Any, rstd: Any, dims: int, weight: Any | None, dy: Any) -> tuple[Any, Any, Any]:
+def _gradients(
+    spec: RowNorm, xhat: Any, rstd: Any, dims: int, weight: Any | None, dy: Any, weighted: Any | None = None
+) -> tuple[Any, Any, Any]:
     """(dx, dw, db), of torch tensors or numpy arrays alike (docs/mathematics.md derives them).
 
-    ``dx = rstd * (g - xhat * mean(g * xhat) - mean(g))`` with ``g = dy * weight``, the last term for a spec that centers.
+    ``dx = rstd * (g - xhat * mean(g * xhat) - mean(g))`` with ``g = dy * (weight + offset)``, the last term for a spec that
+    centers. weighted: x̂ as the weight met it, where it was rounded.
     """
     axes = tuple(range(-dims, 0))
     rows = tuple(range(xhat.ndim - dims))
-    g = dy if weight is None else dy * weight
+    g = dy if weight is None else dy * (weight + spec.offset)
     dx = g - xhat * (g * xhat).mean(axis=axes, keepdims=True)
     if spec.center:
         dx = dx - g.mean(axis=axes, keepdims=True)
     # With no leading dims there is one row, and nothing to sum: an empty tuple of axes would mean all of them.
-    dw, db = dy * xhat, dy
+    dw, db = dy * (xhat if weighted is None else weighted), dy
     return rstd * dx, dw.sum(axis=rows) if rows else dw, db.sum(axis=rows) if rows else db
 
 
@@ -218,8 +224,9 @@ def composite(
     """The norm as torch's own op, differentiable any number of times and in either mode.
 
     torch's op where it takes the dtypes given; where it does not (weights of another floating dtype), the same op in
-    fp32 or fp64 with one rounding at the end. Under torch.func and in forward mode LayerNorm is the definition, written
-    out: of torch's op the forward mode of a derivative, and third derivatives, are wrong there, silently (2.13).
+    fp32 or fp64 with one rounding at the end; so too in a casting mode of its own. Under torch.func and in forward mode
+    LayerNorm is the definition, written out: of torch's op the forward mode of a derivative, and third derivatives, are
+    wrong there, silently (2.13).
     """
     with keeping_dtype(x.device.type):
         return _composite(spec, x, list(normalized_shape), weight, bias, eps)
@@ -231,24 +238,31 @@ def _composite(
     dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
     narrow = None
     defined = spec.center and _is_transformed()
-    if len(dtypes) > 1 or defined:
+    if len(dtypes) > 1 or defined or spec.cast != "output":
         narrow = None if autocast_to_fp32(spec, x.device.type) else x.dtype
         wide = torch.float64 if torch.float64 in dtypes else torch.float32
         x = x.to(wide)
         weight = None if weight is None else weight.to(wide)
         bias = None if bias is None else bias.to(wide)
-    if defined:
-        _, _, xhat = _normalized(spec, x, len(shape), eps)
+    weight = weight if weight is None or not spec.offset else weight + spec.offset
+    if defined or spec.rounded:
+        xhat = _normalized(spec, x, len(shape), eps)[2] if defined else _plain(spec, x, shape, None, None, eps)
+        xhat = xhat.to(narrow).to(x.dtype) if spec.rounded and narrow is not None else xhat
         y = xhat if weight is None else xhat * weight
         y = y if bias is None else y + bias
-    elif spec.center:
+    else:
+        y = _plain(spec, x, shape, weight, bias, eps)
+    return y if narrow is None else y.to(narrow)
+
+
+def _plain(spec: RowNorm, x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """torch's own op, of tensors of one dtype."""
+    if spec.center:
         # A weight of ones changes no bit. Without one torch drops bias's second derivatives, silently (2.11, 2.13).
         weight = torch.ones_like(bias) if weight is None and bias is not None else weight
-        y = F.layer_norm(x, shape, weight, bias, eps)
-    else:
-        y = F.rms_norm(x, shape, weight, eps)
-        y = y if bias is None else y + bias
-    return y if narrow is None else y.to(narrow)
+        return F.layer_norm(x, shape, weight, bias, eps)
+    y = F.rms_norm(x, shape, weight, eps)
+    return y if bias is None else y + bias
 
 
 def _is_transformed() -> bool:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+# Where a norm rounds to its input's dtype, and what its weight stands for: models differ.
+Cast = Literal["output", "llama", "gemma"]
+CASTS: tuple[Cast, ...] = get_args(Cast)
 
 
 @dataclass(frozen=True)
@@ -14,9 +19,27 @@ class RowNorm:
 
     name: str
     center: bool
+    cast: Cast = "output"
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the normalized input is rounded to the input's dtype before it meets weight and bias."""
+        return self.cast == "llama"
+
+    @property
+    def offset(self) -> float:
+        """What is added to the weight."""
+        return 1.0 if self.cast == "gemma" else 0.0
+
+    def with_cast(self, cast: Cast) -> RowNorm:
+        """The same norm in another casting mode."""
+        return _IN_CAST[self.name, cast]
 
 
 LAYER_NORM = RowNorm("layer_norm", center=True)
 RMS_NORM = RowNorm("rms_norm", center=False)
 
 ROW_NORMS = (LAYER_NORM, RMS_NORM)
+
+# Made beforehand, so that a call finds one without making it, in a traced graph too.
+_IN_CAST = {(spec.name, cast): replace(spec, cast=cast) for spec in ROW_NORMS for cast in CASTS}

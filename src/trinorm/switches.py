@@ -22,10 +22,15 @@ class Options:
     autocast_keeps_dtype: under autocast a norm returns its input's dtype, as it does elsewhere. False: it returns what
         torch's own norm does, which for some norms on some devices is fp32 (``F.layer_norm`` on CUDA): twice the bytes,
         which the next matrix product casts back. Statistics and sums are in fp32 in both.
+    inductor_fuses: torch.compile and torch.export record torch's own operators where they would record the kernels, for
+        Inductor to fuse with what is around them: graphs of pointwise ops and norms then take what they take with torch's
+        norms, for other bits than an eager call's. Where matrix products stand between, the kernels are no slower
+        (docs/pytorch.md has both).
     """
 
     batch_invariant: bool = False
     autocast_keeps_dtype: bool = False
+    inductor_fuses: bool = False
 
     def __setattr__(self, name: str, value: bool) -> None:
         if name not in _NAMES:

@@ -1,8 +1,9 @@
-"""Row norms, forward: y = (x - mean)·rstd·w + b over the last N elements of each row.
+"""Row norms, forward: y = (x - mean)·rstd·(w + OFFSET) + b over the last N elements of each row.
 
 ``row_forward`` reads a row once and holds it; ``row_forward_streamed`` reads it twice, the second time from L2, for
-rows too wide to hold. LayerNorm is CENTER, RMSNorm is not. W, B, MEAN and RSTD may be None: absent, or not asked for.
-Offsets, strides and N count elements; ``x_odd_sizes`` and ``x_strides`` describe x's leading dims (index.row_offsets).
+rows too wide to hold. LayerNorm is CENTER, RMSNorm is not; OFFSET and ROUND are affine.py's. W, B, MEAN and RSTD may be
+None: absent, or not asked for. Offsets, strides and N count elements; ``x_odd_sizes`` and ``x_strides`` describe x's
+leading dims (index.row_offsets).
 STREAM says that x and y are too large for L2: they pass through it and leave w and b there (H200, bf16, 8192 columns:
 LayerNorm 0.97 of the copy against 0.95, RMSNorm 0.97 against 0.95; 1024 columns: 0.98 and 1.00 against 0.96 and 0.97).
 """
@@ -10,7 +11,7 @@ LayerNorm 0.97 of the copy against 0.95, RMSNorm 0.97 against 0.95; 1024 columns
 import triton
 import triton.language as tl
 
-from .affine import NO_BIAS, NO_WEIGHT, affine
+from .affine import NO_BIAS, NO_WEIGHT, affine, rounded
 from .index import (
     chunk_columns,
     columns_live,
@@ -39,9 +40,23 @@ def store_stats(MEAN, RSTD, rows, mean, rstd, mask, CENTER: tl.constexpr):
 
 
 @triton.jit
-def store_y(Y, offsets, x, mean, rstd, w, b, mask, ACC: tl.constexpr, STREAM: tl.constexpr):
+def store_y(
+    Y,
+    offsets,
+    x,
+    mean,
+    rstd,
+    w,
+    b,
+    mask,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
+    ACC: tl.constexpr,
+    STREAM: tl.constexpr,
+):
     """y of some elements from x and its row's statistics."""
-    y = affine((widened(x, ACC) - mean) * rstd, w, b)
+    xhat = rounded((widened(x, ACC) - mean) * rstd, Y.dtype.element_ty, ROUND)
+    y = affine(xhat, w, b, OFFSET)
     tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=mask, cache_modifier=".cs" if STREAM else "")
 
 
@@ -58,6 +73,8 @@ def normalize_streamed(
     rstd,
     mask,
     N: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
     ACC: tl.constexpr,
     CHUNK: tl.constexpr,
     STREAM: tl.constexpr,
@@ -69,7 +86,7 @@ def normalize_streamed(
         w = load_or(W, columns, live, NO_WEIGHT, STREAM)
         b = load_or(B, columns, live, NO_BIAS, STREAM)
         x = load_once(x_row + columns, live, STREAM)
-        store_y(Y, row * N + columns, x, mean, rstd, w, b, mask & live, ACC, STREAM)
+        store_y(Y, row * N + columns, x, mean, rstd, w, b, mask & live, OFFSET, ROUND, ACC, STREAM)
 
 
 @triton.jit
@@ -87,6 +104,8 @@ def rescue(
     eps,
     N: tl.constexpr,
     CENTER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -105,7 +124,7 @@ def rescue(
             x_row = X + row_offsets(row, x_odd_sizes, x_strides)
             mean, rstd = rescued_stats(x_row, eps, N, CENTER, ACC, STEP)
             store_stats(MEAN, RSTD, row, mean, rstd, bad, CENTER)
-            normalize_streamed(Y, x_row, W, B, row, 0, N, mean, rstd, bad, N, ACC, STEP, False)
+            normalize_streamed(Y, x_row, W, B, row, 0, N, mean, rstd, bad, N, OFFSET, ROUND, ACC, STEP, False)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -122,6 +141,8 @@ def row_forward(
     eps: tl.float64,
     N: tl.constexpr,
     CENTER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
     ACC: tl.constexpr,
     RESCUE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -170,7 +191,7 @@ def row_forward(
             else:
                 w = load_or(W, columns, mask, NO_WEIGHT, STREAM)
                 b = load_or(B, columns, mask, NO_BIAS, STREAM)
-            store_y(Y, rows * N + columns, xs[i], mean, rstd, w, b, mask & good, ACC, STREAM)
+            store_y(Y, rows * N + columns, xs[i], mean, rstd, w, b, mask & good, OFFSET, ROUND, ACC, STREAM)
 
         good = good | ~live
         goods = goods + (good,)
@@ -183,7 +204,26 @@ def row_forward(
                 for other in tl.static_range(1, TILES):
                     good = tl.where(tile == other, goods[other], good)
                 row = (first + tile) * ROWS
-                rescue(Y, MEAN, RSTD, X, W, B, good, row, x_odd_sizes, x_strides, eps, N, CENTER, ACC, ROWS, CHUNK)
+                rescue(
+                    Y,
+                    MEAN,
+                    RSTD,
+                    X,
+                    W,
+                    B,
+                    good,
+                    row,
+                    x_odd_sizes,
+                    x_strides,
+                    eps,
+                    N,
+                    CENTER,
+                    OFFSET,
+                    ROUND,
+                    ACC,
+                    ROWS,
+                    CHUNK,
+                )
 
 
 @triton.jit
@@ -199,6 +239,8 @@ def row_forward_streamed(
     eps: tl.float64,
     N: tl.constexpr,
     CENTER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
     ACC: tl.constexpr,
     RESCUE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -214,7 +256,10 @@ def row_forward_streamed(
     good = trusted(power + eps) if RESCUE else row >= 0
     rstd = tl.rsqrt(power + eps)
     store_stats(MEAN, RSTD, row, mean, rstd, good, CENTER)
-    normalize_streamed(Y, x_row, W, B, row, 0, N, mean, rstd, good, N, ACC, CHUNK, True)
+    normalize_streamed(Y, x_row, W, B, row, 0, N, mean, rstd, good, N, OFFSET, ROUND, ACC, CHUNK, True)
     if RESCUE:
         if tl.min(good.to(tl.int32)) == 0:
-            rescue(Y, MEAN, RSTD, X, W, B, good, first_program(), x_odd_sizes, x_strides, eps, N, CENTER, ACC, 1, CHUNK)
+            first = first_program()
+            rescue(
+                Y, MEAN, RSTD, X, W, B, good, first, x_odd_sizes, x_strides, eps, N, CENTER, OFFSET, ROUND, ACC, 1, CHUNK
+            )

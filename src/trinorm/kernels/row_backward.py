@@ -1,11 +1,12 @@
-"""Row norms, backward. With g = dy·w, x̂ = (x - mean)·rstd and means taken over a row's N elements:
+"""Row norms, backward. With g = dy·(w + OFFSET), x̂ = (x - mean)·rstd and means taken over a row's N elements:
 
     dx = rstd·(g - x̂·c1 - c2),   c1 = mean(g·x̂),   c2 = mean(g) with CENTER, else 0
     dw = Σ_rows dy·x̂,            db = Σ_rows dy
 
 docs/mathematics.md derives them. x̂ = (v - shift)·scale of what the forward kept: v is x, with the row's mean and rstd; or,
-with FROM_OUTPUT, y, with the columns' b and 1/w. DX, DW and DB may be None: only what is asked for is computed. Sums over
-rows are taken in a fixed order, in fp32, with no atomics: the same bits on every run.
+with FROM_OUTPUT, y, with the columns' b and 1/(w + OFFSET). With ROUND dw is of x̂ as y had it, rounded (affine.py). DX, DW
+and DB may be None: only what is asked for is computed. Sums over rows are taken in a fixed order, in fp32, with no atomics:
+the same bits on every run.
 
 - ``row_backward_few``       few rows: one launch, in which some programs take rows (dx) and others columns (dw, db)
 - ``row_backward``           many rows: persistent programs walk tiles of whole rows, dw and db in registers
@@ -17,7 +18,7 @@ Rows too wide to hold are split over a team (row_split.py) or read twice (row_ba
 import triton
 import triton.language as tl
 
-from .affine import NO_BIAS, NO_WEIGHT, affine_backward
+from .affine import NO_BIAS, NO_WEIGHT, affine_backward, offset_by, rounded
 from .index import (
     chunk_columns,
     columns_live,
@@ -48,21 +49,21 @@ def load_stats(MEAN, RSTD, rows, live):
 
 
 @triton.jit
-def undoing(mean, rstd, w, b, FROM_OUTPUT: tl.constexpr, ACC: tl.constexpr):
+def undoing(mean, rstd, w, b, OFFSET: tl.constexpr, FROM_OUTPUT: tl.constexpr, ACC: tl.constexpr):
     """The shift and scale that make x̂ of some columns of what was kept."""
     if FROM_OUTPUT:
-        return b.to(ACC), 1.0 / w.to(ACC)
+        return b.to(ACC), 1.0 / offset_by(w.to(ACC), OFFSET)
     else:
         return mean, rstd
 
 
 @triton.jit
-def undoing_row(mean, rstd, ws, bs, FROM_OUTPUT: tl.constexpr, ACC: tl.constexpr):
+def undoing_row(mean, rstd, ws, bs, OFFSET: tl.constexpr, FROM_OUTPUT: tl.constexpr, ACC: tl.constexpr):
     """``undoing`` of each chunk of a row: shifts and scales."""
     shifts = ()
     scales = ()
     for i in tl.static_range(len(ws)):
-        shift, scale = undoing(mean, rstd, ws[i], bs[i], FROM_OUTPUT, ACC)
+        shift, scale = undoing(mean, rstd, ws[i], bs[i], OFFSET, FROM_OUTPUT, ACC)
         shifts = shifts + (shift,)
         scales = scales + (scale,)
     return shifts, scales
@@ -86,14 +87,14 @@ def dx_of(g, xhat, rstd, c1, c2, CENTER: tl.constexpr):
 
 
 @triton.jit
-def dx_sums(kept, dys, ws, shifts, scales, CENTER: tl.constexpr, ACC: tl.constexpr):
+def dx_sums(kept, dys, ws, shifts, scales, CENTER: tl.constexpr, OFFSET: tl.constexpr, ACC: tl.constexpr):
     """(Σ g·x̂, Σ g) over the held columns, each ``[ROWS, 1]``; the second is 0 without CENTER."""
     ROWS: tl.constexpr = kept[0].shape[0]
     CHUNK: tl.constexpr = kept[0].shape[1]
     g_xhat = tl.zeros([ROWS, CHUNK], ACC)
     g_sum = tl.zeros([ROWS, CHUNK], ACC)
     for i in tl.static_range(len(kept)):
-        g = affine_backward(dys[i].to(ACC), ws[i])
+        g = affine_backward(dys[i].to(ACC), ws[i], OFFSET)
         g_xhat += g * normalized(kept[i], shifts[i], scales[i], ACC)
         g_sum += g
     if CENTER:
@@ -118,6 +119,7 @@ def store_dx(
     start,
     N: tl.constexpr,
     CENTER: tl.constexpr,
+    OFFSET: tl.constexpr,
     ACC: tl.constexpr,
     STREAM: tl.constexpr,
 ):
@@ -126,7 +128,7 @@ def store_dx(
     for i in tl.static_range(len(kept)):
         columns = chunk_columns(start + i * CHUNK, CHUNK)
         mask = live & columns_live(columns, (i + 1) * CHUNK, N)
-        g = affine_backward(dys[i].to(ACC), ws[i])
+        g = affine_backward(dys[i].to(ACC), ws[i], OFFSET)
         dx = dx_of(g, normalized(kept[i], shifts[i], scales[i], ACC), rstd, c1, c2, CENTER)
         tl.store(DX + rows * N + columns, dx.to(DX.dtype.element_ty), mask=mask, cache_modifier=".cs" if STREAM else "")
 
@@ -144,13 +146,14 @@ def store_dx_of_rows(
     live,
     N: tl.constexpr,
     CENTER: tl.constexpr,
+    OFFSET: tl.constexpr,
     ACC: tl.constexpr,
     STREAM: tl.constexpr,
 ):
     """dx of a tile of whole rows."""
-    c1, c2 = dx_sums(kept, dys, ws, shifts, scales, CENTER, ACC)
+    c1, c2 = dx_sums(kept, dys, ws, shifts, scales, CENTER, OFFSET, ACC)
     c1, c2 = mean_of(c1, N), mean_of(c2, N)
-    store_dx(DX, kept, dys, ws, shifts, scales, rstd, c1, c2, rows, live, 0, N, CENTER, ACC, STREAM)
+    store_dx(DX, kept, dys, ws, shifts, scales, rstd, c1, c2, rows, live, 0, N, CENTER, OFFSET, ACC, STREAM)
 
 
 @triton.jit
@@ -163,11 +166,12 @@ def zero_chunks(N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, ACC: t
 
 
 @triton.jit
-def add_dw(dw, kept, dys, shifts, scales, ACC: tl.constexpr):
-    """dw + dy·x̂, chunk by chunk, still one sum for each row of the tile."""
+def add_dw(dw, kept, dys, shifts, scales, dtype: tl.constexpr, ROUND: tl.constexpr, ACC: tl.constexpr):
+    """dw + dy·x̂, chunk by chunk, still one sum for each row of the tile; with ROUND x̂ as ``dtype`` holds it."""
     chunks = ()
     for i in tl.static_range(len(kept)):
-        chunks = chunks + (dw[i] + dys[i].to(ACC) * normalized(kept[i], shifts[i], scales[i], ACC),)
+        xhat = rounded(normalized(kept[i], shifts[i], scales[i], ACC), dtype, ROUND)
+        chunks = chunks + (dw[i] + dys[i].to(ACC) * xhat,)
     return chunks
 
 
@@ -227,6 +231,8 @@ def row_backward(
     dy_strides,
     N: tl.constexpr,
     CENTER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
@@ -252,13 +258,13 @@ def row_backward(
             kept = load_row(KEPT + row_offsets(rows, kept_odd_sizes, kept_strides), live, N, CHUNK, STREAM)
             dys = load_row(DY + row_offsets(rows, dy_odd_sizes, dy_strides), live, N, CHUNK, STREAM)
             mean, rstd = load_stats(MEAN, RSTD, rows, live)
-            shifts, scales = undoing_row(mean, rstd, ws, bs, FROM_OUTPUT, ACC)
+            shifts, scales = undoing_row(mean, rstd, ws, bs, OFFSET, FROM_OUTPUT, ACC)
             if DW is not None:
-                dw = add_dw(dw, kept, dys, shifts, scales, ACC)
+                dw = add_dw(dw, kept, dys, shifts, scales, KEPT.dtype.element_ty, ROUND, ACC)
             if DB is not None:
                 db = add_db(db, dys, ACC)
             if DX is not None:
-                store_dx_of_rows(DX, kept, dys, ws, shifts, scales, rstd, rows, live, N, CENTER, ACC, STREAM)
+                store_dx_of_rows(DX, kept, dys, ws, shifts, scales, rstd, rows, live, N, CENTER, OFFSET, ACC, STREAM)
     let_next_launch(PDL)
 
     if DW is not None:
@@ -286,6 +292,8 @@ def row_backward_few(
     dy_strides,
     N: tl.constexpr,
     CENTER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
@@ -310,8 +318,8 @@ def row_backward_few(
             ws = load_row_or(W, live, N, CHUNK, NO_WEIGHT)
             bs = load_row_or(B, live, N, CHUNK, NO_BIAS)
             mean, rstd = load_stats(MEAN, RSTD, rows, live)
-            shifts, scales = undoing_row(mean, rstd, ws, bs, FROM_OUTPUT, ACC)
-            store_dx_of_rows(DX, kept, dys, ws, shifts, scales, rstd, rows, live, N, CENTER, ACC, False)
+            shifts, scales = undoing_row(mean, rstd, ws, bs, OFFSET, FROM_OUTPUT, ACC)
+            store_dx_of_rows(DX, kept, dys, ws, shifts, scales, rstd, rows, live, N, CENTER, OFFSET, ACC, False)
     else:
         columns = chunk_columns((program - row_tiles) * SUM_CHUNK, SUM_CHUNK)
         in_row = columns_live(columns, rounded_up(N, SUM_CHUNK), N)
@@ -327,9 +335,9 @@ def row_backward_few(
                 db += dy
             if DW is not None:
                 mean, rstd = load_stats(MEAN, RSTD, rows, live)
-                shift, scale = undoing(mean, rstd, w, b, FROM_OUTPUT, ACC)
+                shift, scale = undoing(mean, rstd, w, b, OFFSET, FROM_OUTPUT, ACC)
                 kept = load(KEPT + row_offsets(rows, kept_odd_sizes, kept_strides) + columns, live & in_row)
-                dw += dy * normalized(kept, shift, scale, ACC)
+                dw += dy * rounded(normalized(kept, shift, scale, ACC), KEPT.dtype.element_ty, ROUND)
         if DW is not None:
             total = tl.sum(dw, axis=0, keep_dims=True).to(DW.dtype.element_ty)
             tl.store(DW + columns, total, mask=in_row)

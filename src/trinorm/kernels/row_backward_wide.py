@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from .affine import NO_BIAS, NO_WEIGHT, affine_backward
+from .affine import NO_BIAS, NO_WEIGHT, affine_backward, rounded
 from .index import (
     chunk_columns,
     columns_live,
@@ -43,6 +43,8 @@ def row_backward_moments(
     dy_strides,
     N: tl.constexpr,
     CENTER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
     ACC: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -63,8 +65,8 @@ def row_backward_moments(
         live = columns_live(columns, rounded_up(N, CHUNK), N)
         w = load_or(W, columns, live, NO_WEIGHT, False)
         b = load_or(B, columns, live, NO_BIAS, False)
-        shift, scale = undoing(mean, rstd, w, b, FROM_OUTPUT, ACC)
-        g = affine_backward(load(dy_row + columns, live).to(ACC), w)
+        shift, scale = undoing(mean, rstd, w, b, OFFSET, FROM_OUTPUT, ACC)
+        g = affine_backward(load(dy_row + columns, live).to(ACC), w, OFFSET)
         g_xhat += g * normalized(load(kept_row + columns, live), shift, scale, ACC)
         if CENTER:
             g_sum += g
@@ -94,6 +96,8 @@ def row_backward_apply(
     dy_strides,
     N: tl.constexpr,
     CENTER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
     ACC: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -115,15 +119,15 @@ def row_backward_apply(
         mean, rstd = load_stats(MEAN, RSTD, row, live)
         dy = load_once(DY + row_offsets(row, dy_odd_sizes, dy_strides) + columns, in_row, True).to(ACC)
         kept = load_once(KEPT + row_offsets(row, kept_odd_sizes, kept_strides) + columns, in_row, True)
-        shift, scale = undoing(mean, rstd, w, b, FROM_OUTPUT, ACC)
+        shift, scale = undoing(mean, rstd, w, b, OFFSET, FROM_OUTPUT, ACC)
         xhat = normalized(kept, shift, scale, ACC)
         if DW is not None:
-            dw += dy * xhat
+            dw += dy * rounded(xhat, KEPT.dtype.element_ty, ROUND)
         if DB is not None:
             db += dy
         if DX is not None:
             c2, c1 = load_stats(C2, C1, row, live)
-            dx = dx_of(affine_backward(dy, w), xhat, rstd, c1, c2, CENTER)
+            dx = dx_of(affine_backward(dy, w, OFFSET), xhat, rstd, c1, c2, CENTER)
             tl.store(DX + row * N + columns, dx.to(DX.dtype.element_ty), mask=in_row, cache_modifier=".cs")
     let_next_launch(PDL)
 

@@ -118,6 +118,8 @@ def row_forward_split(
     eps: tl.float64,
     N: tl.constexpr,
     CENTER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
     ACC: tl.constexpr,
     RESCUE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -152,13 +154,14 @@ def row_forward_split(
         live = columns_live(columns, BLOCK, N)
         w = load_or(W, columns, live, NO_WEIGHT, True)
         b = load_or(B, columns, live, NO_BIAS, True)
-        store_y(Y, row * N + columns, xs[i], mean, rstd, w, b, live & good, ACC, True)
+        store_y(Y, row * N + columns, xs[i], mean, rstd, w, b, live & good, OFFSET, ROUND, ACC, True)
 
     if RESCUE:
         if tl.min(good.to(tl.int32)) == 0:
             mean, rstd = rescued_stats(x_row, eps, N, CENTER, ACC, CHUNK)
             store_stats(MEAN, RSTD, row, mean, rstd, first, CENTER)
-            normalize_streamed(Y, x_row, W, B, row, start, start + BLOCK, mean, rstd, ~good, N, ACC, CHUNK, False)
+            end = start + BLOCK
+            normalize_streamed(Y, x_row, W, B, row, start, end, mean, rstd, ~good, N, OFFSET, ROUND, ACC, CHUNK, False)
 
 
 @triton.jit
@@ -189,6 +192,8 @@ def row_backward_split(
     dy_strides,
     N: tl.constexpr,
     CENTER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -223,17 +228,17 @@ def row_backward_split(
         kept = load_row(KEPT + row_offsets(row, kept_odd_sizes, kept_strides) + start, live, BLOCK, CHUNK, True)
         dys = load_row(DY + row_offsets(row, dy_odd_sizes, dy_strides) + start, live, BLOCK, CHUNK, True)
         mean, rstd = load_stats(MEAN, RSTD, row, live)
-        shifts, scales = undoing_row(mean, rstd, ws, bs, FROM_OUTPUT, ACC)
+        shifts, scales = undoing_row(mean, rstd, ws, bs, OFFSET, FROM_OUTPUT, ACC)
         # Widened for the first use only, so that the second holds half the registers: with room to spare it saves
         # instructions, and LayerNorm has none (RMSNorm at 65536 columns: 105 µs against 112, LayerNorm 126 against 124).
         first_kept = kept if CENTER else widened_chunks(kept, ACC)
         first_dys = dys if CENTER else widened_chunks(dys, ACC)
         if DW is not None:
-            dw = add_dw(dw, first_kept, first_dys, shifts, scales, ACC)
+            dw = add_dw(dw, first_kept, first_dys, shifts, scales, KEPT.dtype.element_ty, ROUND, ACC)
         if DB is not None:
             db = add_db(db, first_dys, ACC)
         if DX is not None:
-            c1, c2 = dx_sums(first_kept, first_dys, ws, shifts, scales, CENTER, ACC)
+            c1, c2 = dx_sums(first_kept, first_dys, ws, shifts, scales, CENTER, OFFSET, ACC)
             publish(WORDS + row * TEAM + member, c1, c2, live)
 
             before = tl.maximum(row_number - teams, 0)
@@ -243,8 +248,8 @@ def row_backward_split(
             row = tile_rows(before, 1)
             live = tl.full([1, 1], asked, tl.int1)
             mean, rstd = load_stats(MEAN, RSTD, row, live)
-            shifts, scales = undoing_row(mean, rstd, ws, bs, FROM_OUTPUT, ACC)
-            store_dx(DX, held, held_dys, ws, shifts, scales, rstd, c1, c2, row, live, start, N, CENTER, ACC, True)
+            shifts, scales = undoing_row(mean, rstd, ws, bs, OFFSET, FROM_OUTPUT, ACC)
+            store_dx(DX, held, held_dys, ws, shifts, scales, rstd, c1, c2, row, live, start, N, CENTER, OFFSET, ACC, True)
             held = kept
             held_dys = dys
     let_next_launch(PDL)

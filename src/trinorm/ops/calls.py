@@ -59,10 +59,9 @@ class Calls(Generic[T]):
         if type(x) not in road.PLAIN or type(eps) not in _NUMBERS:
             return None
         try:
-            shape = x.shape
-        except RuntimeError:  # a nested tensor of strided layout has none
+            entries = self._seen.get((op, manner, x.shape, eps, weight is None, bias is None, _grad_is_on()))
+        except (RuntimeError, TypeError):  # a nested tensor of strided layout has no shape; a wrong manner may be no key
             return None
-        entries = self._seen.get((op, manner, shape, eps, weight is None, bias is None, _grad_is_on()))
         if entries is None:
             return None
         tensors = _present(x, weight, bias)

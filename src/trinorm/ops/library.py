@@ -2,9 +2,11 @@
 
 For each spec, by the kernels where they run and by ATen's ops elsewhere::
 
-    layer_norm(input, normalized_shape, weight?, bias?, eps, batch_invariant) -> (y, mean, rstd)
-    rms_norm(input, normalized_shape, weight?, eps, batch_invariant) -> (y, rstd)
-    <norm>_backward(dy, input, normalized_shape, weight?, mean?, rstd, eps, dx, dw, db?, batch_invariant) -> (dx, dw, db)
+    layer_norm(input, normalized_shape, weight?, bias?, eps, batch_invariant, cast) -> (y, mean, rstd)
+    rms_norm(input, normalized_shape, weight?, eps, batch_invariant, cast) -> (y, rstd)
+    <norm>_backward(
+        dy, input, normalized_shape, weight?, mean?, rstd, eps, dx, dw, db?, batch_invariant, cast
+    ) -> (dx, dw, db)
 
 The statistics are for the backward: they have the input's leading dims and the accumulator's dtype, and carry no gradients.
 dx and dw say whether a gradient is wanted, db in which dtype; one that is not is None, as in ATen's own backwards. eps is
@@ -23,7 +25,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from .. import reference
-from ..spec import ROW_NORMS, RowNorm
+from ..spec import CASTS, ROW_NORMS, Cast, RowNorm
 from . import road
 from .row import CALLS, RowCall, prepared
 
@@ -44,7 +46,7 @@ def norm(
     _know_distributed(x, weight, bias)
     parameters = (weight, bias) if spec.center else (weight,)
     with reference.keeping_dtype(x.device.type):
-        return getattr(torch.ops.trinorm, spec.name)(x, normalized_shape, *parameters, eps, batch_invariant)[0]
+        return getattr(torch.ops.trinorm, spec.name)(x, normalized_shape, *parameters, eps, batch_invariant, spec.cast)[0]
 
 
 class _Op:
@@ -87,18 +89,18 @@ class _Forward(_Op):
         bias, mean = ("Tensor? bias, ", "Tensor, ") if spec.center else ("", "")
         self.name = spec.name
         self.schema = (
-            f"(Tensor input, SymInt[] normalized_shape, Tensor? weight, {bias}float eps, bool batch_invariant) "
+            f"(Tensor input, SymInt[] normalized_shape, Tensor? weight, {bias}float eps, bool batch_invariant, str cast) "
             f"-> (Tensor, {mean}Tensor)"
         )
         self._backward = backward
 
     def autocast(self, key: str, x: Tensor, shape: Sequence[int], *rest: Any) -> Results:
         """In fp32 where torch's own op is."""
-        *parameters, eps, batch_invariant = rest
+        *parameters, eps, batch_invariant, cast = rest
         if x.dtype != torch.float64 and reference.autocast_to_fp32(self._spec, x.device.type):
             x, *parameters = reference.in_fp32(x, *parameters)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            return self(x, shape, *parameters, eps, batch_invariant)
+            return self(x, shape, *parameters, eps, batch_invariant, cast)
 
     def vmap(self, info: Any, dims: Sequence[Any], x: Tensor, *rest: Any) -> tuple[Results, Sequence[int | None]]:
         if any(isinstance(dim, int) for dim in dims[1:]):
@@ -109,55 +111,56 @@ class _Forward(_Op):
         return self.composite(*args) if forward_ad._current_level >= 0 else self.kernel(keyset, *args)
 
     def save(self, ctx: Any, results: Results, *args: Any) -> None:
-        x, shape, weight, *bias, eps, batch_invariant = args
+        x, shape, weight, *bias, eps, batch_invariant, cast = args
         ctx.save_for_backward(x, weight, *results[1:])
         ctx.mark_non_differentiable(*results[1:])
-        ctx.shape, ctx.eps, ctx.batch_invariant = shape, eps, batch_invariant
+        ctx.shape, ctx.eps, ctx.how = shape, eps, (batch_invariant, cast)
         ctx.bias_dtype = bias[0].dtype if bias and bias[0] is not None else None
 
     def differentiate(self, ctx: Any, *gradients: Tensor | None) -> Results:
         dy, (x, weight, *mean, rstd) = gradients[0], ctx.saved_tensors
-        _, _, _, dx, _, dw, *db, _, _ = ctx.needs_input_grad
+        _, _, _, dx, _, dw, *db, _, _, _ = ctx.needs_input_grad
         wanted = dx, dw, ctx.bias_dtype if any(db) else None
         mean = mean[0] if mean else None
-        dx, dw, db_ = self._backward(dy, x, ctx.shape, weight, mean, rstd, ctx.eps, *wanted, ctx.batch_invariant)
-        return dx, None, dw, *(db_ for _ in db), None, None
+        dx, dw, db_ = self._backward(dy, x, ctx.shape, weight, mean, rstd, ctx.eps, *wanted, *ctx.how)
+        return dx, None, dw, *(db_ for _ in db), None, None, None
 
     def composite(self, *args: Any) -> Results:
-        x, shape, weight, bias, eps, _ = self._named(*args)
-        _check(self.name, x, shape, weight, bias)
-        y = reference.composite(self._spec, x, shape, weight, bias, eps).contiguous()
+        x, shape, weight, bias, eps, _, cast = self._named(*args)
+        _check(self.name, cast, x, shape, weight, bias)
+        y = reference.composite(self._spec.with_cast(cast), x, shape, weight, bias, eps).contiguous()
         mean, rstd = reference.statistics(self._spec, x, len(shape), eps)
         stats = road.accumulator_dtype(x, weight, bias)
         return self._results(y, mean.detach().to(stats), rstd.detach().to(stats))
 
     def compute(self, *args: Any) -> Results:
-        x, shape, weight, bias, eps, batch_invariant = self._named(*args)
-        inputs, manner = (x, weight, bias), (_REGISTERED, batch_invariant)
+        x, shape, weight, bias, eps, batch_invariant, cast = self._named(*args)
+        inputs, manner = (x, weight, bias), (_REGISTERED, batch_invariant, cast)
         call = CALLS.recall(self.name, manner, x, shape, weight, bias, eps)
         if call is None:
-            _check(self.name, x, shape, weight, bias)
+            _check(self.name, cast, x, shape, weight, bias)
             if not road.has_kernels(x) or not x.numel():
                 return self.composite(*args)
             how: dict[str, Any] = dict(batch_invariant=batch_invariant, differentiated=True)
-            call, inputs = prepared(self._spec, len(shape), inputs, eps, (shape, eps, manner), **how)
+            spec = self._spec.with_cast(cast)
+            call, inputs = prepared(spec, len(shape), inputs, eps, (shape, eps, manner), **how)
         y, *statistics = call.results(*inputs)
         leading = x.shape[: -len(shape)]
         return self._results(y, *(None if t is None else t.view(leading) for t in statistics))
 
     def fake(self, *args: Any) -> Results:
-        x, shape, weight, bias, *_ = self._named(*args)
-        _check(self.name, x, shape, weight, bias)
+        x, shape, weight, bias, *_, cast = self._named(*args)
+        _check(self.name, cast, x, shape, weight, bias)
         stats = road.accumulator_dtype(x, weight, bias)
         mean, rstd = (x.new_empty(x.shape[: -len(shape)], dtype=stats) for _ in range(2))
         return self._results(x.new_empty(x.shape), mean, rstd)
 
     def _named(
         self, x: Tensor, shape: Sequence[int], weight: Tensor | None, *rest: Any
-    ) -> tuple[Tensor, Sequence[int], Tensor | None, Tensor | None, float, bool]:
-        """The arguments as (x, shape, weight, bias, eps, batch_invariant)."""
-        bias, eps, batch_invariant = rest if self._spec.center else (None, *rest)
-        return x, shape, weight, bias, eps, batch_invariant
+    ) -> tuple[Tensor, Sequence[int], Tensor | None, Tensor | None, float, bool, Cast]:
+        """The arguments as (x, shape, weight, bias, eps, batch_invariant, cast)."""
+        bias, eps, batch_invariant, cast = rest if self._spec.center else (None, *rest)
+        return x, shape, weight, bias, eps, batch_invariant, cast
 
     def _results(self, y: Tensor | None, mean: Tensor | None, rstd: Tensor | None) -> Results:
         return (y, mean, rstd) if self._spec.center else (y, rstd)
@@ -166,7 +169,7 @@ class _Forward(_Op):
 class _Backward(_Op):
     schema = (
         "(Tensor dy, Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? mean, Tensor rstd, float eps, "
-        "bool dx, bool dw, ScalarType? db, bool batch_invariant) -> (Tensor, Tensor, Tensor)"
+        "bool dx, bool dw, ScalarType? db, bool batch_invariant, str cast) -> (Tensor, Tensor, Tensor)"
     )
 
     def __init__(self, spec: RowNorm) -> None:
@@ -174,14 +177,14 @@ class _Backward(_Op):
         self.name = f"{spec.name}_backward"
 
     def vmap(self, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Results, Sequence[int | None]]:
-        dy, x, shape, weight, mean, rstd, eps, dx, dw, db, batch_invariant = args
+        dy, x, shape, weight, mean, rstd, eps, dx, dw, db, *how = args
         if isinstance(dims[3], int) or dw or db is not None:
             return _one_by_one(self, info, dims, *args)  # each has a weight, or sums over rows, of its own
         dy, x, mean, rstd = (
             t if t is None else t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
             for t, dim in ((dy, dims[0]), (x, dims[1]), (mean, dims[4]), (rstd, dims[5]))
         )
-        return _batched(self(dy, x, shape, weight, mean, rstd, eps, dx, dw, db, batch_invariant))
+        return _batched(self(dy, x, shape, weight, mean, rstd, eps, dx, dw, db, *how))
 
     def autograd(self, keyset: Any, *args: Any) -> Results:
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _any_requires_grad(*args)):
@@ -189,13 +192,14 @@ class _Backward(_Op):
         return self.kernel(keyset, *args)
 
     def composite(self, *args: Any) -> Results:
-        dy, x, shape, weight, _, _, eps, dx, dw, db, _ = args
-        found: Any = reference.composite_gradients(self._spec, x, len(shape), weight, db, eps, dy)
+        dy, x, shape, weight, _, _, eps, dx, dw, db, _, cast = args
+        spec = self._spec.with_cast(cast)
+        found: Any = reference.composite_gradients(spec, x, len(shape), weight, db, eps, dy)
         # With no leading dims db is dy, which an op's result may not be.
         return found.dx.contiguous() if dx else None, found.dw if dw else None, None if db is None else found.db.clone()
 
     def compute(self, *args: Any) -> Results:
-        dy, x, shape, weight, mean, rstd, eps, dx, dw, db, batch_invariant = args
+        dy, x, shape, weight, mean, rstd, eps, dx, dw, db, batch_invariant, cast = args
         alike = dy.shape == x.shape and all(t is None or t.shape == x.shape[: -len(shape)] for t in (mean, rstd))
         torch._check(alike, lambda: f"trinorm::{self.name}: dy, mean or rstd is not of the input's shape")
         given = self._spec.center == (mean is not None)
@@ -204,10 +208,10 @@ class _Backward(_Op):
         )
         given = given and rstd.dtype in (torch.float32, torch.float64) and (mean is None or mean.dtype == rstd.dtype)
         torch._check(given, lambda: f"trinorm::{self.name}: dy, mean and rstd are not as the forward gives them")
-        manner = _REGISTERED, batch_invariant, db, rstd.dtype
+        manner = _REGISTERED, batch_invariant, cast, db, rstd.dtype
         call = CALLS.recall(self.name, manner, x, shape, weight, None, eps)
         if call is None:
-            _check(self.name, x, shape, weight)
+            _check(self.name, cast, x, shape, weight)
             torch._check(
                 not dw or weight is not None, lambda: f"trinorm::{self.name}: dw is asked for, but there is no weight"
             )
@@ -215,14 +219,14 @@ class _Backward(_Op):
                 return self.composite(*args)
             dtypes = x.dtype, x.dtype if weight is None else weight.dtype, rstd.dtype
             how = dict(cast=False, kept=True, differentiated=True)
-            call = RowCall(self._spec, len(shape), dtypes, db, eps, "input", batch_invariant, **how)
+            call = RowCall(self._spec.with_cast(cast), len(shape), dtypes, db, eps, "input", batch_invariant, **how)
             CALLS.keep(self.name, manner, x, shape, weight, None, eps, call)
         mean = None if mean is None else mean.flatten()
         with torch.no_grad():
             return call.backward((dx, dw, db is not None), dy, x, weight, mean, rstd.flatten())
 
     def fake(self, *args: Any) -> Results:
-        _, x, shape, weight, _, _, _, dx, dw, db, _ = args
+        _, x, shape, weight, _, _, _, dx, dw, db, _, _ = args
         return (
             x.new_empty(x.shape) if dx else None,
             weight.new_empty(shape) if dw else None,
@@ -264,13 +268,9 @@ def _any_requires_grad(*args: Any) -> bool:
     return any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
-def _check(
-    op: str,
-    x: Tensor,
-    shape: Sequence[int],
-    *parameters: Tensor | None,
-) -> None:
-    """That the kernels read nothing but these tensors."""
+def _check(op: str, cast: str, x: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> None:
+    """That the kernels read nothing but these tensors, in a way that there is."""
+    torch._check(cast in CASTS, lambda: f"trinorm::{op}: cast is {cast!r}; it must be one of {', '.join(CASTS)}")
     shape = torch.Size(shape)
     fits = 0 < len(shape) <= x.ndim and x.shape[-len(shape) :] == shape
     fits = fits and all(t is None or (t.shape == shape and t.device == x.device) for t in parameters)

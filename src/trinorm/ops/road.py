@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..launch import INTERPRETED
+from ..switches import options
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -45,12 +46,12 @@ def takes_op(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether this call is the registered op's: one of distributed tensors, or one that torch.compile or torch.export
     records; where the kernels will serve it.
 
-    Elsewhere the composite is recorded, which Inductor fuses with what is around it on a CPU.
+    Elsewhere, and with ``options.inductor_fuses``, the composite is recorded, which Inductor fuses with what is around it.
     """
     if not has_kernels(x):
         return False
     wrappers = [t for t in (x, weight, bias) if type(t) not in PLAIN_OR_NONE and is_traceable_wrapper_subclass(t)]
-    return are_distributed(*wrappers) if wrappers else torch.compiler.is_compiling()
+    return are_distributed(*wrappers) if wrappers else torch.compiler.is_compiling() and not options.inductor_fuses
 
 
 def kernels_serve(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:

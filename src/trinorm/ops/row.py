@@ -244,7 +244,8 @@ class _RowNormToOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: RowCall) -> Tensor | None:
         y, mean, rstd = (call._replay or call._forward)(x, weight, bias)
-        ctx.call, ctx.from_output = call, undoable(weight, bias, x.shape[-call._dims :].numel(), x.dtype)
+        n = x.shape[-call._dims :].numel()
+        ctx.call, ctx.from_output = call, undoable(weight, bias, n, x.dtype, call._spec.offset)
         if ctx.from_output:
             ctx.save_for_backward(y, weight, None, rstd, bias)
         else:

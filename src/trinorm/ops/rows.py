@@ -63,7 +63,7 @@ def forward(
     odd_sizes, strides = rows_of(x, dims, n)
     options = dict(
         N=n,
-        CENTER=spec.center,
+        **_variant(spec, x, weight, stats),
         ACC=_ACCUMULATOR[stats],
         RESCUE=stats == torch.float32,
         CHUNK=plan.tile.chunk,
@@ -120,7 +120,7 @@ def backward(
     operands = dy, kept, weight, bias if from_output else None, None if from_output else mean, rstd
     layout = (*rows_of(kept, dims, n), *rows_of(dy, dims, n))
     options = dict(N=n, ACC=_ACCUMULATOR[rstd.dtype])
-    tiled = options | dict(CENTER=spec.center, FROM_OUTPUT=from_output, CHUNK=plan.tile.chunk)
+    tiled = options | _variant(spec, kept, weight, rstd.dtype) | dict(FROM_OUTPUT=from_output, CHUNK=plan.tile.chunk)
     tiled.update(_started_by(plan.tile, device))
 
     if isinstance(plan, RowBackwardFew):
@@ -161,6 +161,15 @@ def backward(
         options.update(ROWS=total.rows, CHUNK=total.chunk, **_started_by(total, device))
         launch(sum_partials, (-(-n // total.chunk), 2 if dw and db else 1), device, args, options)
     return dx_out, dw_out, db_out
+
+
+def _variant(spec: RowNorm, x: Tensor, weight: Tensor | None, stats: torch.dtype) -> dict[str, Any]:
+    """What the kernels are told of the spec. An absent weight is 1, whatever a given one is kept as."""
+    return dict(
+        CENTER=spec.center,
+        OFFSET=0.0 if weight is None else spec.offset,
+        ROUND=spec.rounded and x.dtype != stats,
+    )
 
 
 def _words(m: int, team: int, device: torch.device) -> Tensor:

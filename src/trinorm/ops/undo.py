@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 
-def undoable(weight: Tensor | None, bias: Tensor | None, n: int, dtype: torch.dtype) -> bool:
-    """Whether y of ``dtype``, of rows of n elements, can be undone. The host waits for the device, to see the values.
+def undoable(weight: Tensor | None, bias: Tensor | None, n: int, dtype: torch.dtype, offset: float = 0.0) -> bool:
+    """Whether y of ``dtype``, of rows of n elements and times ``weight + offset``, can be undone. The host waits for the
+    device, to see the values.
 
     Each time: an answer kept would go stale unseen, as not all who write a weight (fused optimizers, FSDP) count up its
     version. False under CUDA-graph capture, where nobody can wait.
@@ -24,7 +25,8 @@ def undoable(weight: Tensor | None, bias: Tensor | None, n: int, dtype: torch.dt
         return True
     if given.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    w = torch.ones_like(given) if weight is None else weight.detach().abs()
+    w = torch.ones_like(given) if weight is None else weight.detach()
+    w = (w.double() + offset if weight is not None and offset else w).abs()
     margin = w if bias is None else w - bias.detach().abs()
     least, most, spared = torch.stack([*(extreme.double() for extreme in w.aminmax()), margin.amin().double()]).tolist()
     limits = torch.finfo(dtype)

@@ -1,0 +1,246 @@
+"""The casting modes: where a norm is rounded, and what its weight is kept as."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import trinorm
+from paths import PATHS, SPLIT, WIDE
+from trinorm import functional, nn, reference
+from trinorm.compare import assert_no_worse
+from trinorm.ops import road, rows
+from trinorm.spec import CASTS, LAYER_NORM, RMS_NORM, Cast, RowNorm
+
+# torch compiles scripts of its own the first time that forward mode is used.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
+HALVES = [torch.float16, torch.bfloat16]
+FLOATS = [*HALVES, torch.float32, torch.float64]
+CAST_SPECS = [
+    pytest.param(spec.with_cast(cast), id=f"{spec.name}-{cast}")
+    for spec, cast in itertools.product((LAYER_NORM, RMS_NORM), CASTS)
+    if cast != "output"
+]
+
+
+@pytest.fixture(params=CAST_SPECS)
+def spec(request: pytest.FixtureRequest) -> RowNorm:
+    return request.param
+
+
+def inputs(spec: RowNorm, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -> Any:
+    """x, weight and a bias for a norm that has one; dy."""
+    dtype, of_weight = dtypes
+    x, dy = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    weight, bias = (torch.randn(shape[-1], device=device).to(of_weight).requires_grad_() for _ in range(2))
+    return [x.requires_grad_(), weight, *([bias] if spec.center else [])], dy
+
+
+def norm(spec: RowNorm, x: Tensor, *parameters: Tensor | None, **how: Any) -> Tensor:
+    return getattr(functional, spec.name)(x, x.shape[-1:], *parameters, eps=1e-5, cast=spec.cast, **how)
+
+
+def registered(spec: RowNorm, x: Tensor, *parameters: Tensor | None) -> Tensor:
+    return getattr(torch.ops.trinorm, spec.name)(x, x.shape[-1:], *parameters, 1e-5, False, spec.cast)[0]
+
+
+def assert_right(spec: RowNorm, f: Callable[..., Tensor], given: list[Tensor], dy: Tensor) -> None:
+    """Value and gradients no further from the definition than twice what torch's operators make of the same casts."""
+    x, weight, *bias = given
+    problem = spec, x.detach(), x.shape[-1:], weight.detach(), bias[0].detach() if bias else None, 1e-5
+    y = f(spec, *given)
+    assert_no_worse("y", y.detach(), reference.oracle(*problem).y, reference.composite(*problem))
+    exact, by_torch = reference.oracle_gradients(*problem, dy), reference.torch_gradients(*problem, dy)
+    for what, got, want, torchs in zip(exact._fields, torch.autograd.grad(y, given, dy), exact, by_torch, strict=False):
+        assert_no_worse(what, got, want, torchs)
+
+
+@pytest.mark.parametrize("path", [*PATHS, "split", "wide"])
+@pytest.mark.parametrize("n", [1000, 3072])
+def test_every_kernel(spec: RowNorm, path: str, n: int, force: Any, device: torch.device) -> None:
+    launches = PATHS.get(path) or (SPLIT if path == "split" else WIDE)
+    if path == "split":
+        if device.type == "cpu":
+            pytest.skip("programs of a team wait for each other")
+        if n % 1024:
+            pytest.skip("a team takes whole blocks")
+    force(*launches)
+    given, dy = inputs(spec, (37, n), (torch.bfloat16, torch.bfloat16), device)
+    assert_right(spec, norm, given, dy)
+
+
+@pytest.mark.parametrize("dtypes", [*itertools.product(FLOATS, [torch.bfloat16, torch.float32, torch.float64])], ids=str)
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "composite"])
+def test_dtypes(
+    spec: RowNorm, dtypes: tuple[torch.dtype, torch.dtype], kernels: bool, device: torch.device, monkeypatch: Any
+) -> None:
+    if not kernels:
+        device = torch.device("cpu")
+        monkeypatch.setattr(road, "INTERPRETED", False)
+    given, dy = inputs(spec, (40, 96), dtypes, device)
+    assert_right(spec, norm, given, dy)
+    assert_right(spec, registered, given, dy)
+
+
+def test_rows_beyond_fp32s_squares(spec: RowNorm, device: torch.device) -> None:
+    (x, *parameters), _ = inputs(spec, (40, 96), (torch.bfloat16, torch.bfloat16), device)
+    scaled = x.detach() * 2.0**100
+    with torch.no_grad():
+        assert torch.equal(norm(spec, scaled, *parameters), norm(spec, scaled * 2.0**-50, *parameters))
+
+
+# --- bit for bit ---
+
+
+def by_casts(spec: RowNorm, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A model's own code, of given statistics: the casts that the mode is named for, in torch's operators."""
+    xhat = (x.float() if mean is None else x.float() - mean[:, None]) * rstd[:, None]
+    xhat = xhat.to(x.dtype).float() if spec.cast == "llama" else xhat
+    y = xhat * (spec.offset + weight.float() if spec.cast == "gemma" else weight.float())
+    # A multiply-add is rounded once.
+    return (y if bias is None else (y.double() + bias.double()).float()).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("n", [96, 1000, 4096, *((2048, 8192, 16384, 65536) if torch.cuda.is_available() else ())])
+def test_statistics_given_every_bit_is_the_models(cast: Cast, n: int, dtype: torch.dtype, device: torch.device) -> None:
+    spec = RMS_NORM.with_cast(cast)
+    x, weight = torch.randn(64, n, device=device).to(dtype), torch.randn(n, device=device).to(dtype)
+    y, _, rstd = rows.forward(spec, x, 1, weight, None, 1e-6, save=True)
+    assert rstd is not None
+    assert torch.equal(y, by_casts(spec, x, None, rstd, weight, None))
+
+
+MODELS = {
+    "LlamaRMSNorm": ("llama", "llama"),
+    "Gemma3RMSNorm": ("gemma3", "gemma"),
+    "Olmo2RMSNorm": ("olmo2", "output"),
+    "T5LayerNorm": ("t5", "llama"),
+}
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("n", [96, *((2048, 4096, 5120) if torch.cuda.is_available() else ())])
+def test_a_models_own_norm(name: str, n: int, dtype: torch.dtype, device: torch.device) -> None:
+    """The same bits in every row whose rstd is what the model's is; elsewhere the neighbouring number at most.
+
+    rstd is the root of a sum that torch takes in an order of its own, which changes with the rows that are beside it.
+    """
+    transformers = pytest.importorskip("transformers")
+    folder, cast = MODELS[name]
+    module = getattr(getattr(transformers.models, folder), f"modeling_{folder}")
+    theirs = getattr(module, name)(n).to(device, dtype)
+    theirs.weight.data = torch.randn(n, device=device).to(dtype)
+    x = torch.randn(256, n, device=device).to(dtype)
+    with torch.no_grad():
+        want = theirs(x)
+        got = functional.rms_norm(x, (n,), theirs.weight, 1e-6, cast=cast)
+    _, _, rstd = rows.forward(RMS_NORM.with_cast(cast), x, 1, theirs.weight, None, 1e-6, save=True)
+    same = rstd == torch.rsqrt(x.float().pow(2).mean(-1) + 1e-6)
+    assert got.dtype == want.dtype
+    assert same.any()
+    assert torch.equal(got[same], want[same])
+    # Of neighbours, the numbers as integers are one apart; x̂'s neighbour times a weight may be two products further.
+    apart = (got.view(torch.int16).int() - want.view(torch.int16).int()).abs()
+    assert apart.max() <= 2
+    assert (apart != 0).float().mean() < 1e-3
+
+
+# --- the ways there ---
+
+
+def test_the_module_and_the_argument_are_one(spec: RowNorm, device: torch.device) -> None:
+    (x, *parameters), _ = inputs(spec, (3, 8), (torch.bfloat16, torch.bfloat16), device)
+    module: Any = (nn.LayerNorm if spec.center else nn.RMSNorm)(8, eps=1e-5, device=device, dtype=x.dtype)
+    module.cast = spec.cast
+    assert repr(module).endswith(f", cast={spec.cast!r})")
+    y = torch.func.functional_call(module, dict(zip(("weight", "bias"), parameters, strict=False)), (x,))
+    assert torch.equal(y, norm(spec, x, *parameters))
+
+
+def test_no_weight_is_one(spec: RowNorm, device: torch.device) -> None:
+    (x, *_), dy = inputs(spec, (3, 8), (torch.bfloat16, torch.bfloat16), device)
+    plain = getattr(functional, spec.name)(x, (8,), eps=1e-5)
+    for f in (norm, registered):
+        y = f(spec, x, *[None] * (2 if spec.center else 1))
+        assert torch.equal(y, plain)
+        for got, want in zip(
+            torch.autograd.grad(y, x, dy), torch.autograd.grad(plain, x, dy, retain_graph=True), strict=True
+        ):
+            assert torch.equal(got, want)
+
+
+def test_compiled(spec: RowNorm, device: torch.device) -> None:
+    torch._dynamo.reset()
+    given, dy = inputs(spec, (5, 8), (torch.bfloat16, torch.bfloat16), device)
+    run = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    for got, want in zip(
+        *([y, *torch.autograd.grad(y, given, dy)] for y in (f(spec, *given) for f in (run, norm))), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+def test_derivatives(spec: RowNorm, device: torch.device) -> None:
+    given, _ = inputs(spec, (2, 3), (torch.float64, torch.float64), device)
+    for f in (norm, registered):
+        torch.autograd.gradcheck(lambda *t, f=f: f(spec, *t), given, check_forward_ad=f is norm)
+        torch.autograd.gradgradcheck(lambda *t, f=f: f(spec, *t), given)
+    by_func = torch.func.grad(lambda x, *p: norm(spec, x, *p).sin().sum())(*given)
+    (expected,) = torch.autograd.grad(norm(spec, *given).sin().sum(), given[0])
+    torch.testing.assert_close(by_func, expected)
+
+
+def test_calls_are_told_apart(device: torch.device) -> None:
+    """Of one shape, each thrice in turn, so that each is recalled among the others."""
+    x, weight = torch.randn(3, 64, device=device).bfloat16(), torch.randn(64, device=device).bfloat16()
+    found: dict[Cast, list[Tensor]] = {}
+    for _ in range(3):
+        for cast in CASTS:
+            found.setdefault(cast, []).append(functional.rms_norm(x, (64,), weight, cast=cast))
+    for cast, ys in found.items():
+        assert all(torch.equal(y, ys[0]) for y in ys)
+        assert all(not torch.equal(ys[0], others[0]) for other, others in found.items() if other != cast)
+
+
+def test_save_output(device: torch.device) -> None:
+    """1 + w is what y is divided by: a weight of 0 can be undone, one of -1 cannot."""
+    x, dy = (torch.randn(40, 96, device=device) for _ in range(2))
+    for cast, w, undone in (("gemma", 0.0, True), ("gemma", -1.0, False), ("output", 0.0, False)):
+        weight = torch.randn(96, device=device) * 0.1 if cast == "gemma" else torch.rand(96, device=device) + 0.5
+        weight[7] = w
+        given = [x.clone().requires_grad_(), weight.requires_grad_()]
+        kept = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: (kept.append(t.data_ptr()), t)[1], lambda t: t
+        )
+        with hooks, pytest.MonkeyPatch.context() as patch:
+            patch.setattr("trinorm.ops.row._warn_once", lambda _: None)
+            y = functional.rms_norm(given[0], (96,), given[1], 1e-5, save="output", cast=cast)
+        assert (y.data_ptr() in kept) == undone
+        assert (given[0].data_ptr() in kept) != undone
+        problem = RMS_NORM.with_cast(cast), x, (96,), weight.detach(), None, 1e-5
+        exact, by_torch = reference.oracle_gradients(*problem, dy), reference.torch_gradients(*problem, dy)
+        got = torch.autograd.grad(y, given, dy)
+        bound = 8 if undone else 1  # what y's rounding adds (test_save_output.py derives it)
+        for g, want, torchs in zip(got, exact, by_torch, strict=False):
+            assert_no_worse("gradient", g, want, want + bound * (torchs.double() - want))
+
+
+def test_bad_input(device: torch.device) -> None:
+    x = torch.ones(2, 3, device=device)
+    for cast in ("Gemma", None, 1, ["gemma"]):
+        with pytest.raises(ValueError, match=r"cast is .*; it must be one of 'output', 'llama', 'gemma'"):
+            functional.rms_norm(x, (3,), cast=cast)
+    with pytest.raises(ValueError, match="save is 'output' and cast is 'llama'"):
+        functional.layer_norm(x, (3,), save="output", cast="llama")
+    with pytest.raises(RuntimeError, match="cast is 'Gemma'; it must be one of output, llama, gemma"):
+        torch.ops.trinorm.rms_norm(x, (3,), None, 1e-5, False, "Gemma")
+    assert trinorm.functional.rms_norm(x, (3,), cast="gemma").isfinite().all()
