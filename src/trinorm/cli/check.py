@@ -24,7 +24,7 @@ from .. import functional, reference
 from ..cases import DTYPES, GPU, INTERPRETED, QUICK, Case, Inputs, Shapes
 from ..compare import Comparison, compare
 from ..ops import road
-from ..spec import LAYER_NORM, RMS_NORM, RowNorm
+from ..spec import CASTS, ROW_NORMS, RowNorm
 from . import names, positive, refuse
 
 if TYPE_CHECKING:
@@ -40,9 +40,19 @@ class Op:
     call: Callable[[Tensor, Sequence[int], Tensor | None, Tensor | None, float], Tensor]
 
 
+def _op(spec: RowNorm) -> Op:
+    norm = getattr(functional, spec.name)
+
+    def call(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        return norm(x, shape, weight, *([bias] if spec.center else []), eps, cast=spec.cast)
+
+    return Op(spec, spec.center, call)
+
+
+# By name: each norm, and each in a casting mode of its own.
 OPS = {
-    "layer_norm": Op(LAYER_NORM, True, functional.layer_norm),
-    "rms_norm": Op(RMS_NORM, False, lambda x, shape, weight, _, eps: functional.rms_norm(x, shape, weight, eps)),
+    spec.name if cast == "output" else f"{spec.name}/{cast}": _op(spec.with_cast(cast))
+    for cast, spec in itertools.product(CASTS, ROW_NORMS)
 }
 
 # Of a handful of numbers, torch's largest error is chance: torch does a case again, on other draws, until each of its
@@ -71,13 +81,14 @@ Step = Callable[[], list[Result]]
 def steps_of(ops: Iterable[str], dtypes: Iterable[torch.dtype], device: torch.device, shapes: Shapes) -> list[Step]:
     """Check ``ops`` over ``dtypes`` and ``shapes`` on ``device``; with float64 among the dtypes, gradients numerically too.
 
-    The cases of one width are one step: they share kernels, which compile once. Without Triton what is checked is torch's
-    own operators, which extreme values are beyond.
+    The cases of one width are one step: they share kernels, which compile once. A casting mode, which changes what happens
+    to an element, not where it is, meets QUICK's shapes only. Without Triton what is checked is torch's own operators,
+    which extreme values are beyond.
     """
     steps: list[Step] = []
     for op, dtype in itertools.product(ops, dtypes):
         by_width: defaultdict[int, list[Case]] = defaultdict(list)
-        for case in shapes.cases(dtype):
+        for case in (shapes if OPS[op].spec.cast == "output" else QUICK).cases(dtype):
             if road.HAS_TRITON or not case.values.extreme:
                 by_width[case.columns].append(case)
         steps += [functools.partial(check_op, op, dtype, device, cases) for cases in by_width.values()]
@@ -307,7 +318,7 @@ def _table(results: Iterable[Result]) -> Table:
     for r in results:
         groups[r.op, _name(r.dtype), _name(r.weight_dtype), r.comparison.what].append(r.comparison)
     # Narrow enough for 80 columns.
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
     for heading in ("op", "dtype", "weight", "what"):
         table.add_column(heading)
     for heading in ("cases", "error", "torch's", "ratio"):
