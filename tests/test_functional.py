@@ -63,7 +63,7 @@ def _check(
 
 def test_signatures_are_torchs(op: str) -> None:
     ours, theirs = (inspect.signature(getattr(module, op)).parameters for module in (functional, F))
-    assert [*theirs, "save", "batch_invariant"] == list(ours)
+    assert [*theirs, "save", "cast", "batch_invariant"] == list(ours)
     assert [*(p.default for p in theirs.values()), "input", None] == [p.default for p in ours.values()]
     assert {ours[name].kind for name in ("save", "batch_invariant")} == {inspect.Parameter.KEYWORD_ONLY}
 
