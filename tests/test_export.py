@@ -13,9 +13,6 @@ from torch import Tensor
 
 from trinorm import nn
 
-# torch compiles scripts of its own the first time that it exports.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-
 
 class Block(torch.nn.Module):
     def __init__(self, device: torch.device) -> None:
@@ -39,9 +36,11 @@ def check_elsewhere(load: str, model: Block, inputs: list[Tensor], folder: Path)
     torch.save([(x, model(x).detach()) for x in inputs], folder / "expected.pt")
     script = RUN.format(load=load)
     ran = subprocess.run(
-        [sys.executable, "-c", script, str(Path(__file__).parent), str(folder)], capture_output=True, text=True
+        [sys.executable, "-X", "faulthandler", "-c", script, str(Path(__file__).parent), str(folder)],
+        capture_output=True,
+        text=True,
     )
-    assert ran.stdout.split() == ["same"] * len(inputs), ran.stderr
+    assert ran.stdout.split() == ["same"] * len(inputs), f"status {ran.returncode}: {ran.stderr}"
 
 
 RUN = """

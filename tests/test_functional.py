@@ -64,8 +64,8 @@ def _check(
 def test_signatures_are_torchs(op: str) -> None:
     ours, theirs = (inspect.signature(getattr(module, op)).parameters for module in (functional, F))
     assert [*theirs, "save", "cast", "batch_invariant"] == list(ours)
-    assert [*(p.default for p in theirs.values()), "input", None] == [p.default for p in ours.values()]
-    assert {ours[name].kind for name in ("save", "batch_invariant")} == {inspect.Parameter.KEYWORD_ONLY}
+    assert [*(p.default for p in theirs.values()), "input", "output", None] == [p.default for p in ours.values()]
+    assert {ours[name].kind for name in ("save", "cast", "batch_invariant")} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_eps_none_is_torchs(device: torch.device) -> None:
@@ -209,7 +209,6 @@ def test_second_derivatives(op: str, device: torch.device) -> None:
     assert torch.autograd.gradgradcheck(lambda x, w, b=None: _call(op, x, shape, w, b), inputs)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_transforms_take_the_composite(op: str, device: torch.device) -> None:
     x, tangent = torch.randn(4, 8, device=device), torch.randn(4, 8, device=device)
     with warnings.catch_warnings():

@@ -17,7 +17,6 @@ from trinorm.spec import RowNorm
 
 pytestmark = [
     # What torch.nested itself does under torch.compile.
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
     pytest.mark.parametrize("spec", SPECS),
 ]
 

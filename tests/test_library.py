@@ -19,9 +19,6 @@ from trinorm import functional, reference
 from trinorm.ops import library, road
 from trinorm.spec import RowNorm
 
-# torch compiles scripts of its own the first time that forward mode or Inductor is used.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 COMPILERS = [
     "aot_eager",
@@ -307,6 +304,7 @@ def test_compiled_once_for_any_number_of_rows(spec: RowNorm, backend: str, devic
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU captures graphs")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # torch's own first one is
 def test_in_cuda_graphs(spec: RowNorm, device: torch.device) -> None:
     """mode="reduce-overhead": replayed for other values of x and of the weights, forward and backward."""
 

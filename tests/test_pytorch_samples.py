@@ -23,8 +23,6 @@ from trinorm.ops import road
 from trinorm.spec import RowNorm
 
 # Forward mode runs a script of torch's own.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 # To compare with torch's errors: of the 23 of one draw of rms_norm's samples one in 50 found those small by chance.

@@ -113,7 +113,6 @@ def test_a_gradient_of_zeros_without_storage(op: str, device: torch.device) -> N
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_the_tangent_of_a_gradient_is_not_dropped(op: str, device: torch.device) -> None:
     """Forward-mode AD over a backward whose forward was outside of it."""
     x, dy, tangent = (torch.randn(3, 24, device=device) for _ in range(3))

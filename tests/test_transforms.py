@@ -15,8 +15,6 @@ from trinorm.ops import road
 from trinorm.spec import RowNorm
 
 pytestmark = [
-    # torch compiles scripts of its own the first time that forward mode is used.
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
     # A GPU call says once that torch's operators serve it here.
     pytest.mark.filterwarnings("ignore:trinorm:UserWarning"),
 ]

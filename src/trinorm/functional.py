@@ -55,9 +55,10 @@ def layer_norm(
             x. Under torch.compile, for DTensors, and where trinorm's kernels do not run, "output" changes nothing.
         cast: where a result of fewer digits than its statistics is rounded, and what the weight is kept as; models differ.
             "output", torch's way: all in fp32, rounded once, at the end. "llama": the normalized input is rounded to the
-            input's dtype before it meets weight and bias, and the result once more (LLaMA, Mistral, Qwen, T5). "gemma":
-            the weight is kept as its distance from 1, and 1 is added to it in fp32 (Gemma; "zero-centered gamma"); without
-            a weight, as "output". Derivatives are those without the roundings; the weight's is of what it met.
+            input's dtype before it meets weight and bias, and the result once more (LLaMA, Mistral, Qwen; T5 where input
+            and weight have one dtype). "gemma": the weight is kept as its distance from 1, and 1 is added to it in fp32
+            (Gemma; "zero-centered gamma"); without a weight, as "output". Derivatives are those without the roundings; the
+            weight's is of what it met. Autocast leaves "llama" and "gemma" alone, as it does those models' own code.
         batch_invariant: True promises that the bits of a row's result, and of its gradient, do not depend on how many rows
             are beside it, among tensors of aligned storage: the launch is then that of many rows, which for few is slower.
             (Sums over rows, the gradients of weight and bias, depend on all of them.) None: as ``trinorm.options`` says.
@@ -82,7 +83,11 @@ def layer_norm(
             weight=weight, bias=bias, eps=eps, save=save, cast=cast, batch_invariant=batch_invariant
         )
         return handle_torch_function(layer_norm, (input,), input, normalized_shape, **given)
-    manner = save if cast == "output" and batch_invariant is None else (save, cast, batch_invariant)
+    manner = (
+        save
+        if cast == "output" and batch_invariant is None
+        else (_OTHER, save, cast, batch_invariant, type(batch_invariant))
+    )
     if (call := CALLS.recall("layer_norm", manner, input, normalized_shape, weight, bias, eps)) is not None:
         return call(input, weight, bias)
     if type(input) is not Tensor and jagged.is_jagged(input):
@@ -130,7 +135,11 @@ def rms_norm(
     if has_torch_function_unary(input) and not jagged.is_jagged(input):
         given: dict[str, Any] = dict(weight=weight, eps=eps, save=save, cast=cast, batch_invariant=batch_invariant)
         return handle_torch_function(rms_norm, (input,), input, normalized_shape, **given)
-    manner = save if cast == "output" and batch_invariant is None else (save, cast, batch_invariant)
+    manner = (
+        save
+        if cast == "output" and batch_invariant is None
+        else (_OTHER, save, cast, batch_invariant, type(batch_invariant))
+    )
     if (call := CALLS.recall("rms_norm", manner, input, normalized_shape, weight, None, eps)) is not None:
         return call(input, weight, None)
     if type(input) is not Tensor and jagged.is_jagged(input):
@@ -143,6 +152,10 @@ def rms_norm(
         eps = 2.220446049250313e-16 if double else 1.1920928955078125e-07
     shape, eps, invariant = _check("rms_norm", input, normalized_shape, weight, None, eps, save, cast, batch_invariant)
     return row_norm(RMS_NORM.with_cast(cast), input, shape, weight, None, eps, asked, save, invariant)
+
+
+# What begins a manner that is not the plain one, so that no argument of one call looks like several of another.
+_OTHER = object()
 
 
 def _check(

@@ -2,7 +2,8 @@
 
 Each is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so checkpoints load both
 ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input" unless it is set),
-``cast`` ("output") and ``batch_invariant`` (None) are the functions' arguments of these names.
+``cast`` ("output") and ``batch_invariant`` (None) are the functions' arguments of these names. With ``cast`` "gemma" the
+weight is its distance from 1, where a fresh one is 1: it is to be loaded, or zeroed, as that model's is.
 """
 
 from __future__ import annotations

@@ -96,7 +96,11 @@ def torch_gradients(
 
 def autocast_to_fp32(spec: RowNorm, device: str) -> bool:
     """Whether autocast is on, and the op is to compute in fp32 and return it, as torch's own then does."""
-    return torch.is_autocast_enabled(device) and not options.autocast_keeps_dtype and _policy_is_fp32(spec.name, device)
+    listed = (
+        spec.cast == "output"
+    )  # other modes are those of models that write their norm out, which autocast does not know
+    keeps = options.autocast_keeps_dtype or not listed
+    return torch.is_autocast_enabled(device) and not keeps and _policy_is_fp32(spec.name, device)
 
 
 def keeping_dtype(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -112,7 +116,7 @@ def in_fp32(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
 
 @functools.cache
 def _policy_is_fp32(op: str, device: str) -> bool:
-    # Asked of torch itself, once: on CUDA's list 2.11 has layer_norm and not rms_norm, on the CPU's neither.
+    # Asked of torch itself, once: on CUDA's list 2.11 has layer_norm alone and 2.13 rms_norm too, on the CPU's neither is.
     with torch.autocast(device, dtype=torch.bfloat16):
         y = getattr(F, op)(torch.ones(1, 1, dtype=torch.bfloat16, device=device), (1,))
     return bool(y.dtype == torch.float32)
@@ -235,11 +239,12 @@ def composite(
 def _composite(
     spec: RowNorm, x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
+    if x.dtype != torch.float64 and autocast_to_fp32(spec, x.device.type):
+        x, weight, bias = in_fp32(x, weight, bias)
     dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
-    narrow = None
+    narrow = x.dtype
     defined = spec.center and _is_transformed()
     if len(dtypes) > 1 or defined or spec.cast != "output":
-        narrow = None if autocast_to_fp32(spec, x.device.type) else x.dtype
         wide = torch.float64 if torch.float64 in dtypes else torch.float32
         x = x.to(wide)
         weight = None if weight is None else weight.to(wide)
@@ -247,12 +252,12 @@ def _composite(
     weight = weight if weight is None or not spec.offset else weight + spec.offset
     if defined or spec.rounded:
         xhat = _normalized(spec, x, len(shape), eps)[2] if defined else _plain(spec, x, shape, None, None, eps)
-        xhat = xhat.to(narrow).to(x.dtype) if spec.rounded and narrow is not None else xhat
+        xhat = xhat.to(narrow).to(x.dtype) if spec.rounded else xhat
         y = xhat if weight is None else xhat * weight
         y = y if bias is None else y + bias
     else:
         y = _plain(spec, x, shape, weight, bias, eps)
-    return y if narrow is None else y.to(narrow)
+    return y.to(narrow)
 
 
 def _plain(spec: RowNorm, x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

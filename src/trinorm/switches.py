@@ -24,8 +24,9 @@ class Options:
         which the next matrix product casts back. Statistics and sums are in fp32 in both.
     inductor_fuses: torch.compile and torch.export record torch's own operators where they would record the kernels, for
         Inductor to fuse with what is around them: graphs of pointwise ops and norms then take what they take with torch's
-        norms, for other bits than an eager call's. Where matrix products stand between, the kernels are no slower
-        (docs/pytorch.md has both).
+        norms, for other bits than an eager call's, and torch's range (rows whose squares overflow fp32 are lost). Where
+        matrix products stand between, the kernels are no slower (docs/pytorch.md has both). Calls that promise more, with
+        ``batch_invariant`` or ``cast="llama"``, whose rounding Inductor would leave out, have the kernels all the same.
     """
 
     batch_invariant: bool = False

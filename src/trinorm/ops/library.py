@@ -97,7 +97,7 @@ class _Forward(_Op):
     def autocast(self, key: str, x: Tensor, shape: Sequence[int], *rest: Any) -> Results:
         """In fp32 where torch's own op is."""
         *parameters, eps, batch_invariant, cast = rest
-        if x.dtype != torch.float64 and reference.autocast_to_fp32(self._spec, x.device.type):
+        if x.dtype != torch.float64 and reference.autocast_to_fp32(self._spec.with_cast(cast), x.device.type):
             x, *parameters = reference.in_fp32(x, *parameters)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
             return self(x, shape, *parameters, eps, batch_invariant, cast)

@@ -42,16 +42,19 @@ def are_distributed(*args: object) -> bool:
     return any(isinstance(t, classes) for t in args)
 
 
-def takes_op(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+def takes_op(x: Tensor, weight: Tensor | None, bias: Tensor | None, whole: bool) -> bool:
     """Whether this call is the registered op's: one of distributed tensors, or one that torch.compile or torch.export
     records; where the kernels will serve it.
 
-    Elsewhere, and with ``options.inductor_fuses``, the composite is recorded, which Inductor fuses with what is around it.
+    Elsewhere, and with ``options.inductor_fuses``, the composite is recorded, which Inductor fuses with what is around it;
+    unless the call promises what would be lost so (``whole``).
     """
     if not has_kernels(x):
-        return False
+        return whole and torch.compiler.is_compiling()
     wrappers = [t for t in (x, weight, bias) if type(t) not in PLAIN_OR_NONE and is_traceable_wrapper_subclass(t)]
-    return are_distributed(*wrappers) if wrappers else torch.compiler.is_compiling() and not options.inductor_fuses
+    return (
+        are_distributed(*wrappers) if wrappers else torch.compiler.is_compiling() and (whole or not options.inductor_fuses)
+    )
 
 
 def kernels_serve(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:

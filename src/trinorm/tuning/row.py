@@ -49,8 +49,11 @@ _HELD_BYTES = 64 << 10
 # against 0.96); narrow rows do not (LayerNorm at 128 columns: 0.97 not, 0.93 so).
 _STREAM_COLUMNS = 2048
 
-# With fewer rows than this to a multiprocessor, a program takes one (LayerNorm at 128x768: 1.20 µs against 1.40).
+# With fewer rows than this to a multiprocessor, a program takes one (LayerNorm at 128x768: 1.20 µs against 1.40), or so
+# many that its warp has this many elements (H100, LayerNorm and RMSNorm at 128x64: 4 rows 0.85 and 0.79 µs, 1 row 0.98 and
+# 0.90).
 _SCARCE_ROWS = 4
+_LEAST_OF_WARP = 256
 
 # Of many programs smaller than this, those put on the device early take places from the last ones of the kernel ahead
 # (32768x1024 by programs of 2 warps: 41 µs against 35; by programs of 4 it gains, 33 against 34).
@@ -85,7 +88,7 @@ def _choose_forward(
         return _first_split(_FORWARD_SPLIT, spec, n, itemsize, device) or _FORWARD_WIDE[_column(spec)]
     tile, tiles = next(row[1:][_column(spec)] for row in _FORWARD if n <= row[0])
     if scarce:
-        tile, tiles = _of_one_row(tile), 1
+        tile, tiles = _of_few_rows(tile), 1
     stream = large and n >= _STREAM_COLUMNS
     # Asking early for w and b hides their latency (128x768: LayerNorm 1.78 µs against 2.04), but of long rows LayerNorm's
     # registers then cost occupancy where that counts (8192x8192: 0.98 against 0.73), and RMSNorm's of the longest that a
@@ -137,8 +140,11 @@ _SPLIT_ABOVE = 12288
 
 # Rows split over a team, as forward.
 _BACKWARD_SPLIT: tuple[tuple[int, RowBackwardSplit, RowBackwardSplit], ...] = (
-    # 16384, 32768, 65536, 131072 columns: LayerNorm 0.78, 0.78, 0.75, 0.72; RMSNorm 0.90, 0.89, 0.87, 0.83
-    (131072, RowBackwardSplit(Tile(1, 1024, 4), 4096, 4, 2), RowBackwardSplit(Tile(1, 1024, 4), 2048, 3, 5, registers=96)),
+    # 16384, 32768, 65536, 131072 columns: LayerNorm by blocks of 4096 and 4 stages 0.78, 0.78, 0.75, 0.72; RMSNorm 0.90,
+    # 0.89, 0.87, 0.83. On an H100 LayerNorm so 0.907, 0.904, 0.882, 0.853; with 3 stages 0.910, 0.907, 0.884, 0.858; by
+    # blocks of 2048 and 3 stages 0.920, 0.915, 0.894, 0.835.
+    (65536, RowBackwardSplit(Tile(1, 1024, 4), 2048, 3, 4), RowBackwardSplit(Tile(1, 1024, 4), 2048, 3, 5, registers=96)),
+    (131072, RowBackwardSplit(Tile(1, 1024, 4), 4096, 3, 2), RowBackwardSplit(Tile(1, 1024, 4), 2048, 3, 5, registers=96)),
     (1 << 20, RowBackwardSplit(Tile(1, 2048, 8), 8192, 3, 1), RowBackwardSplit(Tile(1, 2048, 8), 8192, 3, 1)),
     # 262144 columns: 0.62; 0.71
 )
@@ -230,9 +236,9 @@ def _column(spec: RowNorm) -> int:
     return 0 if spec.center else 1
 
 
-def _of_one_row(tile: Tile) -> Tile:
-    """The tile of one row, by as many fewer warps."""
-    return Tile(1, tile.chunk, max(1, tile.warps // tile.rows))
+def _of_few_rows(tile: Tile) -> Tile:
+    """The tile of one row, by as many fewer warps; of more where a row is less than a warp's work."""
+    return Tile(max(1, min(tile.rows, _LEAST_OF_WARP // tile.chunk)), tile.chunk, max(1, tile.warps // tile.rows))
 
 
 def _with_warps(tile: Tile, warps: int) -> Tile:
