@@ -96,16 +96,19 @@ def torch_gradients(
 
 def autocast_to_fp32(spec: RowNorm, device: str) -> bool:
     """Whether autocast is on, and the op is to compute in fp32 and return it, as torch's own then does."""
-    listed = (
-        spec.cast == "output"
-    )  # other modes are those of models that write their norm out, which autocast does not know
-    keeps = options.autocast_keeps_dtype or not listed
-    return torch.is_autocast_enabled(device) and not keeps and _policy_is_fp32(spec.name, device)
+    # Other modes are those of models that write their norm out, which autocast does not know.
+    keeps = options.autocast_keeps_dtype or spec.cast != "output"
+    return _autocasts(device) and not keeps and _policy_is_fp32(spec.name, device)
+
+
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on there. Of a meta tensor torch refuses to say."""
+    return torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device)
 
 
 def keeping_dtype(device: str) -> contextlib.AbstractContextManager[Any]:
     """Where to call an op that has a policy of its own: out of autocast, if the input's dtype is to be kept."""
-    keeps = options.autocast_keeps_dtype and torch.is_autocast_enabled(device)
+    keeps = options.autocast_keeps_dtype and _autocasts(device)
     return torch.autocast(device, enabled=False) if keeps else contextlib.nullcontext()
 
 
