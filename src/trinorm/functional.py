@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from .channel_functional import batch_norm, group_norm, instance_norm
 from .ops import CALLS, jagged, row_norm
 from .ops.road import KERNEL_DTYPES
 from .spec import CASTS, LAYER_NORM, RMS_NORM, Cast
 from .switches import options
 
-__all__ = ["layer_norm", "rms_norm"]
+__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 # What is kept for the backward.
 Save = Literal["input", "output"]

@@ -71,6 +71,68 @@ class RMSNorm(torch.nn.RMSNorm):
         return super().extra_repr() + _shown(self)
 
 
+class GroupNorm(torch.nn.GroupNorm):
+    r"""Group normalization. Constructor, parameters and ``state_dict`` are :class:`torch.nn.GroupNorm`'s; see
+    :func:`trinorm.functional.group_norm` for the formula, shapes, dtypes and errors.
+
+    Source: Wu, He, "Group Normalization", arXiv:1803.08494.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
+    # What torch's own forward calls once it has looked at the input's dims, and has added that of samples if there is none.
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        of_input = self.training or not self.track_running_stats
+        momentum = 0.0 if self.momentum is None else self.momentum
+        running = self.running_mean, self.running_var
+        return functional.instance_norm(input, *running, self.weight, self.bias, of_input, momentum, self.eps)
+
+
+class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
+    r"""Instance normalization of ``(N, C, L)`` or ``(C, L)``. Constructor, parameters and ``state_dict`` are
+    :class:`torch.nn.InstanceNorm1d`'s; see :func:`trinorm.functional.instance_norm` for the formula, dtypes and errors.
+    """
+
+
+class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):
+    r"""The same of ``(N, C, H, W)`` or ``(C, H, W)``: :class:`torch.nn.InstanceNorm2d`."""
+
+
+class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
+    r"""The same of ``(N, C, D, H, W)`` or ``(C, D, H, W)``: :class:`torch.nn.InstanceNorm3d`."""
+
+
+class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        kept_up = self.training and self.track_running_stats
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if kept_up and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # the mean of all batches so far
+                momentum = 1.0 / float(self.num_batches_tracked)
+        of_input = self.training or (self.running_mean is None and self.running_var is None)
+        running = (self.running_mean, self.running_var) if kept_up or not of_input else (None, None)
+        return functional.batch_norm(input, *running, self.weight, self.bias, of_input, momentum, self.eps)
+
+
+class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
+    r"""Batch normalization of ``(N, C)`` or ``(N, C, L)``. Constructor, parameters, buffers and ``state_dict`` are
+    :class:`torch.nn.BatchNorm1d`'s; see :func:`trinorm.functional.batch_norm` for the formula, dtypes and errors.
+    """
+
+
+class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
+    r"""The same of ``(N, C, H, W)``: :class:`torch.nn.BatchNorm2d`."""
+
+
+class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
+    r"""The same of ``(N, C, D, H, W)``: :class:`torch.nn.BatchNorm3d`."""
+
+
 def _shown(module: LayerNorm | RMSNorm) -> str:
     """What is not torch's, where it is not the default."""
     of_class = {name: getattr(type(module), name) for name in ("save", "cast", "batch_invariant")}

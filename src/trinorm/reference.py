@@ -51,7 +51,7 @@ def oracle(
     Computed in float64; where an input is float64, in extended precision (numpy's longdouble), so that the error of a
     float64 result can be seen at all.
     """
-    lift, lower, quiet = _precise(x, weight, bias)
+    lift, lower, quiet = precise(x, weight, bias)
     with quiet:
         mean, rstd, xhat = _normalized(spec, lift(x), len(normalized_shape), eps)
         y = xhat if weight is None else xhat * (lift(weight) + spec.offset)
@@ -69,7 +69,7 @@ def oracle_gradients(
     dy: Tensor,
 ) -> Gradients:
     """The gradients in closed form, in the oracle's precision."""
-    lift, lower, quiet = _precise(x, weight, bias)
+    lift, lower, quiet = precise(x, weight, bias)
     with quiet:
         dims = len(normalized_shape)
         _, rstd, xhat = _normalized(spec, lift(x), dims, eps)
@@ -97,8 +97,12 @@ def torch_gradients(
 def autocast_to_fp32(spec: RowNorm, device: str) -> bool:
     """Whether autocast is on, and the op is to compute in fp32 and return it, as torch's own then does."""
     # Other modes are those of models that write their norm out, which autocast does not know.
-    keeps = options.autocast_keeps_dtype or spec.cast != "output"
-    return _autocasts(device) and not keeps and _policy_is_fp32(spec.name, device)
+    return spec.cast == "output" and autocasts_to_fp32(spec.name, device)
+
+
+def autocasts_to_fp32(op: str, device: str) -> bool:
+    """The same of torch's op of this name."""
+    return _autocasts(device) and not options.autocast_keeps_dtype and _policy_is_fp32(op, device)
 
 
 def _autocasts(device: str) -> bool:
@@ -119,10 +123,20 @@ def in_fp32(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
 
 @functools.cache
 def _policy_is_fp32(op: str, device: str) -> bool:
-    # Asked of torch itself, once: on CUDA's list 2.11 has layer_norm alone and 2.13 rms_norm too, on the CPU's neither is.
+    # Asked of torch itself, once: CUDA's list has layer_norm and group_norm, and in 2.13 rms_norm; the CPU's has none.
+    x = torch.ones(1, 1, 2, dtype=torch.bfloat16, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
-        y = getattr(F, op)(torch.ones(1, 1, dtype=torch.bfloat16, device=device), (1,))
+        y = getattr(F, op)(x, *_ARGUMENTS[op])
     return bool(y.dtype == torch.float32)
+
+
+_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "layer_norm": ((2,),),
+    "rms_norm": ((2,),),
+    "group_norm": (1,),
+    "instance_norm": (),
+    "batch_norm": (None, None, None, None, True),
+}
 
 
 def statistics(spec: RowNorm, x: Tensor, dims: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -141,7 +155,7 @@ def composite_gradients(
     """
     _, rstd, xhat = _normalized(spec, x.double(), dims, eps)
     weighted = xhat.to(x.dtype).double() if spec.rounded else xhat
-    return _in_dtypes_of(_gradients(spec, xhat, rstd, dims, _double(weight), dy.double(), weighted), x, weight, bias_dtype)
+    return in_dtypes_of(_gradients(spec, xhat, rstd, dims, _double(weight), dy.double(), weighted), x, weight, bias_dtype)
 
 
 def gradients_of_output(
@@ -159,14 +173,14 @@ def gradients_of_output(
     xhat = y.double() if b is None else y.double() - b
     xhat = xhat if w is None else xhat / (w + spec.offset)
     rstd = rstd.double().reshape(*y.shape[:-dims], *[1] * dims)
-    return _in_dtypes_of(_gradients(spec, xhat, rstd, dims, w, dy.double()), y, weight, bias_dtype)
+    return in_dtypes_of(_gradients(spec, xhat, rstd, dims, w, dy.double()), y, weight, bias_dtype)
 
 
 def _double(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.double()
 
 
-def _in_dtypes_of(
+def in_dtypes_of(
     gradients: tuple[Tensor, Tensor, Tensor], x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None
 ) -> Gradients:
     dx, dw, db = gradients
@@ -204,7 +218,7 @@ def _normalized(spec: RowNorm, x: Any, dims: int, eps: float) -> tuple[Any, Any,
     return mean, rstd, centered * rstd
 
 
-def _precise(
+def precise(
     x: Tensor, *parameters: Tensor | None
 ) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor], contextlib.AbstractContextManager[Any]]:
     """(to the precision that the oracle computes in, from it to float64 on x's device, a context to compute in)."""

@@ -43,3 +43,22 @@ ROW_NORMS = (LAYER_NORM, RMS_NORM)
 
 # Made beforehand, so that a call finds one without making it, in a traced graph too.
 _IN_CAST = {(spec.name, cast): replace(spec, cast=cast) for spec in ROW_NORMS for cast in CASTS}
+
+
+@dataclass(frozen=True)
+class ChannelNorm:
+    """A norm over x seen as samples × channels × positions, whose weight and bias are a channel's.
+
+    over_samples: statistics run over the samples too, and are a channel's (BatchNorm); otherwise they are those of a group
+    of channels of one sample (GroupNorm; InstanceNorm, whose groups are single channels).
+    """
+
+    name: str
+    over_samples: bool
+
+
+GROUP_NORM = ChannelNorm("group_norm", over_samples=False)
+INSTANCE_NORM = ChannelNorm("instance_norm", over_samples=False)
+BATCH_NORM = ChannelNorm("batch_norm", over_samples=True)
+
+CHANNEL_NORMS = (GROUP_NORM, INSTANCE_NORM, BATCH_NORM)

@@ -58,3 +58,25 @@ def collapse(shape: Sequence[int], strides: Sequence[int]) -> Rows:
             sizes.append(size)
             steps.append(stride)
     return Rows(tuple(2 * size + 1 for size in sizes[1:]), tuple(steps)) if steps else Rows((), (0,))
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x, which is in one of the two orders that the channel family reads, has its channels last in memory.
+
+    Where there is one position both orders are one; a row of channels is then read along.
+    """
+    return not x.is_contiguous() or (x.shape[1] > 1 and x.shape[2:].numel() == 1)
+
+
+def channels_readable(x: Tensor) -> Tensor:
+    """x itself when its memory is in either order, channels first or channels last, else a contiguous copy."""
+    if x.is_neg():
+        x = x.resolve_neg()
+    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def in_order_of(x: Tensor, t: Tensor) -> Tensor:
+    """t, of x's shape, in the order of memory that x has; itself where it is in that order."""
+    if t.is_neg():
+        t = t.resolve_neg()
+    return t.contiguous() if x.is_contiguous() else t.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -150,7 +150,7 @@ class RowCall:
 
         What was saved may come back in another layout or dtype, from a hook.
         """
-        if torch.is_grad_enabled() or not _are_plain(dy, kept, weight, mean, rstd, bias) or road.observer() is not None:
+        if torch.is_grad_enabled() or not are_plain(dy, kept, weight, mean, rstd, bias) or road.observer() is not None:
             # Someone differentiates this backward, to whom a kernel's result would be a constant, silently; or maps over
             # it (is_grads_batched, vmap), or has tensors that have no storage.
             if from_output:
@@ -219,7 +219,7 @@ def _as_saved(t: Tensor, dtype: torch.dtype, dims: int) -> Tensor:
     return readable(t if t.dtype is dtype else t.to(dtype), dims)
 
 
-def _are_plain(dy: Tensor, *saved: Tensor | None) -> bool:
+def are_plain(dy: Tensor, *saved: Tensor | None) -> bool:
     """Whether these are tensors that a kernel can read: no subclass, no zeros without storage, no batch in disguise."""
     plain = type(dy) in road.PLAIN and road.PLAIN_OR_NONE.issuperset(map(type, saved))
     return plain and not (dy._is_zerotensor() or is_batchedtensor(dy) or is_legacy_batchedtensor(dy))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from ..kernels.row import row_forward, row_forward_streamed
@@ -21,13 +20,13 @@ from ..tuning import (
     RowBackwardSplit,
     RowForward,
     RowForwardSplit,
-    Tile,
     choose_backward,
     choose_forward,
     choose_total,
 )
 from .layout import rows_of
 from .road import accumulator_dtype
+from .start import ACCUMULATOR, started_by
 
 
 class Normalized(NamedTuple):
@@ -64,11 +63,11 @@ def forward(
     options = dict(
         N=n,
         **_variant(spec, x, weight, stats),
-        ACC=_ACCUMULATOR[stats],
+        ACC=ACCUMULATOR[stats],
         RESCUE=stats == torch.float32,
         CHUNK=plan.tile.chunk,
     )
-    options.update(_started_by(plan.tile, x.device, early=not isinstance(plan, RowForward) or plan.early))
+    options.update(started_by(plan.tile, describe(x.device), early=not isinstance(plan, RowForward) or plan.early))
     if isinstance(plan, RowForward):
         options.update(ROWS=plan.tile.rows, TILES=plan.tiles, STREAM=plan.stream, PRELOAD=plan.preload)
         args: tuple[Any, ...] = (y, mean, rstd, x, weight, bias, m, odd_sizes, strides, eps)
@@ -119,9 +118,9 @@ def backward(
     plan = choose_backward(spec, None if batch_invariant else m, n, _widest(kept, rstd.dtype), size)
     operands = dy, kept, weight, bias if from_output else None, None if from_output else mean, rstd
     layout = (*rows_of(kept, dims, n), *rows_of(dy, dims, n))
-    options = dict(N=n, ACC=_ACCUMULATOR[rstd.dtype])
+    options = dict(N=n, ACC=ACCUMULATOR[rstd.dtype])
     tiled = options | _variant(spec, kept, weight, rstd.dtype) | dict(FROM_OUTPUT=from_output, CHUNK=plan.tile.chunk)
-    tiled.update(_started_by(plan.tile, device))
+    tiled.update(started_by(plan.tile, size))
 
     if isinstance(plan, RowBackwardFew):
         row_tiles = -(-m // plan.tile.rows) if dx else 0
@@ -158,7 +157,7 @@ def backward(
     if dw or db:
         args = (dw_out, db_out, *partials, programs)
         total = choose_total(plan.most_partials(n, size))
-        options.update(ROWS=total.rows, CHUNK=total.chunk, **_started_by(total, device))
+        options.update(ROWS=total.rows, CHUNK=total.chunk, **started_by(total, size))
         launch(sum_partials, (-(-n // total.chunk), 2 if dw and db else 1), device, args, options)
     return dx_out, dw_out, db_out
 
@@ -175,20 +174,9 @@ def _variant(spec: RowNorm, x: Tensor, weight: Tensor | None, stats: torch.dtype
 def _words(m: int, team: int, device: torch.device) -> Tensor:
     """A table in which the teams of m rows tell each other their shares; no word is there yet."""
     words = torch.empty(m, team, dtype=torch.int64, device=device)
-    options = dict(CHUNK=FORGET.chunk, **_started_by(FORGET, device))
+    options = dict(CHUNK=FORGET.chunk, **started_by(FORGET, describe(device)))
     launch(forget_words, (-(-m * team // FORGET.chunk),), device, (words, m * team), options)
     return words
-
-
-def _started_by(tile: Tile, device: torch.device, early: bool = True) -> dict[str, Any]:
-    """What every launch is told. early: it may be put on the device before the kernel ahead of it ends."""
-    started: dict[str, Any] = dict(PDL=False, num_warps=tile.warps, enable_fp_fusion=True)
-    if early and describe(device).dependent_launch:
-        started.update(PDL=True, launch_pdl=True)
-    return started
-
-
-_ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def _widest(x: Tensor, accumulator: torch.dtype) -> int:

@@ -1,6 +1,9 @@
 """How fast: which launch each problem gets, as ordered tables with the measurement beside each row."""
 
+from .channel import choose_apply, choose_combine, choose_walk
 from .kinds import (
+    ChannelCombine,
+    ChannelWalk,
     RowBackward,
     RowBackwardFew,
     RowBackwardSplit,
@@ -14,6 +17,8 @@ from .row import FORGET, choose_backward, choose_forward, choose_total
 
 __all__ = [
     "FORGET",
+    "ChannelCombine",
+    "ChannelWalk",
     "RowBackward",
     "RowBackwardFew",
     "RowBackwardSplit",
@@ -22,7 +27,10 @@ __all__ = [
     "RowForwardSplit",
     "RowForwardWide",
     "Tile",
+    "choose_apply",
     "choose_backward",
+    "choose_combine",
     "choose_forward",
     "choose_total",
+    "choose_walk",
 ]

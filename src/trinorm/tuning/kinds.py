@@ -134,6 +134,28 @@ class RowBackwardWide:
         return _sharing(m, self.most_partials(n, device), device)
 
 
+@dataclass(frozen=True)
+class ChannelWalk:
+    """A program walks tiles of channels × positions: ``slab`` positions of one sample, or all of those of ``samples``."""
+
+    tile: Tile
+    slab: int
+    samples: int
+
+    def programs(self, samples: int, width: int, s: int) -> tuple[int, int, int]:
+        """How many (teams of samples, blocks of channels, slabs of positions) make up the grid."""
+        return -(-samples // self.samples), -(-width // self.tile.rows), -(-s // self.slab)
+
+
+@dataclass(frozen=True)
+class ChannelCombine:
+    """A program combines the partials of ``sets`` statistics, ``k`` of each at a time."""
+
+    k: int
+    sets: int
+    warps: int
+
+
 # An fp32 sum of more rows than this, one after the other, is divided: with 1024 rows to a team LayerNorm's dw was 1.5 times
 # (16384x32768) and 2.5 times (8192x65536) as far from float64 as torch's, and that grows as their square root.
 _SUMMED_ROWS = 128

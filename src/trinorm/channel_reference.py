@@ -1,0 +1,153 @@
+"""The channel norms without Triton: the float64 oracle, and the differentiable composite of ATen's own ops.
+
+As reference.py has them of the row norms. x is seen as samples × groups × channels of a group × positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import Exact, Gradients, autocasts_to_fp32, in_dtypes_of, in_fp32, keeping_dtype, precise
+from .spec import GROUP_NORM, ChannelNorm
+
+
+class Given(NamedTuple):
+    """Statistics that are given and not taken: a mean and a variance for each channel."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def oracle(
+    spec: ChannelNorm,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    given: Given | None = None,
+) -> Exact:
+    """The definition: ``rstd = (var + eps)^-1/2``, ``y = (x - mean) * rstd * weight + bias``, in the precision of
+    reference.oracle. Statistics come flat: of each group of a sample, or of each channel.
+    """
+    lift, lower, quiet = precise(x, weight, bias)
+    with quiet:
+        mean, rstd, xhat = _normalized(spec, lift(x), num_groups, eps, None if given is None else tuple(map(lift, given)))
+        w, b = (None if t is None else _of_channels(lift(t), num_groups) for t in (weight, bias))
+        y = xhat if w is None else xhat * w
+        y = y if b is None else y + b
+    return Exact(lower(y).reshape(x.shape), lower(mean).flatten(), lower(rstd).flatten())
+
+
+def oracle_gradients(
+    spec: ChannelNorm,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dy: Tensor,
+    given: Given | None = None,
+) -> Gradients:
+    """The gradients in closed form, in the oracle's precision."""
+    lift, lower, quiet = precise(x, weight, bias)
+    with quiet:
+        statistics = None if given is None else tuple(map(lift, given))
+        _, rstd, xhat = _normalized(spec, lift(x), num_groups, eps, statistics)
+        w = None if weight is None else _of_channels(lift(weight), num_groups)
+        dx, dw, db = _gradients(spec, xhat, rstd, w, _seen(lift(dy), num_groups), given is None)
+        dx, dw, db = lower(dx).reshape(x.shape), lower(dw).flatten(), lower(db).flatten()
+        return Gradients(dx, None if weight is None else dw, None if bias is None else db)
+
+
+def composite(
+    spec: ChannelNorm,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    given: Given | None = None,
+) -> Tensor:
+    """The norm as torch's own op, differentiable any number of times and in either mode; statistics that are not given are
+    taken, and none are kept.
+
+    torch's op where it takes the dtypes given; else the same op in fp32 or fp64 with one rounding at the end.
+    """
+    with keeping_dtype(x.device.type):
+        if x.dtype != torch.float64 and autocasts_to_fp32(spec.name, x.device.type):
+            x, weight, bias = in_fp32(x, weight, bias)
+        narrow, dtypes = x.dtype, {t.dtype for t in (x, weight, bias, *(given or ())) if t is not None}
+        if len(dtypes) > 1:
+            wide = torch.float64 if torch.float64 in dtypes else torch.float32
+            x, weight, bias = (None if t is None else t.to(wide) for t in (x, weight, bias))  # type: ignore[assignment]
+            given = None if given is None else Given(*(t.to(wide) for t in given))
+        if given is None and spec is GROUP_NORM:
+            return F.group_norm(x, num_groups, weight, bias, eps).to(narrow)
+        if given is None and not spec.over_samples:
+            return F.instance_norm(x, None, None, weight, bias, True, 0.0, eps).to(narrow)
+        mean, var = (None, None) if given is None else given
+        return F.batch_norm(x, mean, var, weight, bias, given is None, 0.0, eps).to(narrow)
+
+
+def composite_gradients(
+    spec: ChannelNorm,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    eps: float,
+    dy: Tensor,
+    given: Given | None = None,
+) -> Gradients:
+    """The closed form in ATen's ops and in fp64: a differentiable function of x, weight and dy."""
+    statistics = None if given is None else tuple(t.double() for t in given)
+    _, rstd, xhat = _normalized(spec, x.double(), num_groups, eps, statistics)
+    w = None if weight is None else _of_channels(weight.double(), num_groups)
+    dx, dw, db = _gradients(spec, xhat, rstd, w, _seen(dy.double(), num_groups), given is None)
+    return in_dtypes_of((dx.reshape(x.shape), dw.flatten(), db.flatten()), x, weight, bias_dtype)
+
+
+def _seen(x: Any, num_groups: int) -> Any:
+    """x as samples × groups × channels of a group × positions; of a torch tensor or a numpy array alike."""
+    samples, channels, *positions = x.shape
+    s = 1
+    for size in positions:
+        s *= size
+    return x.reshape((samples, num_groups, channels // num_groups, s))
+
+
+def _of_channels(t: Any, num_groups: int) -> Any:
+    return t.reshape((1, num_groups, -1, 1))
+
+
+def _normalized(spec: ChannelNorm, x: Any, num_groups: int, eps: float, given: Any | None) -> tuple[Any, Any, Any]:
+    """(mean, rstd, x̂)."""
+    x = _seen(x, num_groups)
+    if given is not None:
+        mean, var = (_of_channels(t, num_groups) for t in given)
+    else:
+        axes = _axes(spec)
+        mean = x.mean(axis=axes, keepdims=True)
+        var = ((x - mean) * (x - mean)).mean(axis=axes, keepdims=True)
+    rstd = 1 / (var + eps) ** 0.5
+    return mean, rstd, (x - mean) * rstd
+
+
+def _axes(spec: ChannelNorm) -> tuple[int, ...]:
+    """The dims that share statistics. (A channel of BatchNorm is its own group.)"""
+    return (0, 2, 3) if spec.over_samples else (2, 3)
+
+
+def _gradients(spec: ChannelNorm, xhat: Any, rstd: Any, weight: Any | None, dy: Any, taken: bool) -> tuple[Any, Any, Any]:
+    """``dx = rstd * (g - xhat * mean(g * xhat) - mean(g))`` with ``g = dy * weight``; of given statistics ``rstd * g``."""
+    g = dy if weight is None else dy * weight
+    dx = g
+    if taken:
+        axes = _axes(spec)
+        dx = g - xhat * (g * xhat).mean(axis=axes, keepdims=True) - g.mean(axis=axes, keepdims=True)
+    return rstd * dx, (dy * xhat).sum(axis=(0, 3)), dy.sum(axis=(0, 3))

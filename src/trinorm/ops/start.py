@@ -1,0 +1,22 @@
+"""What every kernel is told at its launch, of whichever family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from ..launch import Device
+from ..tuning import ChannelCombine, Tile
+
+# ACC: what a kernel computes in, by the dtype of its statistics.
+ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def started_by(tile: Tile | ChannelCombine, device: Device, early: bool = True) -> dict[str, Any]:
+    """The options of every launch. early: it may be put on the device before the kernel ahead of it ends."""
+    started: dict[str, Any] = dict(PDL=False, num_warps=tile.warps, enable_fp_fusion=True)
+    if early and device.dependent_launch:
+        started.update(PDL=True, launch_pdl=True)
+    return started

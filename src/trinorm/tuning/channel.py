@@ -1,0 +1,66 @@
+"""Which launch each problem of the channel family gets: the tiles of each pass, and how far a program walks.
+
+Sizes are those of the view that a pass has of x (kernels/channel_tiles.py). Nothing here is measured yet but that tiles of
+2048 to 4096 elements by 4 warps reach .62 to .64 of the copy in three launches (H200, bf16, 42 to 268 MB).
+"""
+
+from __future__ import annotations
+
+import functools
+
+from ..launch import Device
+from .kinds import ChannelCombine, ChannelWalk, Tile
+
+# Elements of a tile of 2-byte numbers, and its warps: of a pass with accumulators in registers, and of one without.
+_WALK = (2048, 4)
+_APPLY = (4096, 4)
+
+# Positions of a tile, channels first: no more than these, as what is ragged at a channel's end is idle.
+_POSITIONS = 1024
+
+# Channels of a tile, channels last: a line of memory of 2-byte numbers.
+_CHANNELS = 64
+
+# Programs of a walking pass that a multiprocessor is to have before one takes more than a tile; and the most that it takes,
+# as a lane's sums are one after the other.
+_WALKING = 16
+_MOST_TILES = 32
+
+
+def choose_apply(width: int, s: int, itemsize: int, last: bool) -> Tile:
+    """The tile of a pass whose programs have one each, over samples of ``width`` channels by s positions."""
+    return _tile(width, s, itemsize, last, *_APPLY)
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_walk(
+    samples: int, width: int, s: int, itemsize: int, last: bool, over_samples: bool, device: Device
+) -> ChannelWalk:
+    """The launch of a pass that sums. over_samples: a program may walk through them, if a tile has all positions."""
+    tile = _tile(width, s, itemsize, last, *_WALK)
+    columns = -(-s // tile.chunk)
+    tiles = samples * -(-width // tile.rows) * columns
+    steps = max(1, min(_MOST_TILES, tiles // (_WALKING * device.multiprocessors)))
+    if over_samples and columns == 1:
+        return ChannelWalk(tile, tile.chunk, min(steps, samples))
+    return ChannelWalk(tile, tile.chunk * min(steps, columns), 1)
+
+
+def choose_combine(d: int) -> ChannelCombine:
+    """The combining of partials into statistics of d channels each: side by side, or, of one statistic, all along."""
+    return ChannelCombine(128, 8, 4) if d == 1 else ChannelCombine(1024, 1, 4)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tile(width: int, s: int, itemsize: int, last: bool, elements: int, warps: int) -> Tile:
+    elements = elements * 2 // max(2, itemsize)
+    if last:
+        rows = min(_power_of_two(width), _CHANNELS)
+        return Tile(rows, min(_power_of_two(s), elements // rows), warps)
+    chunk = min(_power_of_two(s), _POSITIONS, elements)
+    return Tile(min(_power_of_two(width), elements // chunk), chunk, warps)
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is >= n."""
+    return 1 << (n - 1).bit_length()
