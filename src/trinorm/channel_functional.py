@@ -83,7 +83,7 @@ def instance_norm(
     Args:
         input: ``(N, C, *)`` with positions, as :func:`group_norm`.
         running_mean, running_var: ``(C,)``. With ``use_input_stats`` they are kept up, in place: ``running * (1 - momentum)
-            + value * momentum``, of the samples' mean and of the mean of their unbiased variances. Without it, they are used.
+            + value * momentum``, of the mean over samples of their means and unbiased variances. Without it, they are used.
         weight, bias, eps: as :func:`group_norm`.
         use_input_stats: take statistics of the input; else the running ones, which are then needed.
         momentum: the share of this input in the running statistics.

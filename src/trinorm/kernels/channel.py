@@ -28,12 +28,14 @@ from .channel_tiles import (
 from .index import first_program, load, widened
 from .overlap import let_next_launch, wait_for_previous
 from .row_backward import normalized
-from .stats import row_sum, trusted
+from .stats import power_of_two_below, row_sum, trusted
 
 
 @triton.jit
-def walked_moments(X, live, walk, SAMPLES: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr):
-    """(mean, sum of squares about it, count) of each of a program's channels, fp64.
+def walked_moments(
+    X, live, walk, scale, SAMPLES: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr
+):
+    """(mean, sum of squares about it, count) of ``scale·x`` in each of a program's channels, fp64; scale may be None.
 
     Each lane runs Welford's recurrence over its own elements; lanes are merged once, at the end.
     """
@@ -44,12 +46,25 @@ def walked_moments(X, live, walk, SAMPLES: tl.constexpr, ACC: tl.constexpr, ROWS
     for i in tl.range(0, steps):
         here = lanes_there(i, there, SAMPLES, POSITIONS)
         x = widened(load(X + first + i * step, live & here), ACC)
+        if scale is not None:
+            x *= scale
         x = tl.where(here, x, mean)  # so that a lane without an element has no distance
         turn += 1.0
         delta = x - mean
         mean += delta * (1.0 / turn)
         squares += delta * (x - mean)
     return merged_positions(mean, squares, lane_counts(steps, there, SAMPLES, ACC, POSITIONS))
+
+
+@triton.jit
+def walked_largest(X, live, walk, SAMPLES: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr):
+    """max |x|, ``[ROWS, 1]``, of each of a program's channels."""
+    first, step, steps, there = walk
+    largest = tl.zeros([ROWS, POSITIONS], ACC)
+    for i in tl.range(0, steps):
+        mask = live & lanes_there(i, there, SAMPLES, POSITIONS)
+        largest = tl.maximum(largest, tl.abs(widened(load(X + first + i * step, mask), ACC)))
+    return tl.max(largest, axis=1, keep_dims=True)
 
 
 @triton.jit
@@ -91,14 +106,16 @@ def channel_moments(
     let_next_launch(PDL)
     width, S = inner_in_units(width, S, LAST, UNIT)
     part, _, channels, live, walk = walk_of_program(A, width, S, slab, slabs, LAST, UNIT, SAMPLES, ROWS, POSITIONS)
-    mean, squares, count = walked_moments(X, live, walk, SAMPLES, ACC, ROWS, POSITIONS)
+    mean, squares, count = walked_moments(X, live, walk, None, SAMPLES, ACC, ROWS, POSITIONS)
     if RESCUE:
-        # Squares that leave fp32's range are taken again in fp64, which they do not leave; of those channels alone.
+        # Squares that leave fp32's range are taken again, of those channels times a power of two: exact, and rare.
         good = trusted(squares / count + eps) | ~live
         if tl.min(good.to(tl.int32)) == 0:
-            exact, exact_squares, _ = walked_moments(X, live, walk, SAMPLES, tl.float64, ROWS, POSITIONS)
-            mean = tl.where(good, mean, exact)
-            squares = tl.where(good, squares, exact_squares)
+            unit = power_of_two_below(walked_largest(X, live, walk, SAMPLES, ACC, ROWS, POSITIONS))
+            again, squares_again, _same = walked_moments(X, live, walk, 1.0 / unit, SAMPLES, ACC, ROWS, POSITIONS)
+            unit = unit.to(tl.float64)
+            mean = tl.where(good, mean, again * unit)
+            squares = tl.where(good, squares, squares_again * unit * unit)
     store_partial(MEANS, part, width, channels, mean, live)
     store_partial(SQUARES, part, width, channels, squares, live)
 

@@ -113,7 +113,7 @@ def walk_of_program(
     block, piece = share_of_program(slabs)
     team, channels, live = channels_of_block(block, width, ROWS)
     part = team.to(tl.int64) * slabs + piece
-    start = piece.to(tl.int64) * slab
+    start = piece.to(tl.int64) * in_units(slab, POSITIONS)
     if SAMPLES == 1:
         there = tl.minimum(S - start, slab).to(tl.int32)
         step = tl.full([], POSITIONS, tl.int64) * (width if LAST else 1)

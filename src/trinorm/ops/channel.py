@@ -97,7 +97,7 @@ class _ChannelNorm(torch.autograd.Function):
         call: Call = ctx.call
         spec, num_groups, eps, given, _, bias_dtype = call
         if torch.is_grad_enabled() or not are_plain(dy, x, weight, mean, rstd) or road.observer() is not None:
-            # Someone differentiates this backward, to whom a kernel's result would be a constant, silently, or maps over it.
+            # Someone differentiates this backward, to whom a kernel's result would silently be a constant, or maps over it.
             statistics = None if given is None else Given(mean, rstd)
             found = reference.composite_gradients(spec, x, num_groups, weight, bias_dtype, eps, dy, statistics)
             return *found, None
