@@ -170,8 +170,8 @@ def add_dw(dw, kept, dys, shifts, scales, dtype: tl.constexpr, ROUND: tl.constex
     """dw + dy·x̂, chunk by chunk, still one sum for each row of the tile; with ROUND x̂ as ``dtype`` holds it."""
     chunks = ()
     for i in tl.static_range(len(kept)):
-        xhat = rounded(normalized(kept[i], shifts[i], scales[i], ACC), dtype, ROUND)
-        chunks = chunks + (dw[i] + dys[i].to(ACC) * xhat,)
+        dy = dys[i].to(ACC)
+        chunks = chunks + (dw[i] + dy * rounded(normalized(kept[i], shifts[i], scales[i], ACC), dtype, ROUND),)
     return chunks
 
 
