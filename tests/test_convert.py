@@ -89,9 +89,11 @@ def _parametrized() -> torch.nn.Module:
 
 
 LEFT = {
-    "group norm": (lambda: torch.nn.GroupNorm(2, 8), "no kernel for this norm yet"),
-    "batch norm": (lambda: torch.nn.BatchNorm2d(8), "no kernel for this norm yet"),
-    "instance norm": (lambda: torch.nn.InstanceNorm1d(8), "no kernel for this norm yet"),
+    "group norm": (lambda: torch.nn.GroupNorm(2, 8), "not swapped yet; trinorm.nn has it"),
+    "batch norm": (lambda: torch.nn.BatchNorm2d(8), "not swapped yet; trinorm.nn has it"),
+    "instance norm": (lambda: torch.nn.InstanceNorm1d(8), "not swapped yet; trinorm.nn has it"),
+    "of trinorm's": (lambda: nn.BatchNorm2d(8), "already trinorm's"),
+    "local response": (lambda: torch.nn.LocalResponseNorm(2), "no kernel for this norm yet"),
     "lazy": (lambda: torch.nn.LazyBatchNorm1d(), "lazy"),
     "quantized": (lambda: torch.ao.nn.quantized.LayerNorm(8, None, None, 1.0, 0), "quantized"),
     "unknown": (HouseNorm, "what its forward computes is unknown"),

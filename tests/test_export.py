@@ -40,7 +40,17 @@ def check_elsewhere(load: str, model: Block, inputs: list[Tensor], folder: Path)
         capture_output=True,
         text=True,
     )
+    if ran.returncode < 0 and "aoti" in load and not torchs_own_packages_load(folder):
+        pytest.skip("AOTInductor's packages of torch's own modules crash here too (torch 2.11, CUDA)")
     assert ran.stdout.split() == ["same"] * len(inputs), f"status {ran.returncode}: {ran.stderr}"
+
+
+def torchs_own_packages_load(folder: Path) -> bool:
+    """Whether another process can load what AOTInductor makes of a GPU's torch.nn.LayerNorm."""
+    program = torch.export.export(torch.nn.LayerNorm(8, device="cuda"), (torch.randn(4, 8, device="cuda"),))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "torchs.pt2"))
+    script = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])"
+    return subprocess.run([sys.executable, "-c", script, path], capture_output=True).returncode == 0
 
 
 RUN = """

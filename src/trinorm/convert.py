@@ -113,7 +113,8 @@ def _obstacle(module: torch.nn.Module) -> str | None:
 
 def _why_left(module: torch.nn.Module) -> str:
     kind = type(module)
-    if isinstance(module, tuple(_REPLACEMENTS.values())):
+    ours = getattr(nn, kind.__name__, None)
+    if kind is ours or isinstance(module, tuple(_REPLACEMENTS.values())):
         return "already trinorm's"
     if kind in _REPLACEMENTS:
         return str(_obstacle(module))
@@ -125,6 +126,8 @@ def _why_left(module: torch.nn.Module) -> str:
         return "parametrized: its class is made by torch.nn.utils.parametrize; replace before parametrizing"
     if isinstance(module, tuple(_REPLACEMENTS)):
         return "a subclass of torch's norm, whose forward may compute something else"
+    if ours is not None and kind is getattr(torch.nn, kind.__name__, None):
+        return "not swapped yet; trinorm.nn has it"
     if isinstance(module, _TORCH_NORMS):
         return "trinorm has no kernel for this norm yet"
     return "not a torch.nn norm: what its forward computes is unknown"

@@ -1,6 +1,6 @@
 """The Triton kernels. Nothing here imports torch or knows anything of the host.
 
-Two launched families (DESIGN: row norms here; channel norms to come) over small jit helpers:
+Two launched families over small jit helpers:
 
 - ``index``   which rows and columns a program owns, their offsets and masks
 - ``stats``   mean and rstd of a row, held in registers or streamed
@@ -8,5 +8,6 @@ Two launched families (DESIGN: row norms here; channel norms to come) over small
 - ``row``     the launched forward kernels
 - ``row_backward``, ``row_backward_wide``  the launched backward kernels
 - ``row_split``  both, of rows that several programs share
+- ``channel``, ``channel_backward``  the launched kernels of channel norms; ``channel_tiles``  what their programs own
 - ``overlap`` what lets a kernel be put on the device before the one ahead of it ends
 """

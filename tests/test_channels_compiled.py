@@ -1,0 +1,58 @@
+"""What the channel family's kernels compile to, with no GPU: no spill, and accesses of 128 bits in both memory orders."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+# In a process of its own: where there is no GPU, this one interprets the kernels.
+SCRIPT = """
+import json, sys, torch
+from trinorm.inspection import compile_call
+from trinorm.launch import describe
+from trinorm.ops import channels
+from trinorm.spec import BATCH_NORM, GROUP_NORM
+
+calls = []
+channels.launch = lambda kernel, grid, device, args, options: calls.append((kernel, args, options))
+channels.describe = lambda device: describe(torch.device("meta"))
+for spec, groups in ((GROUP_NORM, 32), (BATCH_NORM, 256)):
+    for last in (False, True):
+        x = torch.empty(16, 256, 56, 56, dtype=torch.bfloat16, device="meta")
+        x = x.to(memory_format=torch.channels_last) if last else x
+        w = torch.empty(256, dtype=torch.bfloat16, device="meta")
+        calls.clear()
+        y, mean, rstd = channels.forward(spec, x, groups, w, w, 1e-5)
+        wanted = dict(given=False, dx=True, dw=w.dtype, db=w.dtype)
+        channels.backward(spec, torch.empty_like(x), x, groups, w, mean, rstd, 1e-5, **wanted)
+        for kernel, args, options in calls:
+            if sys.argv[1] != "sm_90":
+                options.pop("launch_pdl")
+                options["PDL"] = False
+            found = compile_call(kernel, args, options, sys.argv[1])
+            print(json.dumps(dict(
+                kernel=found.kernel, spills=found.spills, loads=max(found.loads), stores=max(found.stores)
+            )))
+"""
+READING = ("channel_moments", "channel_apply", "channel_sums", "channel_apply_backward")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_compiled(target: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    ran = subprocess.run([sys.executable, "-c", SCRIPT, target], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found: list[dict[str, Any]] = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert len(found) == 4 * 6
+    for kernel in found:
+        assert not kernel["spills"], kernel
+        if kernel["kernel"] in READING:
+            assert kernel["loads"] == 128, kernel
+        if kernel["kernel"] in ("channel_apply", "channel_apply_backward"):
+            assert kernel["stores"] == 128, kernel
