@@ -44,6 +44,7 @@ FLOW = (
     "replay",
     "tuning",
     "ops",
+    "checks",
     "channel_functional",
     "functional",
     "nn",

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import channel_reference as reference
+from . import checks
 from .channel_reference import Given
 from .ops.channel import Averages, channel_norm
-from .ops.road import KERNEL_DTYPES
 from .spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM
 
 
@@ -189,8 +189,7 @@ def _statistics(
 
 def _check(op: str, x: Tensor, eps: float, **parameters: Tensor | None) -> float:
     """eps as a float, or torch's own class of error, with the argument named."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}(): input must be a Tensor, not {type(x).__name__}")
+    checks.tensor(op, "input", x)
     if x.is_nested:
         raise RuntimeError(f"{op}(): input is a nested tensor, which this norm does not take")
     if x.dim() < 2:
@@ -199,28 +198,11 @@ def _check(op: str, x: Tensor, eps: float, **parameters: Tensor | None) -> float
     for name, t in parameters.items():
         if t is None:
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{op}(): {name} must be a Tensor or None, not {type(t).__name__}")
+        checks.tensor(op, name, t)
         if tuple(t.shape) != channels:
             raise RuntimeError(
                 f"{op}(): {name} has shape {tuple(t.shape)}, but input has {channels[0]} channels; it must be {channels}"
             )
-        if t.device != x.device:
-            raise RuntimeError(
-                f"{op}(): {name} is on {t.device}, but input is on {x.device}; move one to the other's device"
-            )
-        if t.dtype not in KERNEL_DTYPES:
-            raise NotImplementedError(
-                f"{op}(): {name} has dtype {t.dtype}; it must be one of float16, bfloat16, float32, float64"
-            )
-    if x.dtype not in KERNEL_DTYPES:
-        raise NotImplementedError(
-            f"{op}(): input has dtype {x.dtype}; it must be one of float16, bfloat16, float32, float64"
-        )
-    try:
-        usable = bool(eps >= 0)  # which NaN is not
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{op}(): eps must be a float, not {eps!r}") from None
-    if not usable:
-        raise ValueError(f"{op}(): eps is {eps}; it must be a number >= 0")
-    return float(eps)
+        checks.beside(op, name, t, x)
+    checks.dtype(op, "input", x)
+    return checks.epsilon(op, eps)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from . import checks
 from .channel_functional import batch_norm, group_norm, instance_norm
 from .ops import CALLS, jagged, row_norm
-from .ops.road import KERNEL_DTYPES
 from .spec import CASTS, LAYER_NORM, RMS_NORM, Cast
 from .switches import options
 
@@ -173,8 +173,7 @@ def _check(
     """normalized_shape as a Size, eps as a float and batch_invariant as a bool, or torch's own class of error, with the
     argument named.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}(): input must be a Tensor, not {type(x).__name__}")
+    checks.tensor(op, "input", x)
     if x.is_nested:
         raise RuntimeError(f"{op}(): input is a nested tensor of layout {x.layout}; of these only torch.jagged is taken")
     try:
@@ -188,27 +187,15 @@ def _check(
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is None:
             continue
-        if not isinstance(parameter, Tensor):
-            raise TypeError(f"{op}(): {name} must be a Tensor or None, not {type(parameter).__name__}")
+        checks.tensor(op, name, parameter)
         if parameter.shape != shape:
             raise RuntimeError(
                 f"{op}(): {name} has shape {tuple(parameter.shape)}, but normalized_shape is {tuple(shape)}; "
                 "they must be equal"
             )
-        if parameter.device != x.device:
-            raise RuntimeError(
-                f"{op}(): {name} is on {parameter.device}, but input is on {x.device}; move one to the other's device"
-            )
-        if parameter.dtype not in KERNEL_DTYPES:
-            _refuse_dtype(op, name, parameter)
-    if x.dtype not in KERNEL_DTYPES:
-        _refuse_dtype(op, "input", x)
-    try:
-        usable = bool(eps >= 0)  # which NaN is not
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{op}(): eps must be a float, not {eps!r}") from None
-    if not usable:
-        raise ValueError(f"{op}(): eps is {eps}; it must be a number >= 0")
+        checks.beside(op, name, parameter, x)
+    checks.dtype(op, "input", x)
+    eps = checks.epsilon(op, eps)
     if not isinstance(save, str) or save not in ("input", "output"):
         raise ValueError(f"{op}(): save is {save!r}; it must be 'input' or 'output'")
     if not isinstance(cast, str) or cast not in CASTS:
@@ -222,7 +209,7 @@ def _check(
         batch_invariant = options.batch_invariant
     elif not isinstance(batch_invariant, bool):
         raise TypeError(f"{op}(): batch_invariant must be True, False or None, not {batch_invariant!r}")
-    return shape, float(eps), batch_invariant
+    return shape, eps, batch_invariant
 
 
 def _refuse_shape(op: str, x: Tensor, shape: torch.Size) -> None:
@@ -231,10 +218,4 @@ def _refuse_shape(op: str, x: Tensor, shape: torch.Size) -> None:
     raise RuntimeError(
         f"{op}(): normalized_shape is {tuple(shape)}, but input has shape {tuple(x.shape)}; "
         f"the input's last {len(shape)} dim(s) must be equal to it"
-    )
-
-
-def _refuse_dtype(op: str, name: str, tensor: Tensor) -> None:
-    raise NotImplementedError(
-        f"{op}(): {name} has dtype {tensor.dtype}; it must be one of float16, bfloat16, float32, float64"
     )
