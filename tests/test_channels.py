@@ -17,8 +17,10 @@ from trinorm import channel_reference as reference
 from trinorm import functional, nn
 from trinorm.channel_reference import Given
 from trinorm.compare import assert_no_worse
+from trinorm.launch import describe
 from trinorm.ops import channels, road
 from trinorm.spec import BATCH_NORM, CHANNEL_NORMS, GROUP_NORM, INSTANCE_NORM, ChannelNorm
+from trinorm.tuning import channel as tuning
 
 ON_GPU = torch.cuda.is_available()
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -316,6 +318,90 @@ def test_running_statistics_of_other_dtypes_and_strides(device: torch.device) ->
             torch.testing.assert_close(got, want.to(dtype))
 
 
+def test_running_statistics_are_overwritten_by_a_momentum_of_one(device: torch.device) -> None:
+    """The first batch's where momentum is None: nothing is left of what stood there."""
+    x = torch.randn(6, 8, 5, device=device)
+    running = [torch.full((8,), 1e20, device=device) for _ in range(2)]
+    functional.batch_norm(x, *running, training=True, momentum=1.0)
+    expected = x.mean((0, 2)), x.var((0, 2))
+    for got, want in zip(running, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "instance_norm"])
+def test_given_statistics_that_go_on_running(name: str, device: torch.device) -> None:
+    """Between a forward and its backward, which is of what they were."""
+    x = torch.randn(3, 4, 5, device=device, requires_grad=True)
+    mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)
+    y = getattr(functional, name)(x, mean, var, None, None, False)
+    getattr(functional, name)(x.detach() * 3, mean, var, None, None, True)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    torch.testing.assert_close(dx, torch.full_like(dx, 1.00001**-0.5))
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "composite"])
+@pytest.mark.parametrize("name", ["batch_norm", "instance_norm"])
+def test_running_statistics_of_another_dtype_by_either_road(
+    name: str, kernels: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels:
+        device = torch.device("cpu")
+        monkeypatch.setattr(road, "INTERPRETED", False)
+    x, weight = torch.randn(6, 8, 5, device=device).bfloat16(), torch.ones(8, device=device)
+    running = [torch.zeros(8, device=device, dtype=torch.float64), torch.ones(8, device=device, dtype=torch.float64)]
+    wide = [t.clone() for t in running]
+    y = getattr(functional, name)(x, *running, weight, None, True)
+    expected = getattr(F, name)(x.double(), *wide, weight.double(), None, True)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected.bfloat16())
+    for got, want in zip(running, wide, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+def test_negative_bits(spec: ChannelNorm, device: torch.device) -> None:
+    """A tensor that holds its negative is read as what it says it is."""
+    (x, weight, bias), _ = draw((2, 6, 5, 4), torch.float32, torch.float32, False, device)
+    groups = groups_of(spec, (2, 6), 2)
+    minus = [torch._neg_view(t.detach()) for t in (x, weight, bias)]
+    plain = [-t.detach() for t in (x, weight, bias)]
+    assert torch.equal(norm(spec, minus[0], groups, *minus[1:]), norm(spec, plain[0], groups, *plain[1:]))
+    if spec is not GROUP_NORM:
+        given = Given(torch.rand(6, device=device), -torch.rand(6, device=device) - 0.5)
+        seen = Given(given.mean, torch._neg_view(given.var))
+        assert torch.equal(
+            norm(spec, x, groups, None, None, seen), norm(spec, x, groups, None, None, Given(given.mean, -given.var))
+        )
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize(("shape", "groups"), [((9, 12, 7, 7), 4), ((2, 6, 70, 61), 3), ((130, 16), 4)], ids=str)
+def test_programs_that_walk(
+    spec: ChannelNorm,
+    shape: tuple[int, ...],
+    groups: int,
+    last: bool,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a device so small that a program takes several tiles, or samples."""
+    if spec is INSTANCE_NORM and len(shape) == 2:
+        pytest.skip("one position")
+    monkeypatch.setattr(tuning, "_WALKING", 0.1 / describe(device).multiprocessors)
+    monkeypatch.setattr(tuning, "_WALK", (256, 4))
+    tuning.choose_walk.cache_clear()
+    tuning._tile.cache_clear()
+    walked: list[Any] = []
+    actual = channels.choose_walk
+    monkeypatch.setattr(channels, "choose_walk", lambda *a: (walked.append((actual(*a), a)), walked[-1][0])[1])
+    try:
+        drawn, dy = draw(shape, torch.float32, torch.float32, last, device)
+        check(spec, groups_of(spec, shape, groups), drawn, dy)
+    finally:
+        tuning.choose_walk.cache_clear()
+    if spec.over_samples or math.prod(shape[2:]) > 256:
+        assert any(plan.samples > 1 or plan.slab > plan.tile.chunk for plan, _ in walked)
+
+
 # Derivatives of derivatives, and what looks inside.
 
 
@@ -331,6 +417,12 @@ def test_derivatives(spec: ChannelNorm, device: torch.device) -> None:
         torch.autograd.gradcheck(lambda *t, s=statistics: norm(spec, t[0], groups, *t[1:], s), drawn)
         torch.autograd.gradgradcheck(lambda *t, s=statistics: norm(spec, t[0], groups, *t[1:], s), drawn)
     expected = torch.autograd.grad(norm(spec, drawn[0], groups, *drawn[1:]).sin().sum(), drawn)
+    batched = torch.randn(3, *shape, device=device, dtype=torch.float64)
+    y = norm(spec, drawn[0], groups, *drawn[1:])
+    at_once = torch.autograd.grad(y, drawn, batched, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(y, drawn, dy, retain_graph=True) for dy in batched]
+    for got, *want in zip(at_once, *one_by_one, strict=True):
+        torch.testing.assert_close(got, torch.stack(want))
     by_func = torch.func.grad(lambda *t: norm(spec, t[0], groups, *t[1:]).sin().sum(), (0, 1, 2))(*drawn)
     for got, want in zip(by_func, expected, strict=True):
         torch.testing.assert_close(got, want)
@@ -376,7 +468,8 @@ def test_bad_input(device: torch.device) -> None:
         ),
         (ValueError, "more than 1 spatial element", lambda: functional.instance_norm(x[..., :1])),
         (RuntimeError, "running_mean is None", lambda: functional.batch_norm(x, None, w)),
-        (RuntimeError, "running_var is None", lambda: functional.batch_norm(x, w, None, training=True)),
+        (ValueError, "running_var is None", lambda: functional.batch_norm(x, w, None, training=True)),
+        (RuntimeError, "running_mean requires a gradient", lambda: functional.batch_norm(x, w.clone().requires_grad_(), w)),
         (RuntimeError, "running_mean has shape", lambda: functional.batch_norm(x, w[:2], w)),
         (TypeError, "momentum must be a float", lambda: functional.batch_norm(x, w, w, training=True, momentum="a")),  # type: ignore[arg-type]
     ]

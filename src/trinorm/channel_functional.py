@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import channel_reference as reference
 from . import checks
-from .channel_reference import Given
-from .ops.channel import Averages, channel_norm
+from .channel_reference import Averages, Given
+from .ops.channel import channel_norm
 from .spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM
 
 
@@ -47,10 +47,12 @@ def group_norm(
 
     Source: Wu, He, "Group Normalization", arXiv:1803.08494.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(group_norm, (input,), input, num_groups, weight=weight, bias=bias, eps=eps)
-    if not isinstance(num_groups, int) or isinstance(num_groups, bool):
-        raise TypeError(f"group_norm(): num_groups must be an int, not {num_groups!r}")
+    if has_torch_function_variadic(*(all_tensors := (input, weight, bias))):
+        return handle_torch_function(group_norm, all_tensors, input, num_groups, weight=weight, bias=bias, eps=eps)
+    try:
+        num_groups = operator.index(num_groups)
+    except TypeError:
+        raise TypeError(f"group_norm(): num_groups must be an int, not {num_groups!r}") from None
     eps = _check("group_norm", input, eps, weight=weight, bias=bias)
     channels = input.shape[1]
     if num_groups <= 0 or channels % num_groups:
@@ -93,15 +95,15 @@ def instance_norm(
 
     Raises:
         RuntimeError, NotImplementedError, TypeError: as :func:`group_norm`; RuntimeError too where running statistics are
-            needed and missing.
+            needed and missing, or require a gradient.
         ValueError: one position for each channel, with ``use_input_stats``; eps is negative or NaN.
 
     Source: Ulyanov, Vedaldi, Lempitsky, "Instance Normalization", arXiv:1607.08022.
     """
-    if has_torch_function_unary(input):
+    if has_torch_function_variadic(*(all_tensors := (input, running_mean, running_var, weight, bias))):
         arguments: dict[str, Any] = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
         arguments |= dict(use_input_stats=use_input_stats, momentum=momentum, eps=eps)
-        return handle_torch_function(instance_norm, (input,), input, **arguments)
+        return handle_torch_function(instance_norm, all_tensors, input, **arguments)
     op = "instance_norm"
     tensors = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     eps = _check(op, input, eps, **tensors)
@@ -109,11 +111,9 @@ def instance_norm(
         raise ValueError(f"{op}(): expected more than 1 spatial element when training, got input size {tuple(input.shape)}")
     given, averages = _statistics(op, running_mean, running_var, use_input_stats, momentum)
     y = channel_norm(INSTANCE_NORM, input, input.shape[1], weight, bias, eps, given, averages)
-    if y is not None:
-        return y
-    if averages is not None:
-        return F.instance_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
-    return reference.composite(INSTANCE_NORM, input, input.shape[1], weight, bias, eps, given)
+    if y is None:
+        y = reference.composite(INSTANCE_NORM, input, input.shape[1], weight, bias, eps, given, averages)
+    return y
 
 
 def batch_norm(
@@ -144,14 +144,14 @@ def batch_norm(
 
     Raises:
         RuntimeError, NotImplementedError, TypeError: as :func:`group_norm`; RuntimeError too where running statistics are
-            needed and missing.
+            needed and missing, or require a gradient.
         ValueError: one value for each channel, in training; eps is negative or NaN.
 
     Source: Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167.
     """
-    if has_torch_function_unary(input):
+    if has_torch_function_variadic(*(all_tensors := (input, running_mean, running_var, weight, bias))):
         rest: dict[str, Any] = dict(weight=weight, bias=bias, training=training, momentum=momentum, eps=eps)
-        return handle_torch_function(batch_norm, (input,), input, running_mean, running_var, **rest)
+        return handle_torch_function(batch_norm, all_tensors, input, running_mean, running_var, **rest)
     op = "batch_norm"
     eps = _check(op, input, eps, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     if training and input.shape[0] * math.prod(input.shape[2:]) == 1:
@@ -160,11 +160,9 @@ def batch_norm(
         )
     given, averages = _statistics(op, running_mean, running_var, training, momentum)
     y = channel_norm(BATCH_NORM, input, input.shape[1], weight, bias, eps, given, averages)
-    if y is not None:
-        return y
-    if averages is not None:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
-    return reference.composite(BATCH_NORM, input, input.shape[1], weight, bias, eps, given)
+    if y is None:
+        y = reference.composite(BATCH_NORM, input, input.shape[1], weight, bias, eps, given, averages)
+    return y
 
 
 def _statistics(
@@ -173,10 +171,14 @@ def _statistics(
     """Running statistics as what they are here: given, or to be kept up."""
     if (mean is None) != (var is None) or (mean is None and not taken):
         missing = "running_mean" if mean is None else "running_var"
-        raise RuntimeError(
+        kind = ValueError if taken else RuntimeError
+        raise kind(
             f"{op}(): {missing} is None; running_mean and running_var go together, and are needed where statistics are not "
             "those of the input"
         )
+    for name, t in (("running_mean", mean), ("running_var", var)):
+        if t is not None and t.requires_grad:
+            raise RuntimeError(f"{op}(): {name} requires a gradient, which this norm does not give it; detach it")
     if mean is None or var is None:
         return None, None
     if not taken:

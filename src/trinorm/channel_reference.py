@@ -22,6 +22,14 @@ class Given(NamedTuple):
     var: Tensor
 
 
+class Averages(NamedTuple):
+    """Running statistics to be kept up, in place, and the share that those of an input get in them."""
+
+    mean: Tensor
+    var: Tensor
+    momentum: float
+
+
 def oracle(
     spec: ChannelNorm,
     x: Tensor,
@@ -72,26 +80,31 @@ def composite(
     bias: Tensor | None,
     eps: float,
     given: Given | None = None,
+    averages: Averages | None = None,
 ) -> Tensor:
-    """The norm as torch's own op, differentiable any number of times and in either mode; statistics that are not given are
-    taken, and none are kept.
+    """The norm as torch's own op, differentiable any number of times and in either mode.
 
     torch's op where it takes the dtypes given; else the same op in fp32 or fp64 with one rounding at the end.
     """
     with keeping_dtype(x.device.type):
         if x.dtype != torch.float64 and autocasts_to_fp32(spec.name, x.device.type):
             x, weight, bias = in_fp32(x, weight, bias)
-        narrow, dtypes = x.dtype, {t.dtype for t in (x, weight, bias, *(given or ())) if t is not None}
+        narrow, running = x.dtype, given or (None if averages is None else averages[:2])
+        dtypes = {t.dtype for t in (x, weight, bias, *(running or ())) if t is not None}
+        mean, var = found = running or (None, None)
         if len(dtypes) > 1:
             wide = torch.float64 if torch.float64 in dtypes else torch.float32
-            x, weight, bias = (None if t is None else t.to(wide) for t in (x, weight, bias))  # type: ignore[assignment]
-            given = None if given is None else Given(*(t.to(wide) for t in given))
-        if given is None and spec is GROUP_NORM:
+            x, weight, bias, mean, var = (None if t is None else t.to(wide) for t in (x, weight, bias, mean, var))  # type: ignore[assignment]
+        if spec is GROUP_NORM:
             return F.group_norm(x, num_groups, weight, bias, eps).to(narrow)
-        if given is None and not spec.over_samples:
-            return F.instance_norm(x, None, None, weight, bias, True, 0.0, eps).to(narrow)
-        mean, var = (None, None) if given is None else given
-        return F.batch_norm(x, mean, var, weight, bias, given is None, 0.0, eps).to(narrow)
+        how = given is None, 0.0 if averages is None else averages.momentum, eps
+        norm = F.batch_norm if spec.over_samples else F.instance_norm
+        y = norm(x, mean, var, weight, bias, *how)
+        if averages is not None:
+            for kept, now in zip(found, (mean, var), strict=True):
+                if kept is not None and now is not None and kept is not now:
+                    kept.copy_(now)
+        return y.to(narrow)
 
 
 def composite_gradients(
@@ -109,7 +122,7 @@ def composite_gradients(
     _, rstd, xhat = _normalized(spec, x.double(), num_groups, eps, statistics)
     w = None if weight is None else _of_channels(weight.double(), num_groups)
     dx, dw, db = _gradients(spec, xhat, rstd, w, _seen(dy.double(), num_groups), given is None)
-    return in_dtypes_of((dx.reshape(x.shape), dw.flatten(), db.flatten()), x, weight, bias_dtype)
+    return in_dtypes_of((dx.reshape(x.shape), dw.reshape(-1), db.reshape(-1)), x, weight, bias_dtype)
 
 
 def _seen(x: Any, num_groups: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -84,7 +85,8 @@ def replace(model: torch.nn.Module) -> Report:
 
 
 def _name(kind: type) -> str:
-    return f"{kind.__module__.removesuffix('.normalization').removesuffix('.batchnorm')}.{kind.__qualname__}"
+    module = re.sub(r"\.(normalization|batchnorm|instancenorm)$", "", kind.__module__)
+    return f"{module}.{kind.__qualname__}"
 
 
 def _is_norm(module: torch.nn.Module) -> bool:
@@ -111,6 +113,9 @@ def _obstacle(module: torch.nn.Module) -> str | None:
     return None
 
 
+_SUBCLASS = "a subclass of torch's norm, whose forward may compute something else"
+
+
 def _why_left(module: torch.nn.Module) -> str:
     kind = type(module)
     ours = getattr(nn, kind.__name__, None)
@@ -125,9 +130,9 @@ def _why_left(module: torch.nn.Module) -> str:
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "parametrized: its class is made by torch.nn.utils.parametrize; replace before parametrizing"
     if isinstance(module, tuple(_REPLACEMENTS)):
-        return "a subclass of torch's norm, whose forward may compute something else"
-    if ours is not None and kind is getattr(torch.nn, kind.__name__, None):
-        return "not swapped yet; trinorm.nn has it"
+        return _SUBCLASS
+    if any(getattr(nn, base.__name__, None) and base is getattr(torch.nn, base.__name__, None) for base in kind.__mro__):
+        return "not swapped yet; trinorm.nn has it" if kind.__module__.startswith("torch.nn.") else _SUBCLASS
     if isinstance(module, _TORCH_NORMS):
         return "trinorm has no kernel for this norm yet"
     return "not a torch.nn norm: what its forward computes is unknown"

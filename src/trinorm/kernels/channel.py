@@ -166,7 +166,8 @@ def update_running(RUNNING, sets, value, momentum, mask):
     """running·(1 - momentum) + value·momentum, in place."""
     if RUNNING is not None:
         running = load(RUNNING + sets, mask).to(tl.float64)
-        tl.store(RUNNING + sets, (running + (value - running) * momentum).to(RUNNING.dtype.element_ty), mask=mask)
+        kept = running * (1.0 - momentum) + value * momentum
+        tl.store(RUNNING + sets, kept.to(RUNNING.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["A", "S", "slab", "slabs", "R", "D", "C", "SAMPLES"])

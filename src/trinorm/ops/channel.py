@@ -9,23 +9,15 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import channel_reference as reference
-from ..channel_reference import Given
+from ..channel_reference import Averages, Given
 from ..reference import autocasts_to_fp32, in_fp32
 from ..spec import ChannelNorm
 from . import road
-from .layout import channels_readable
+from .layout import channels_readable, dense
 from .row import are_plain
 
 if TYPE_CHECKING:
     from .channels import Normalized
-
-
-class Averages(NamedTuple):
-    """Running statistics to be kept up, in place, and the share that those of an input get in them."""
-
-    mean: Tensor
-    var: Tensor
-    momentum: float
 
 
 class Call(NamedTuple):
@@ -56,7 +48,7 @@ def channel_norm(
     if x.dtype != torch.float64 and autocasts_to_fp32(spec.name, x.device.type):
         x, weight, bias = in_fp32(x, weight, bias)
     x = channels_readable(x)
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    weight, bias = (None if t is None else dense(t) for t in (weight, bias))
     call = Call(spec, num_groups, eps, given, averages, None if bias is None else bias.dtype)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _ChannelNorm.apply(x, weight, bias, call)
@@ -68,12 +60,12 @@ def _forward(call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None) 
 
     spec, num_groups, eps, given, averages, _ = call
     if given is not None:
-        mean, var = (t.contiguous() for t in given)
+        mean, var = (dense(t) for t in given)
         y = channels.apply(spec, x, num_groups, weight, bias, mean, var, eps, given=True)
         return channels.Normalized(y, mean, var)
     if averages is None:
         return channels.forward(spec, x, num_groups, weight, bias, eps)
-    running = channels.Running(averages.mean.contiguous(), averages.var.contiguous(), averages.momentum)
+    running = channels.Running(dense(averages.mean), dense(averages.var), averages.momentum)
     found = channels.forward(spec, x, num_groups, weight, bias, eps, running=running)
     for t, now in ((averages.mean, running.mean), (averages.var, running.var)):
         if t is not now:
@@ -87,6 +79,9 @@ class _ChannelNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> Tensor:
         y, mean, rstd = _forward(call, x, weight, bias)
+        if call.given is not None:
+            # The running ones may go on running before the backward, which is of what they were.
+            mean, rstd = mean.clone(), rstd.clone()
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.call = call
         return y

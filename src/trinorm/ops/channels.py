@@ -129,7 +129,7 @@ def apply(
     if x.numel() == 0:
         return y
     view = view_of(spec, x).one_sample()
-    stats = accumulator_dtype(x, weight, bias)
+    stats = accumulator_dtype(x, weight, bias, mean, rstd)
     tile = choose_apply(view.width, view.s, _widest(x, stats), view.last)
     slabs = -(-view.s // tile.chunk)
     args = (y, x, mean, rstd, weight, bias, view.width, view.s, slabs, x.shape[1], x.shape[1] // num_groups, eps)
@@ -164,7 +164,7 @@ def backward(
     if empty or not (dx or dw or db):
         return dx_out, dw_out, db_out
 
-    stats = accumulator_dtype(x, weight) if given else mean.dtype
+    stats = accumulator_dtype(x, weight, mean, rstd)
     size, view = describe(device), view_of(spec, x)
     d = channels // num_groups
     common = dict(GROUPED=not (spec.over_samples or given), VARIANCE=given, ACC=ACCUMULATOR[stats])
@@ -211,7 +211,7 @@ def _tiled(view: View, tile: Tile) -> dict[str, Any]:
 def _average(running: Running, mean: Tensor, var: Tensor, samples: int) -> None:
     """Let running statistics, which are a channel's, have the mean of those of all samples (InstanceNorm)."""
     for kept, now in ((running.mean, mean), (running.var, var)):
-        kept.copy_(torch.lerp(kept.to(now.dtype), now.view(samples, -1).mean(0), running.momentum))
+        kept.copy_(torch.lerp(kept.double(), now.view(samples, -1).mean(0).double(), running.momentum))
 
 
 def _widest(x: Tensor, accumulator: torch.dtype) -> int:

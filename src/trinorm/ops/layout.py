@@ -75,6 +75,11 @@ def channels_readable(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
+def dense(t: Tensor) -> Tensor:
+    """A parameter's elements one after the other, as they are: itself, or a copy."""
+    return t.resolve_neg().contiguous()
+
+
 def in_order_of(x: Tensor, t: Tensor) -> Tensor:
     """t, of x's shape, in the order of memory that x has; itself where it is in that order."""
     if t.is_neg():
