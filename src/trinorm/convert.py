@@ -113,7 +113,8 @@ def _obstacle(module: torch.nn.Module) -> str | None:
     return None
 
 
-_SUBCLASS = "a subclass of torch's norm, whose forward may compute something else"
+# torch's norms that trinorm.nn has.
+_KNOWN = tuple(theirs for name in vars(nn) if isinstance(theirs := getattr(torch.nn, name, None), type))
 
 
 def _why_left(module: torch.nn.Module) -> str:
@@ -129,10 +130,10 @@ def _why_left(module: torch.nn.Module) -> str:
         return "quantized: its input is not a floating tensor"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "parametrized: its class is made by torch.nn.utils.parametrize; replace before parametrizing"
-    if isinstance(module, tuple(_REPLACEMENTS)):
-        return _SUBCLASS
-    if any(getattr(nn, base.__name__, None) and base is getattr(torch.nn, base.__name__, None) for base in kind.__mro__):
-        return "not swapped yet; trinorm.nn has it" if kind.__module__.startswith("torch.nn.") else _SUBCLASS
+    if kind in _KNOWN:
+        return "not swapped yet; trinorm.nn has it"
+    if isinstance(module, _KNOWN):
+        return "a subclass of torch's norm, whose forward may compute something else"
     if isinstance(module, _TORCH_NORMS):
         return "trinorm has no kernel for this norm yet"
     return "not a torch.nn norm: what its forward computes is unknown"

@@ -65,7 +65,7 @@ def _forward(call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None) 
         return channels.Normalized(y, mean, var)
     if averages is None:
         return channels.forward(spec, x, num_groups, weight, bias, eps)
-    running = channels.Running(dense(averages.mean), dense(averages.var), averages.momentum)
+    running = Averages(dense(averages.mean), dense(averages.var), averages.momentum)
     found = channels.forward(spec, x, num_groups, weight, bias, eps, running=running)
     for t, now in ((averages.mean, running.mean), (averages.var, running.var)):
         if t is not now:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..channel_reference import Averages
 from ..kernels.channel import channel_apply, channel_combine, channel_moments
 from ..kernels.channel_backward import channel_apply_backward, channel_combine_backward, channel_sums
 from ..launch import describe, launch
@@ -24,14 +25,6 @@ class Normalized(NamedTuple):
     y: Tensor
     mean: Tensor
     rstd: Tensor
-
-
-class Running(NamedTuple):
-    """Running statistics, contiguous, and the share that those of this input have in them."""
-
-    mean: Tensor
-    var: Tensor
-    momentum: float
 
 
 class View(NamedTuple):
@@ -71,7 +64,7 @@ def forward(
     bias: Tensor | None,
     eps: float,
     *,
-    running: Running | None = None,
+    running: Averages | None = None,
 ) -> Normalized:
     """Normalize x, which is in one of the two orders, as y then is. num_groups: 1 to a channel but for GroupNorm."""
     device, channels = x.device, x.shape[1]
@@ -208,7 +201,7 @@ def _tiled(view: View, tile: Tile) -> dict[str, Any]:
     return dict(LAST=view.last, UNIT=view.unit, ROWS=tile.rows, POSITIONS=tile.chunk)
 
 
-def _average(running: Running, mean: Tensor, var: Tensor, samples: int) -> None:
+def _average(running: Averages, mean: Tensor, var: Tensor, samples: int) -> None:
     """Let running statistics, which are a channel's, have the mean of those of all samples (InstanceNorm)."""
     for kept, now in ((running.mean, mean), (running.var, var)):
         kept.copy_(torch.lerp(kept.double(), now.view(samples, -1).mean(0).double(), running.momentum))
