@@ -3,8 +3,8 @@
 import torch
 
 from trinorm.forced import forced
-from trinorm.ops import rows
-from trinorm.spec import LAYER_NORM, RMS_NORM
+from trinorm.ops import channels, rows
+from trinorm.spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
 from trinorm.tuning import (
     RowBackward,
     RowBackwardFew,
@@ -26,9 +26,40 @@ CALLS = (
     (140, 4096, RowForwardSplit(Tile(1, 512, 4), 1024), RowBackwardSplit(Tile(1, 512, 4), 1024, stages=3, per_sm=1)),
     (20, 5000, RowForwardWide(Tile(1, 1024, 4)), RowBackwardWide(Tile(1, 1024, 4), stages=2, per_sm=4)),
 )
+# (norm, shape, groups): odd sizes of all kinds; more tiles than programs, so that some walk; one position.
+IMAGES = (
+    (GROUP_NORM, (3, 12, 7, 11), 4),
+    (GROUP_NORM, (2, 96, 640, 321), 3),
+    (INSTANCE_NORM, (5, 7, 13, 5), 7),
+    (BATCH_NORM, (65, 33, 14, 14), 33),
+    (BATCH_NORM, (3000, 130, 1, 1), 130),
+)
 
 
 def main() -> None:
+    row_norms()
+    channel_norms()
+
+
+def channel_norms() -> None:
+    for spec, shape, groups in IMAGES:
+        for order in (torch.contiguous_format, torch.channels_last):
+            for given in (False, True) if spec is BATCH_NORM else (False,):
+                x, dy = (torch.randn(shape, device="cuda").bfloat16().contiguous(memory_format=order) for _ in range(2))
+                x[0] *= 1e30
+                weight = torch.randn(shape[1], device="cuda").bfloat16()
+                eps, asked = 1e-5, dict(dx=True, dw=weight.dtype, db=weight.dtype)
+                if given:
+                    mean, rstd = (torch.rand(shape[1], device="cuda") for _ in range(2))
+                    channels.apply(spec, x, groups, weight, weight, mean, rstd, eps, given=True)
+                else:
+                    _, mean, rstd = channels.forward(spec, x, groups, weight, weight, eps)
+                channels.backward(spec, dy, x, groups, weight, mean, rstd, eps, given=given, **asked)
+                torch.cuda.synchronize()
+                print(spec.name, *shape, order, "given" if given else "taken", flush=True)
+
+
+def row_norms() -> None:
     for spec in (LAYER_NORM, RMS_NORM, LAYER_NORM.with_cast("llama"), RMS_NORM.with_cast("gemma")):
         for m, n, forward, backward in CALLS:
             for extreme in (False, True):  # with rows whose squares overflow, which take the rescue
