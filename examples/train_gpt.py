@@ -229,22 +229,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"--{name}", type=type(default), default=default, metavar="N", help="(default: %(default)s)"
             )
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    parser.add_argument("--device", choices=devices, default=devices[min(1, len(devices) - 1)])
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves (needs matplotlib)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the curves and the configuration")
     options = parser.parse_args(arguments)
     if options.width % HEAD:
         parser.error(f"--width is {options.width}; it must be a multiple of {HEAD}, the width of a head")
+    for name, value in asdict(Config()).items():
+        if type(value) is int and name != "seed" and getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}; it must be 1 or more")
+    for name in ("plot", "json"):
+        if (path := getattr(options, name)) and not path.parent.is_dir():
+            parser.error(f"--{name} is {path}; {path.parent} must be a folder that is there")
+    place = torch.device(options.device)
     config = Config(**{name: getattr(options, name) for name in asdict(Config())})
 
     # The same bits on every run: only the norms may differ. cuBLAS reads its variable when it starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    if options.device.type == "cpu" and not road.INTERPRETED:
+    if place.type == "cpu" and not road.INTERPRETED:
         print("CPU: trinorm runs torch's own operators here; TRITON_INTERPRET=1 runs its kernels (slowly)")
-    device = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else "CPU"
+    device = torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"
     print(f"{device}, torch {torch.__version__}, {config}")
-    outcome = compare_curves(config, options.device)
+    outcome = compare_curves(config, place)
     print(outcome)
     if options.plot:
         draw(outcome, options.plot)

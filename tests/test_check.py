@@ -150,9 +150,12 @@ def test_without_rich_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_without_a_gpu_cuda_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["check", "--device", "cuda"]) == 2
-    assert "there is no GPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for given, message in (("cuda", "there are 0 GPUs"), ("meta", "not a device"), ("foo", "not a device")):
+        with pytest.raises(SystemExit) as left:
+            main(["check", "--device", given])
+        assert left.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_name_that_is_not_known_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,13 @@ def _replaced_before() -> torch.nn.Module:
     return norm
 
 
+def _buffered() -> torch.nn.Module:
+    norm = torch.nn.RMSNorm(8)
+    del norm.weight
+    norm.register_buffer("weight", torch.ones(8, dtype=torch.int64))
+    return norm
+
+
 def _instance_forward() -> torch.nn.Module:
     norm = torch.nn.LayerNorm(8)
     norm.forward = lambda x: x  # type: ignore[method-assign]
@@ -100,6 +107,10 @@ LEFT = {
     "a subclass": (lambda: MyLayerNorm(8), "subclass"),
     "replaced already": (_replaced_before, "already trinorm's"),
     "forward replaced": (_instance_forward, "forward was replaced"),
+    "a subclass of ours": (lambda: type("Mine", (trinorm.nn.LayerNorm,), {})(8), "a subclass of trinorm's"),
+    "scripted": (lambda: torch.jit.script(torch.nn.LayerNorm(8)), "scripted"),
+    "another of torch's": (lambda: torch.nn.CrossMapLRN2d(2), "no kernel for this norm yet"),
+    "a weight that is a buffer": (_buffered, "weight is torch.int64"),
     "parametrized": (_parametrized, "parametrize"),
     "a weight of fp8": (lambda: torch.nn.RMSNorm(8, dtype=torch.float8_e4m3fn), "float8"),
 }

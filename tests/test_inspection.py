@@ -110,11 +110,10 @@ def test_rows_are_read_and_written_as_wide_as_their_tile_allows(target: str, com
             continue
         options = record["options"]
         share = 16 * options["CHUNK"] * options.get("ROWS", 1) // (LANES[target] * record["warps"])
-        widest = {kind: max(map(int, record["ordinary"][kind])) for kind in ("loads", "stores")}
-        expected = min(128, share)
-        assert widest["loads"] >= expected, _name(record)
-        if record["kernel"] != "row_backward_moments":
-            assert widest["stores"] >= expected, _name(record)
+        for kind in ("loads",) if record["kernel"] == "row_backward_moments" else ("loads", "stores"):
+            bits = {int(width): int(width) * count for width, count in record["ordinary"][kind].items()}
+            wide = sum(moved for width, moved in bits.items() if width >= min(128, share))
+            assert 3 * wide >= sum(bits.values()), (_name(record), kind, bits)  # the others: statistics, sums over rows
 
 
 @pytest.mark.parametrize("shape", ["300x1", "1x1", "300x2", "300x3"])

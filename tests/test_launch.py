@@ -63,10 +63,15 @@ def test_a_full_memory_starts_anew() -> None:
 
 
 def test_the_memory_of_calls_is_bounded(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CALLS, "_seen", Bounded(4))
+    for kept in ("_own", "_of_any_rows", "_met"):
+        monkeypatch.setattr(CALLS, kept, Bounded(4))
     for m in range(1, 8):
         functional.rms_norm(torch.randn(m, 8, device=device), (8,))
-    assert len(CALLS._seen) == 3
+        functional.rms_norm(torch.randn(m, 9, device=device)[:, :8], (8,))
+        functional.rms_norm(torch.randn(8, m, device=device), (m,))
+        assert all(len(kept) <= 4 for kept in (CALLS._own, CALLS._of_any_rows, CALLS._met))
+    assert CALLS._own
+    assert CALLS._of_any_rows
     x = torch.randn(1, 8, device=device)
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         for grad in (False, True):
@@ -74,7 +79,7 @@ def test_the_memory_of_calls_is_bounded(device: torch.device, monkeypatch: pytes
                 functional.rms_norm(
                     x.to(dtype, copy=True).requires_grad_(grad), (8,), torch.ones(8, dtype=parameters, device=device)
                 )
-    assert max(map(len, CALLS._seen.values())) == 8
+    assert max(map(len, CALLS._of_any_rows.values())) == 8
 
 
 def test_the_interpreter_is_not_repeated() -> None:

@@ -12,7 +12,7 @@ from paths import PATHS, SPECS, SPLIT, WIDE
 from trinorm import reference
 from trinorm.compare import assert_no_worse
 from trinorm.ops import rows
-from trinorm.spec import RowNorm
+from trinorm.spec import RMS_NORM, RowNorm
 from trinorm.tuning import (
     RowBackward,
     RowBackwardFew,
@@ -37,6 +37,18 @@ def _check(spec: RowNorm, m: int, n: int, device: str, dtype: torch.dtype = torc
     for what, draws in results.items():
         actual, exact, by_torch = (torch.cat(tensors) for tensors in zip(*draws, strict=True))
         assert_no_worse(what, actual, exact, by_torch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_one_element(dtype: torch.dtype, device: torch.device) -> None:
+    """With an eps of the size of x² dx, which is ``rstd·g·(1 - x̂²)``, is hardly a difference of equals."""
+    x, dy, weight = (torch.randn(m, 1, device=device).to(dtype) for m in (200, 200, 1))
+    _, _, rstd = rows.forward(RMS_NORM, x, 1, weight[0], None, 1.0, save=True)
+    assert rstd is not None
+    dx, _, _ = rows.backward(RMS_NORM, dy, x, 1, weight[0], None, rstd, dx=True, dw=None, db=None)
+    exact = dy.double() * weight.double() * (1 + x.double() ** 2) ** -1.5
+    lost = torch.finfo(torch.float32).eps * (1 + x.double() ** 2)  # where 1 - x̂² is small
+    assert ((dx.double() - exact).abs() <= (4 * lost + torch.finfo(dtype).eps) * exact.abs()).all()
 
 
 def _results(

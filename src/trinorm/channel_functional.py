@@ -192,6 +192,7 @@ def _statistics(
 def _check(op: str, x: Tensor, eps: float, **parameters: Tensor | None) -> float:
     """eps as a float, or torch's own class of error, with the argument named."""
     checks.tensor(op, "input", x)
+    checks.strided(op, "input", x)
     if x.is_nested:
         raise RuntimeError(f"{op}(): input is a nested tensor, which this norm does not take")
     if x.dim() < 2:
@@ -201,6 +202,7 @@ def _check(op: str, x: Tensor, eps: float, **parameters: Tensor | None) -> float
         if t is None:
             continue
         checks.tensor(op, name, t)
+        checks.strided(op, name, t)
         if tuple(t.shape) != channels:
             raise RuntimeError(
                 f"{op}(): {name} has shape {tuple(t.shape)}, but input has {channels[0]} channels; it must be {channels}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .ops.road import KERNEL_DTYPES
@@ -12,6 +13,12 @@ def tensor(op: str, name: str, t: Tensor) -> None:
     if not isinstance(t, Tensor):
         or_none = "" if name == "input" else " or None"
         raise TypeError(f"{op}(): {name} must be a Tensor{or_none}, not {type(t).__name__}")
+
+
+def strided(op: str, name: str, t: Tensor) -> None:
+    """NotImplementedError where its elements are not in memory one by one: sparse, or of another library's layout."""
+    if t.layout not in (torch.strided, torch.jagged):
+        raise NotImplementedError(f"{op}(): {name} has layout {t.layout}; it must be torch.strided: {name}.to_dense()")
 
 
 def beside(op: str, name: str, t: Tensor, x: Tensor) -> None:

@@ -91,6 +91,8 @@ def _name(kind: type) -> str:
 
 def _is_norm(module: torch.nn.Module) -> bool:
     """Whether a module is some norm: by torch's own classes, else by its class's name, which is all there is to go by."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "norm" in module.original_name.lower()
     return isinstance(module, _TORCH_NORMS) or "norm" in type(module).__name__.lower()
 
 
@@ -99,6 +101,7 @@ _TORCH_NORMS = (
     torch.nn.RMSNorm,
     torch.nn.GroupNorm,
     torch.nn.LocalResponseNorm,
+    torch.nn.CrossMapLRN2d,
     torch.nn.modules.batchnorm._NormBase,
 )
 
@@ -107,9 +110,10 @@ def _obstacle(module: torch.nn.Module) -> str | None:
     """What keeps a torch norm of a known class from being swapped."""
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.dtype not in KERNEL_DTYPES:
-            return f"its {name} is {parameter.dtype}, which no kernel serves"
+    for name in ("weight", "bias"):
+        t = getattr(module, name, None)
+        if isinstance(t, torch.Tensor) and t.dtype not in KERNEL_DTYPES:
+            return f"its {name} is {t.dtype}, which no kernel serves"
     return None
 
 
@@ -120,8 +124,12 @@ _KNOWN = tuple(theirs for name in vars(nn) if isinstance(theirs := getattr(torch
 def _why_left(module: torch.nn.Module) -> str:
     kind = type(module)
     ours = getattr(nn, kind.__name__, None)
-    if kind is ours or isinstance(module, tuple(_REPLACEMENTS.values())):
+    if kind is ours:
         return "already trinorm's"
+    if isinstance(module, tuple(_REPLACEMENTS.values())):
+        return "a subclass of trinorm's"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "scripted or traced: what it runs is fixed; replace before that"
     if kind in _REPLACEMENTS:
         return str(_obstacle(module))
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):

@@ -129,7 +129,8 @@ def rms_norm(
         As :func:`layer_norm`.
 
     Raises:
-        RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`layer_norm`.
+        RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`layer_norm`; ValueError too where
+            ``normalized_shape`` has more dims than the input.
 
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
@@ -174,6 +175,7 @@ def _check(
     argument named.
     """
     checks.tensor(op, "input", x)
+    checks.strided(op, "input", x)
     if x.is_nested:
         raise RuntimeError(f"{op}(): input is a nested tensor of layout {x.layout}; of these only torch.jagged is taken")
     try:
@@ -188,6 +190,7 @@ def _check(
         if parameter is None:
             continue
         checks.tensor(op, name, parameter)
+        checks.strided(op, name, parameter)
         if parameter.shape != shape:
             raise RuntimeError(
                 f"{op}(): {name} has shape {tuple(parameter.shape)}, but normalized_shape is {tuple(shape)}; "
@@ -215,7 +218,8 @@ def _check(
 def _refuse_shape(op: str, x: Tensor, shape: torch.Size) -> None:
     if not shape:
         raise RuntimeError(f"{op}(): normalized_shape is empty; it must name at least one dim")
-    raise RuntimeError(
+    refused = ValueError if op == "rms_norm" and len(shape) > x.dim() else RuntimeError  # as torch's
+    raise refused(
         f"{op}(): normalized_shape is {tuple(shape)}, but input has shape {tuple(x.shape)}; "
         f"the input's last {len(shape)} dim(s) must be equal to it"
     )

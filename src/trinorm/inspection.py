@@ -20,6 +20,7 @@ import triton
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from .launch import plain
 from .ops import rows
 from .targets import TARGETS
 
@@ -255,7 +256,7 @@ def recorded(target: str = "sm_90") -> Iterator[list[Call]]:
     def record(
         kernel: Any, grid: tuple[int, ...], device: torch.device, args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
-        calls.append(Call(kernel, grid, args, options))
+        calls.append(Call(kernel, plain(grid), plain(args), options))
 
     with mock.patch.multiple(rows, launch=record, describe=lambda device: TARGETS[target].device):
         yield calls

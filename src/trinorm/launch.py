@@ -6,14 +6,35 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 # Triton decides once, when a kernel is defined, so it is read once here too.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+class Count(NamedTuple):
+    """A number that follows from how many rows a call has: what it is, and what it is ``of`` any number of them.
+
+    No int, so that none is made of it in passing, which would not follow.
+    """
+
+    value: int
+    of: Callable[[int], int]
+
+
+def of_rows(m: int, of: Callable[[int], int] = int) -> Count:
+    """``of(m)`` of a call's m rows, for a grid, an argument or a size."""
+    return Count(of(m), of)
+
+
+def plain(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same with the value of each Count."""
+    return tuple([number.value if type(number) is Count else number for number in numbers])
 
 
 class Started(NamedTuple):
@@ -21,42 +42,64 @@ class Started(NamedTuple):
 
     compiled: Any
     kernel: Any
-    grid: tuple[int, ...]
+    grid: tuple[int | Count, ...]
     args: tuple[Any, ...]
 
 
+class Made(NamedTuple):
+    """A tensor that was made, and the size that was given to empty."""
+
+    tensor: Tensor
+    size: tuple[int | Count, ...] | Tensor
+
+
+class Watched(NamedTuple):
+    """What a function did: the launches, and the memory that it took for them."""
+
+    started: list[Started]
+    made: list[Made]
+
+
 class _Watch(threading.local):
-    started: list[Started] | None = None
+    watched: Watched | None = None
 
 
 _watch = _Watch()
 
 
+def empty(size: tuple[int | Count, ...] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Contiguous memory for a launch, of a size or of a tensor's."""
+    made = torch.empty(size.shape if isinstance(size, Tensor) else plain(size), dtype=dtype, device=device)
+    if _watch.watched is not None:
+        _watch.watched.made.append(Made(made, size))
+    return made
+
+
 def launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, args: tuple[Any, ...], options: dict[str, Any]
+    kernel: Any, grid: tuple[int | Count, ...], device: torch.device, args: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
     """Run ``kernel`` over ``grid`` on the current stream of ``device``, by Triton's own way.
 
     args are the kernel's run-time arguments in order; options its constexprs by name and Triton's own (num_warps).
     """
+    numbers, given = plain(grid), plain(args)
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        compiled = kernel[grid](*args, **options)
+        compiled = kernel[numbers](*given, **options)
     else:
         with torch.cuda.device(device):
-            compiled = kernel[grid](*args, **options)
-    if _watch.started is not None:
-        _watch.started.append(Started(compiled, kernel, grid, args))
+            compiled = kernel[numbers](*given, **options)
+    if _watch.watched is not None:
+        _watch.watched.started.append(Started(compiled, kernel, grid, args))
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[list[Started]]:
-    """Inside, the launches of this thread are also listed (replay.py repeats them)."""
-    started: list[Started] = []
-    _watch.started = started
+def watched() -> Iterator[Watched]:
+    """Inside, what this thread launches and makes is also listed (replay.py repeats it)."""
+    _watch.watched = Watched([], [])
     try:
-        yield started
+        yield _watch.watched
     finally:
-        _watch.started = None
+        _watch.watched = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,14 @@ as a Python function written for it. RMSNorm's forward:
         return o0, None, None
 
 Written out, because loops over tensors and launches cost .8 of 4.2 µs (no GPU, the driver a stub that returns at once).
+
+For any number of rows (``rows_of_length``) what follows from it (launch.Count) is asked anew, and nothing else differs:
+
+        m = i0.numel() // length
+        c0 = of0(m)
+        ...
+        s0 = i0.shape
+        o0 = empty((s0[0], s0[1]), (s0[1], 1), dtype0)
 """
 
 from __future__ import annotations
@@ -32,7 +40,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from .launch import Started, watched
+from .launch import Count, Made, Started, Watched, plain, watched
 
 Results = tuple[Tensor | None, ...]
 Function = Callable[..., Results]
@@ -41,32 +49,38 @@ Function = Callable[..., Results]
 _ALIGNMENT = 16
 
 
-def record(function: Function, *inputs: Tensor | None) -> tuple[Results, Function | None]:
+def record(
+    function: Function, *inputs: Tensor | None, rows_of_length: int | None = None
+) -> tuple[Results, Function | None]:
     """``function(*inputs)``, and the same function by repeating its launches; None where they cannot be repeated.
 
     The latter serves inputs of the sizes, strides, dtypes, device and absences of these, and does not ask whether they
     are. Where another device is current, a profiler listens or a tensor is less aligned, it calls ``function``.
 
-    ``function`` allocates by torch.empty, starts kernels by launch.launch, and does nothing else: what torch's own ops
+    rows_of_length: how many elements a row has; the first input, and what has its size, is contiguous, and the repetition
+    serves any number of rows, in as many dims, of which the function chooses the same launches.
+
+    ``function`` allocates by launch.empty, starts kernels by launch.launch, and does nothing else: what torch's own ops
     computed would not be repeated. So each result must be one that a launch was given.
 
     Recording costs 27 µs where the function costs 16 and its repetition 2 (RMSNorm's forward, the driver a stub).
     """
     # Each its own object, which tells one input from another where a tensor is passed twice.
     inputs = tuple(None if t is None else t.detach() for t in inputs)
-    with watched() as started:
+    with watched() as seen:
         results = function(*inputs)
-    return results, _replay(function, inputs, results, started) if started else None
+    return results, _replay(function, inputs, results, seen, rows_of_length) if seen.started else None
 
 
 def _replay(
-    function: Function, inputs: Sequence[Tensor | None], results: Results, started: Sequence[Started]
+    function: Function, inputs: Sequence[Tensor | None], results: Results, seen: Watched, rows_of_length: int | None
 ) -> Function | None:
-    given = {id(t): t for t in inputs if t is not None}
+    started = seen.started
+    given = {id(t): f"i{i}" for i, t in enumerate(inputs) if t is not None}
+    made = {id(t): f"o{i}" for i, (t, _) in enumerate(seen.made)}
     used = {id(t): t for launch in started for t in launch.args if isinstance(t, Tensor)}
-    made = [t for key, t in used.items() if key not in given]
-    aligned = all(t.data_ptr() % _ALIGNMENT == 0 for t in (used | given).values())
-    launched = all(t is None or id(t) in used for t in results)
+    aligned = all(t.data_ptr() % _ALIGNMENT == 0 for t in (*used.values(), *inputs) if t is not None)
+    launched = used.keys() <= given.keys() | made.keys() and all(t is None or id(t) in used for t in results)
     interpreted = any(launch.compiled is None for launch in started)
     if (
         not aligned
@@ -80,9 +94,11 @@ def _replay(
     if place.index not in (None, device):  # launch.launch switched to it and back
         return None
 
-    pointers = {id(t): f"p{i}" for i, t in enumerate(inputs) if t is not None}
-    lines = [f"{name} = i{name[1:]}.data_ptr()" for name in pointers.values()]
-    values: dict[str, Any] = dict(
+    text = _Text(rows_of_length, given)
+    pointers = [f"p{name[1:]} = {name}.data_ptr()" for name in given.values()]
+    memory = [line for i, tensor in enumerate(seen.made) for line in text.allocation(i, tensor)]
+    starts = [text.start(i, launch, given | made) for i, launch in enumerate(started)]
+    values = text.values | dict(
         function=function,
         # The one below torch.cuda.current_device: that a tensor is on a GPU proves that CUDA is initialized.
         current_device=getattr(torch._C, "_cuda_getDevice", None) or driver.active.get_current_device,
@@ -96,26 +112,27 @@ def _replay(
     )
     values |= {f"kernel{i}": launch.kernel for i, launch in enumerate(started)}
     hooks = [f"kernel{i}.pre_run_hooks" for i in range(len(started))]
-    for i, t in enumerate(made):
-        pointers[id(t)] = f"q{i}"
-        lines += [f"o{i} = empty(size{i}, stride{i}, dtype{i})", f"q{i} = o{i}.data_ptr()"]
-        values |= {f"size{i}": tuple(t.shape), f"stride{i}": t.stride(), f"dtype{i}": t.dtype}
-    starts = [_start(str(i), launch, pointers, values) for i, launch in enumerate(started)]
-    outputs = {id(t): f"o{i}" for i, t in enumerate(made)}
     arguments = ", ".join(f"i{i}" for i in range(len(inputs)))
     ordinarily = f"    return function({arguments})"
     body = [
         f"if current_device() != device or {_LISTENED_TO} or {' or '.join(hooks)}:",
         ordinarily,
-        *lines,
-        f"if ({' | '.join(pointers.values())}) & {_ALIGNMENT - 1}:",
+        *text.counts,
+        *pointers,
+        *memory,
+        f"if ({' | '.join(_pointer(name) for name in (given | made).values())}) & {_ALIGNMENT - 1}:",
         ordinarily,
         "stream = stream_of(device)",
         *starts,
-        f"return {', '.join(outputs.get(id(t), 'None') for t in results)},",
+        f"return {', '.join(made.get(id(t), 'None') for t in results)},",
     ]
     make = _made_of(tuple(values), f"def replay({arguments}, *, binaries=binaries):", tuple(body))
     return make(**values)
+
+
+def _pointer(name: str) -> str:
+    """Where the address of an input or of what was made is kept."""
+    return ("p" if name[0] == "i" else "q") + name[1:]
 
 
 @functools.lru_cache(maxsize=256)
@@ -127,32 +144,74 @@ def _made_of(values: tuple[str, ...], head: str, body: tuple[str, ...]) -> Calla
     return namespace["make"]
 
 
-def _start(i: str, launch: Started, pointers: Mapping[int, str], values: dict[str, Any]) -> str:
-    """The line that starts the launch; what it names goes into ``values``."""
-    compiled, kernel, grid, args = launch
-    run = compiled.run
-    values |= dict(zip((f"x{i}", f"y{i}", f"z{i}"), (*grid, 1, 1), strict=False))
-    values |= {f"handle{i}": compiled.function, f"meta{i}": compiled.packed_metadata}
-    names = []
-    for j, arg in enumerate(args):
-        if arg is None or isinstance(arg, Tensor):
-            names.append(pointers.get(id(arg), "None"))
+class _Text:
+    """The lines of a repetition. values: what they name. counts: those that ask for Counts."""
+
+    def __init__(self, rows_of_length: int | None, given: Mapping[int, str]) -> None:
+        self.values: dict[str, Any] = {}
+        self.counts: list[str] = []
+        self._given = given
+        self._general = rows_of_length is not None
+        self._names: dict[Any, str] = {int: "m"}
+        if self._general:
+            self.values["length"] = rows_of_length
+            self.counts.append("m = i0.numel() // length")
+
+    def number(self, name: str, number: Any) -> str:
+        """What stands for a number: a value of this name, or a Count of the call's rows."""
+        if not self._general or type(number) is not Count:
+            (self.values[name],) = plain((number,))
+            return name
+        if (known := self._names.get(number.of)) is None:
+            known = self._names[number.of] = f"c{len(self._names)}"
+            self.values[f"of_{known}"] = number.of
+            self.counts.append(f"{known} = of_{known}(m)")
+        return known
+
+    def allocation(self, i: int, made: Made) -> list[str]:
+        """The lines that make memory ``o{i}``, at ``q{i}``."""
+        self.values[f"dtype{i}"] = made.tensor.dtype
+        address = f"q{i} = o{i}.data_ptr()"
+        if not self._general:
+            self.values |= {f"size{i}": tuple(made.tensor.shape), f"stride{i}": made.tensor.stride()}
+            return [f"o{i} = empty(size{i}, stride{i}, dtype{i})", address]
+        lines = []
+        if isinstance(made.size, Tensor):
+            lines.append(f"s{i} = {self._given[id(made.size)]}.shape")
+            sizes = [f"s{i}[{j}]" for j in range(made.tensor.dim())]
         else:
-            names.append(f"n{i}_{j}")
-            values[names[-1]] = arg
-    # Constexprs are in the binary; Triton passes over what stands in their places.
-    names += ["None"] * (len(kernel.arg_names) - len(args))
-    arguments = ", ".join(names)
-    begin = f"start{i}(x{i}, y{i}, z{i}, stream, handle{i}"
-    if not _is_plain(run) or not (3, 6) <= _TRITON <= (3, 9):
-        values[f"start{i}"] = run
-        return f"{begin}, meta{i}, None, None, None, {arguments})"
-    # What ``run`` itself calls, when it has found that no kernel here asks for scratch memory: 1.9 µs less.
-    values |= {f"start{i}": run.launch, f"grid{i}": run.launch_cooperative_grid, f"pdl{i}": run.launch_pdl}
-    if _TRITON == (3, 6):
-        return f"{begin}, grid{i}, pdl{i}, None, None, meta{i}, None, None, None, {arguments})"
-    values |= {f"annotations{i}": run.arg_annotations, f"signature{i}": run.kernel_signature}
-    return f"{begin}, grid{i}, pdl{i}, meta{i}, None, None, None, None, None, annotations{i}, signature{i}, ({arguments}))"
+            sizes = [self.number(f"size{i}_{j}", size) for j, size in enumerate(made.size)]
+        strides = [" * ".join(sizes[j + 1 :]) or "1" for j in range(len(sizes))]
+        size, stride = (f"({''.join(f'{part}, ' for part in parts)})" for parts in (sizes, strides))
+        return [*lines, f"o{i} = empty({size}, {stride}, dtype{i})", address]
+
+    def start(self, i: int, launch: Started, tensors: Mapping[int, str]) -> str:
+        """The line that starts the launch."""
+        compiled, kernel, grid, args = launch
+        run = compiled.run
+        x, y, z = (self.number(f"{axis}{i}", size) for axis, size in zip("xyz", (*grid, 1, 1), strict=False))
+        self.values |= {f"handle{i}": compiled.function, f"meta{i}": compiled.packed_metadata}
+        names = []
+        for j, arg in enumerate(args):
+            if arg is None or isinstance(arg, Tensor):
+                names.append("None" if arg is None else _pointer(tensors[id(arg)]))
+            else:
+                names.append(self.number(f"n{i}_{j}", arg))
+        # Constexprs are in the binary; Triton passes over what stands in their places.
+        names += ["None"] * (len(kernel.arg_names) - len(args))
+        arguments = ", ".join(names)
+        begin = f"start{i}({x}, {y}, {z}, stream, handle{i}"
+        if not _is_plain(run) or not (3, 6) <= _TRITON <= (3, 9):
+            self.values[f"start{i}"] = run
+            return f"{begin}, meta{i}, None, None, None, {arguments})"
+        # What ``run`` itself calls, when it has found that no kernel here asks for scratch memory: 1.9 µs less.
+        self.values |= {f"start{i}": run.launch, f"grid{i}": run.launch_cooperative_grid, f"pdl{i}": run.launch_pdl}
+        if _TRITON == (3, 6):
+            return f"{begin}, grid{i}, pdl{i}, None, None, meta{i}, None, None, None, {arguments})"
+        self.values |= {f"annotations{i}": run.arg_annotations, f"signature{i}": run.kernel_signature}
+        return (
+            f"{begin}, grid{i}, pdl{i}, meta{i}, None, None, None, None, None, annotations{i}, signature{i}, ({arguments}))"
+        )
 
 
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])

@@ -10,7 +10,7 @@ from stub_driver import Stub
 from triton.runtime.jit import JITFunction
 
 from trinorm.launch import describe
-from trinorm.ops import CALLS, road, row, rows
+from trinorm.ops import CALLS, calls, road, row, rows
 
 
 @pytest.fixture(scope="session")
@@ -20,13 +20,15 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Stub:
     return Stub(tmp_path_factory.mktemp("driver"))
 
 
-@pytest.fixture(autouse=True)
-def _as_new(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True, params=[1, 1 << 30], ids=["of its own", "of any rows"])
+def own_from(stub: Stub, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[int]:
+    """By repetitions that every shape has of its own from its first call on, and by those that serve any number of rows."""
     CALLS.clear()
+    monkeypatch.setattr(calls, "OWN_FROM", request.param)
     monkeypatch.setattr(row, "RECORDED_FROM", 1)  # the first of two calls is the ordinary one, the second its repetition
     torch.manual_seed(0)
     stub.launches()
-    yield
+    yield request.param
     stub.current.device = stub.current.stream = 0
 
 

@@ -22,8 +22,9 @@ from triton.runtime.jit import JITFunction
 
 from trinorm import functional, replay
 from trinorm.kernels import row
+from trinorm.launch import empty
 from trinorm.launch import launch as start
-from trinorm.ops import rows
+from trinorm.ops import CALLS, calls, rows
 from trinorm.spec import RMS_NORM, RowNorm
 
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
@@ -76,6 +77,59 @@ def test_a_repeated_call_passes_what_the_ordinary_road_passes(
     assert {launch.stream for launch in (*first, *second)} == {0x1000}
     assert_same(first, second, of_first, of_second)
     LAUNCHED.update(launch.kernel for launch in first)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("n", [1, 96, 640, 12288, 40000, 65536])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_other_rows_pass_what_the_ordinary_road_passes(
+    spec: RowNorm, n: int, dtype: torch.dtype, stub: Stub, ordinary: list[str], own_from: int
+) -> None:
+    """Once a number of rows has come, the others of which the launches are the same go the short way, to the same."""
+    if own_from == 1:
+        pytest.skip("of no other rows")
+    short = 0
+    for m in (1, 2, 3, 17, 64, 65, 66, 200, 512, 513, 600, 2000):
+        if m * n > 1 << 22:
+            break
+        CALLS.clear()
+        expected, of_expected, expected_held = forward_and_backward(spec, m, n, dtype, stub)
+        CALLS.clear()
+        for other in (1, m + 1, max(1, m - 1)):
+            forward_and_backward(spec, other, n, dtype, stub)
+        ordinary.clear()
+        found, of_found, found_held = forward_and_backward(spec, m, n, dtype, stub)
+        short += ordinary == []
+        assert len(expected_held) == len(found_held)
+        assert_same(expected, found, of_expected, of_found)
+    assert short >= 3
+
+
+def test_any_number_of_rows_in_as_many_dims(stub: Stub, ordinary: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes and strides of results are those of the input; a row count that has come often is recorded for itself."""
+    monkeypatch.setattr(calls, "OWN_FROM", 4)
+    weight = torch.randn(64)
+    for i, leading in enumerate([(2, 5), (3, 7), (1, 1), (4, 1), (7, 2, 3), (2, 7, 3), (), (0, 5), (5, 0)]):
+        x = torch.randn(*leading, 64)
+        ordinary.clear()
+        y = call(RMS_NORM, x, weight)
+        assert (y.shape, y.stride()) == (x.shape, torch.empty(x.shape).stride())
+        assert bool(ordinary) == (i in (0, 4, 6)), leading
+    new = torch.randn(9, 9, 64)
+    for times in range(1, 8):
+        ordinary.clear()
+        call(RMS_NORM, new, weight)
+        assert bool(ordinary) == (times == 3), times
+
+
+def test_rows_beyond_a_turn_are_launched_as_they_should_be(stub: Stub, ordinary: list[str]) -> None:
+    """The kernels that one number of rows takes are not those of another."""
+    x, many = torch.randn(8, 64), torch.randn(4000, 64)
+    for _ in range(2):
+        for t, first in ((x, "row_backward_few"), (many, "row_backward")):
+            t = t.detach().requires_grad_()
+            call(RMS_NORM, t).backward(t.detach())
+            assert stub.launches()[-1].kernel == first
 
 
 def test_every_kernel_was_launched() -> None:
@@ -187,7 +241,7 @@ def test_a_kernels_own_hook_hears_every_launch(stub: Stub, ordinary: list[str]) 
 def test_a_call_is_recorded_when_it_comes_again(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # what the other tests need
     run, recorded = replay.record, []
-    monkeypatch.setattr(replay, "record", lambda *args: (recorded.append(1), run(*args))[1])
+    monkeypatch.setattr(replay, "record", lambda *args, **how: (recorded.append(1), run(*args, **how))[1])
     x, dy = torch.randn(8, 64, requires_grad=True), torch.randn(8, 64)
     for expected in (0, 2, 2, 2):  # of a forward and a backward
         call(RMS_NORM, x).backward(dy)
@@ -199,7 +253,7 @@ def test_a_call_is_recorded_when_it_comes_again(stub: Stub, monkeypatch: pytest.
 def test_what_is_not_kept_is_not_recorded(stub: Stub, ordinary: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy made for the call is not there the next time, so neither is anything to repeat."""
     recorded: list[object] = []
-    monkeypatch.setattr(replay, "record", lambda function, *inputs: (recorded.append(1), (function(*inputs), None))[1])
+    monkeypatch.setattr(replay, "record", lambda function, *inputs, **_: (recorded.append(1), (function(*inputs), None))[1])
     for _ in range(3):
         call(RMS_NORM, torch.randn(64, 8).T, torch.randn(128)[::2])
     assert recorded == []
@@ -290,7 +344,7 @@ def copy(Y, X, N: tl.constexpr):
 
 
 def copied(x: Tensor, **options: object) -> tuple[Tensor, None]:
-    y = torch.empty_like(x)
+    y = empty(x, x.dtype, x.device)
     start(copy, (1,), x.device, (y, x), dict(N=64, enable_fp_fusion=True, **options))
     return y, None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
 # The longest rows that are tested, and so promised. (From 2^31 columns on, no kernel compiles.)
@@ -77,6 +78,22 @@ def positive(text: str) -> int:
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def device(text: str) -> torch.device:
+    """A device that the kernels or their interpreter run on, for an argument's ``type``."""
+    import torch
+
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device to check on; write cpu, cuda, cuda:1, ...")
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise argparse.ArgumentTypeError(f"{text!r} is not here; there {'is 1 GPU' if count == 1 else f'are {count} GPUs'}")
+    return found
 
 
 def refuse(command: str, reason: str) -> int:

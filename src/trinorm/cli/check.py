@@ -25,7 +25,7 @@ from ..cases import DTYPES, GPU, INTERPRETED, QUICK, Case, Inputs, Shapes
 from ..compare import Comparison, compare
 from ..ops import road
 from ..spec import CASTS, ROW_NORMS, RowNorm
-from . import names, positive, refuse
+from . import device, names, positive, refuse
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -223,7 +223,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--op", type=names(OPS), default=list(OPS), help=f"comma-separated: {', '.join(OPS)}")
     parser.add_argument("--dtype", type=names(DTYPES), default=list(DTYPES), help=f"comma-separated: {', '.join(DTYPES)}")
-    parser.add_argument("--device", type=torch.device, help="cpu, cuda, cuda:1, ...; the first GPU when there is one")
+    parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1, ...; the first GPU when there is one")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller sizes")
     most = min(_cores(), _MOST_WORKERS)
     parser.add_argument(
@@ -237,13 +237,11 @@ def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("rich") is None:
         return refuse("check", "rich is not installed; pip install 'trinorm[bench]'")
     on_gpu = torch.cuda.is_available() and not road.INTERPRETED
-    device: torch.device = args.device or torch.device("cuda" if on_gpu else "cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return refuse("check", f"--device {device}: there is no GPU")
-    where = f"on {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "on the CPU"
+    place: torch.device = args.device or torch.device("cuda" if on_gpu else "cpu")
+    where = f"on {torch.cuda.get_device_name(place)}" if place.type == "cuda" else "on the CPU"
     if not road.HAS_TRITON:
         how = "Triton is not installed: torch's own operators run"
-    elif device.type == "cpu":
+    elif place.type == "cpu":
         how = "The Triton kernels run in Triton's interpreter"
     else:
         how = "The Triton kernels run"
@@ -253,8 +251,8 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(highlight=False)
     console.print(f"{how}, {where}.")
-    shapes = QUICK if args.quick else GPU if device.type == "cuda" else INTERPRETED
-    plan = args.op, [DTYPES[name] for name in args.dtype], device, shapes
+    shapes = QUICK if args.quick else GPU if place.type == "cuda" else INTERPRETED
+    plan = args.op, [DTYPES[name] for name in args.dtype], place, shapes
     start = time.monotonic()
     try:
         with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,15 +31,21 @@ class Calls(Generic[T]):
 
     Most of it is asked of the tensors at once, by the guard that Dynamo has for this: .14 µs for two tensors on a CPU
     where asking attribute by attribute costs .9. A torch without that guard keeps nothing.
+
+    What is kept of a contiguous input serves any number of rows; one of its own is kept for a shape that has come OWN_FROM
+    times, and for other strides.
     """
 
     def __init__(self, limit: int) -> None:
-        # For each key, (the guard of the tensors, normalized_shape, what is kept), the latest first.
-        self._seen: Bounded[tuple[tuple[Callable[..., bool], Sequence[int], T], ...]] = Bounded(limit)
+        self._own: Bounded[_Entries[T]] = Bounded(limit)
+        self._of_any_rows: Bounded[_Entries[T]] = Bounded(limit)
+        # How often the keys of _own came that have none there.
+        self._met: Bounded[int] = Bounded(limit)
 
     def clear(self) -> None:
         """Forget them all."""
-        self._seen.clear()
+        for kept in (self._own, self._of_any_rows, self._met):
+            kept.clear()
 
     def recall(
         self,
@@ -59,16 +65,18 @@ class Calls(Generic[T]):
         if type(x) not in road.PLAIN or type(eps) not in _NUMBERS:
             return None
         try:
-            entries = self._seen.get((op, manner, x.shape, eps, weight is None, bias is None, _grad_is_on()))
+            key = op, manner, x.shape, eps, weight is None, bias is None, _grad_is_on()
+            entries = self._own.get(key)
         except (RuntimeError, TypeError):  # a nested tensor of strided layout has no shape; a wrong manner may be no key
             return None
-        if entries is None:
-            return None
         tensors = _present(x, weight, bias)
-        for alike, normalized, call in entries:
-            if alike(*tensors) and (normalized is normalized_shape or normalized == _size(normalized_shape)):
-                return call
-        return None
+        if entries is not None and (call := _of_these(entries, tensors, normalized_shape)) is not None:
+            return call
+        entries = self._of_any_rows.get(_without_rows(key))
+        if entries is None or not x.is_contiguous() or (call := _of_these(entries, tensors, normalized_shape)) is None:
+            return None
+        self._met[key] = met = self._met.get(key, 1) + 1
+        return call if met < OWN_FROM else None
 
     def keep(
         self,
@@ -79,16 +87,41 @@ class Calls(Generic[T]):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float | None,
-        call: T,
-    ) -> None:
-        """Recall ``call`` from now on for calls like this one, which was found good and has no observer."""
-        alike = _alike(*_present(x, weight, bias))
-        if alike is None or type(eps) not in _NUMBERS:
-            return
+        make: Callable[[bool], T],
+    ) -> T:
+        """``make(any_rows)``, recalled from now on for calls like this one, which was found good and has no observer.
+
+        any_rows: for those of other leading sizes too.
+        """
+        key: _Key = op, manner, x.shape, eps, weight is None, bias is None, torch.is_grad_enabled()
+        any_rows = x.is_contiguous() and self._met.get(key, 1) < OWN_FROM
+        call = make(any_rows)
         # A tuple is recognized by its identity, which a list could keep while it changes.
         shape = normalized_shape if isinstance(normalized_shape, tuple) else torch.Size(normalized_shape)
-        key = op, manner, x.shape, eps, weight is None, bias is None, torch.is_grad_enabled()
-        self._seen[key] = ((alike, shape, call), *self._seen.get(key, ())[: _VARIANTS - 1])
+        alike = _alike(x.dim() - len(shape) if any_rows else None, *_present(x, weight, bias))
+        if alike is not None and type(eps) in _NUMBERS:
+            kept, place = (self._of_any_rows, _without_rows(key)) if any_rows else (self._own, key)
+            kept[place] = ((alike, shape, call), *kept.get(place, ())[: _VARIANTS - 1])
+        return call
+
+
+# (The guard of the tensors, normalized_shape, what is kept), the latest first.
+_Entries = tuple[tuple[Callable[..., bool], Sequence[int], T], ...]
+
+_Key = tuple[str, Hashable, torch.Size, float | None, bool, bool, bool]
+
+
+def _of_these(entries: _Entries[T], tensors: tuple[Tensor, ...], normalized_shape: Sequence[int]) -> T | None:
+    for alike, normalized, call in entries:
+        if alike(*tensors) and (normalized is normalized_shape or normalized == _size(normalized_shape)):
+            return call
+    return None
+
+
+def _without_rows(key: _Key) -> Hashable:
+    """The key of a call of any number of rows: of x's shape how many dims, and the last."""
+    op, manner, shape, *rest = key
+    return op, manner, len(shape), shape[-1:], *rest
 
 
 def _present(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
@@ -97,14 +130,21 @@ def _present(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Ten
     return (x, weight) if bias is None else (x, weight, bias)
 
 
-def _alike(*tensors: Tensor) -> Callable[..., bool] | None:
+def _alike(any_of: int | None, *tensors: Tensor) -> Callable[..., bool] | None:
     """Whether others have the types, dtypes, device, sizes, strides and needs of gradients of these, while torch dispatches
-    as now: no torch.func transform, mode or tracer has come, and autocast is on or off as it is.
+    as now: no torch.func transform, mode or tracer has come, and autocast is on or off as it is. any_of: how many leading
+    dims of the first may have any size and stride.
 
     None where torch's guard does not know these again: one is passed twice, or another torch has another guard.
     """
+    sizes: Any = None
+    strides: Any = None
+    if any_of is not None:
+        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        sizes[0][:any_of] = strides[0][:any_of] = [None] * any_of
     try:
-        alike = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        guards = torch._C._dynamo.guards.TensorGuards
+        alike = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         return alike if alike(*tensors) else None
     except (AttributeError, TypeError):
         return None
@@ -121,6 +161,9 @@ def _size(normalized_shape: Sequence[int]) -> torch.Size | None:
 
 # What eps may be to be a part of a key: a tensor's value changes, and True is a mistake.
 _NUMBERS = (float, type(None), int)
+
+# A function for the shape itself is the faster one, but has to be made.
+OWN_FROM = 4
 
 # Of one shape: dtypes, layouts, with a gradient and without, under autocast and not.
 _VARIANTS = 8

@@ -16,7 +16,7 @@ from ..spec import ChannelNorm
 from ..tuning import Tile, choose_apply, choose_combine, choose_walk
 from .layout import in_order_of, is_channels_last
 from .road import accumulator_dtype
-from .start import ACCUMULATOR, started_by
+from .start import ACCUMULATOR, started_by, widest
 
 
 class Normalized(NamedTuple):
@@ -81,7 +81,7 @@ def forward(
         # A group's channels lie one after the other: one channel of as many times the positions.
         whole, d = View(view.samples, num_groups, view.s * d, False).one_sample(), 1
     size = describe(device)
-    plan = choose_walk(*whole[:3], _widest(x, stats), whole.last, spec.over_samples, size)
+    plan = choose_walk(*whole[:3], widest(x.dtype, stats), whole.last, spec.over_samples, size)
     teams, blocks, slabs = plan.programs(*whole[:3])
     means, squares = (torch.empty(teams * slabs, whole.width, dtype=torch.float64, device=device) for _ in range(2))
     common = dict(ACC=ACCUMULATOR[stats])
@@ -123,7 +123,7 @@ def apply(
         return y
     view = view_of(spec, x).one_sample()
     stats = accumulator_dtype(x, weight, bias, mean, rstd)
-    tile = choose_apply(view.width, view.s, _widest(x, stats), view.last)
+    tile = choose_apply(view.width, view.s, widest(x.dtype, stats), view.last)
     slabs = -(-view.s // tile.chunk)
     args = (y, x, mean, rstd, weight, bias, view.width, view.s, slabs, x.shape[1], x.shape[1] // num_groups, eps)
     options = _tiled(view, tile) | started_by(tile, describe(x.device))
@@ -166,7 +166,7 @@ def backward(
     if through or dw or db:
         across = spec.over_samples or given
         seen = view if across else view.one_sample()
-        plan = choose_walk(*seen[:3], _widest(x, stats), seen.last, across, size)
+        plan = choose_walk(*seen[:3], widest(x.dtype, stats), seen.last, across, size)
         teams, blocks, slabs = plan.programs(*seen[:3])
         dy_xhat, dy_sum = (
             torch.empty(teams * slabs, seen.width, dtype=stats, device=device) if through or asked else None
@@ -189,7 +189,7 @@ def backward(
 
     if dx:
         seen = view.one_sample()
-        tile = choose_apply(seen.width, seen.s, _widest(x, stats), seen.last)
+        tile = choose_apply(seen.width, seen.s, widest(x.dtype, stats), seen.last)
         slabs = -(-seen.s // tile.chunk)
         args = (dx_out, dy, x, mean, rstd, c1, c2, weight, seen.width, seen.s, slabs, channels, d, eps)
         options = _tiled(seen, tile) | common | started_by(tile, size)
@@ -205,8 +205,3 @@ def _average(running: Averages, mean: Tensor, var: Tensor, samples: int) -> None
     """Let running statistics, which are a channel's, have the mean of those of all samples (InstanceNorm)."""
     for kept, now in ((running.mean, mean), (running.var, var)):
         kept.copy_(torch.lerp(kept.double(), now.view(samples, -1).mean(0).double(), running.momentum))
-
-
-def _widest(x: Tensor, accumulator: torch.dtype) -> int:
-    """The bytes of an element where it takes the most room."""
-    return 8 if accumulator == torch.float64 else x.element_size()

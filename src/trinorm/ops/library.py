@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 from .. import reference
 from ..spec import CASTS, ROW_NORMS, Cast, RowNorm
 from . import road
-from .row import CALLS, RowCall, prepared
+from .row import CALLS, RowCall, Turns, prepared
 
 if TYPE_CHECKING:
     from ..replay import Results
@@ -218,9 +218,19 @@ class _Backward(_Op):
             if not road.has_kernels(x) or not x.numel():
                 return self.composite(*args)
             dtypes = x.dtype, x.dtype if weight is None else weight.dtype, rstd.dtype
-            how = dict(cast=False, kept=True, differentiated=True)
-            call = RowCall(self._spec.with_cast(cast), len(shape), dtypes, db, eps, "input", batch_invariant, **how)
-            CALLS.keep(self.name, manner, x, shape, weight, None, eps, call)
+            how: dict[str, Any] = dict(cast=False, kept=True, differentiated=True)
+            problem = self._spec.with_cast(cast), len(shape), dtypes, db, eps, "input", batch_invariant
+            how_many = x, len(shape), rstd.dtype, batch_invariant
+            call = CALLS.keep(
+                self.name,
+                manner,
+                x,
+                shape,
+                weight,
+                None,
+                eps,
+                lambda any_rows: RowCall(*problem, **how, turns=Turns.of(*how_many) if any_rows else None),
+            )
         mean = None if mean is None else mean.flatten()
         with torch.no_grad():
             return call.backward((dx, dw, db is not None), dy, x, weight, mean, rstd.flatten())

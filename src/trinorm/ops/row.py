@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
+from bisect import bisect_right
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def prepared(
     weight, bias = (None if t is None else readable(t, dims) for t in (weight, bias))
     kept = all(now is before for now, before in zip((x, weight, bias), found, strict=True))
     stats = road.accumulator_dtype(x, weight, bias)
-    call = RowCall(
+    problem: tuple[Any, ...] = (
         spec,
         dims,
         (x.dtype, x.dtype if weight is None else weight.dtype, stats),
@@ -53,13 +54,40 @@ def prepared(
         eps,
         save,
         batch_invariant,
-        cast=cast,
-        kept=kept,
-        differentiated=differentiated,
     )
-    if kept:
-        CALLS.keep(spec.name, asked[2], given[0], asked[0], *given[1:], asked[1], call)
+    how: dict[str, Any] = dict(cast=cast, kept=kept, differentiated=differentiated)
+    if not kept:
+        return RowCall(*problem, **how), (x, weight, bias)
+    call = CALLS.keep(
+        spec.name,
+        asked[2],
+        given[0],
+        asked[0],
+        *given[1:],
+        asked[1],
+        lambda any_rows: RowCall(*problem, **how, turns=Turns.of(x, dims, stats, batch_invariant) if any_rows else None),
+    )
     return call, (x, weight, bias)
+
+
+class Turns(NamedTuple):
+    """Of how many elements of x on the launches change, of a forward and of a backward; and how many a row has."""
+
+    n: int
+    forward: list[int]
+    backward: list[int]
+
+    @staticmethod
+    def of(x: Tensor, dims: int, stats: torch.dtype, batch_invariant: bool) -> Turns:
+        from ..launch import describe
+        from ..tuning import backward_turns, forward_turns
+        from .start import widest
+
+        n = x.shape[-dims:].numel()
+        problem = n, widest(x.dtype, stats), describe(x.device)
+        always = 1, 1 << 31  # nothing is launched for no rows, and more are another type of number for Triton
+        forward, backward = ((), ()) if batch_invariant else (forward_turns(*problem), backward_turns(*problem))
+        return Turns(n, *(sorted(n * m for m in (*always, *turns)) for turns in (forward, backward)))
 
 
 class RowCall:
@@ -67,7 +95,8 @@ class RowCall:
 
     saved: the dtypes of x, weight and statistics, in which what is saved for the backward has to come back. bias_dtype:
     db's. cast: autocast has the arguments taken to fp32 first. kept: others will come that are like these, so launches
-    are recorded. differentiated: a backward will ask for statistics.
+    are recorded. differentiated: a backward will ask for statistics. turns: given where the arguments may differ in their
+    number of rows too, being contiguous.
     """
 
     __slots__ = (
@@ -78,12 +107,14 @@ class RowCall:
         "_differentiated",
         "_dims",
         "_eps",
+        "_forwards",
         "_gradients",
         "_kept",
         "_met",
         "_replay",
         "_saved",
         "_spec",
+        "_turns",
     )
 
     def __init__(
@@ -99,14 +130,17 @@ class RowCall:
         cast: bool,
         kept: bool,
         differentiated: bool,
+        turns: Turns | None = None,
     ) -> None:
         self._spec, self._dims, self._eps, self._cast, self._kept = spec, dims, eps, cast, kept
         self._batch_invariant = batch_invariant
         self._bias_dtype, self._saved, self._differentiated = bias_dtype, saved, differentiated
         self._apply = _apply_to_output if save == "output" else _apply
-        self._replay: Function | None = None
-        self._gradients: Bounded[Function] = Bounded(8)
-        self._met: Bounded[int] = Bounded(16)
+        self._turns = turns
+        self._replay: Function | None = None if turns is None else self._by_rows
+        self._forwards: Bounded[Function] = Bounded(8)
+        self._gradients: Bounded[Function] = Bounded(8 if turns is None else 32)
+        self._met: Bounded[int] = Bounded(16 if turns is None else 64)
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self._cast:
@@ -130,9 +164,20 @@ class RowCall:
             problem = self._spec, x, self._dims, weight, bias, self._eps
             return rows.forward(*problem, save=self._differentiated, batch_invariant=self._batch_invariant)
 
-        results, again = self._record("forward", forward, *inputs)
-        self._replay = again or self._replay
+        if self._turns is None:
+            results, again = self._record("forward", forward, *inputs)
+            self._replay = again or self._replay
+            return results
+        turn = bisect_right(self._turns.forward, inputs[0].numel())  # type: ignore[union-attr]
+        results, again = self._record(turn, forward, *inputs)
+        if again is not None:
+            self._forwards[turn] = again
         return results
+
+    def _by_rows(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Results:
+        """The forward of any number of rows."""
+        again = self._forwards.get(bisect_right(self._turns.forward, x.numel()))  # type: ignore[union-attr]
+        return (again or self._forward)(x, weight, bias)
 
     def backward(
         self,
@@ -163,7 +208,10 @@ class RowCall:
         mean = None if mean is None else _as_saved(mean, stats, 1)
         weight = None if weight is None else _as_saved(weight, weight_dtype, dims)
         bias = None if bias is None or self._bias_dtype is None else _as_saved(bias, self._bias_dtype, dims)
-        key = wanted, from_output, dy.dtype, dy.is_contiguous() or dy.stride(), kept.is_contiguous() or kept.stride()
+        orders = dy.is_contiguous() or dy.stride(), kept.is_contiguous() or kept.stride()
+        key: tuple[Any, ...] = (wanted, from_output, dy.dtype, orders)
+        if self._turns is not None:  # strides follow from the number of rows, so that what has any is for its own shape
+            key += (bisect_right(self._turns.backward, kept.numel()) if orders == _IN_ORDER else kept.shape,)
         if (gradients := self._gradients.get(key)) is not None:
             return gradients(dy, kept, weight, mean, rstd, bias)
         return self._backward(key, dy, kept, weight, mean, rstd, bias)
@@ -171,7 +219,7 @@ class RowCall:
     def _backward(self, key: tuple[Any, ...], *inputs: Tensor | None) -> Results:
         from . import rows
 
-        (dx, dw, db, *_), from_output, *_ = key
+        (dx, dw, db, *_), from_output, _, orders, *_ = key
 
         def backward(
             dy: Tensor, kept: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor, bias: Tensor | None
@@ -182,7 +230,7 @@ class RowCall:
             wanted.update(from_output=from_output, bias=bias, batch_invariant=self._batch_invariant)
             return rows.backward(*problem, **wanted)
 
-        results, again = self._record(key, backward, *inputs)
+        results, again = self._record(key, backward, *inputs, any_rows=orders == _IN_ORDER)
         if again is not None:
             self._gradients[key] = again
         return results
@@ -197,8 +245,11 @@ class RowCall:
             )
         return reference.gradients_of_output(self._spec, y, self._dims, weight, bias, self._bias_dtype, rstd, dy)
 
-    def _record(self, what: Hashable, function: Function, *inputs: Tensor | None) -> tuple[Results, Function | None]:
-        """``function(*inputs)``, and its repetition (replay.record) from the RECORDED_FROM-th such call on.
+    def _record(
+        self, what: Hashable, function: Function, *inputs: Tensor | None, any_rows: bool = True
+    ) -> tuple[Results, Function | None]:
+        """``function(*inputs)``, and its repetition (replay.record) from the RECORDED_FROM-th such call on. any_rows: of
+        others too, where the call serves those.
 
         Nothing is repeated past someone who put a launch of his own in rows' place, to see them all.
         """
@@ -208,8 +259,11 @@ class RowCall:
         self._met[what] = met = self._met.get(what, 0) + 1
         if not self._kept or met < RECORDED_FROM or rows.launch is not launch.launch:
             return function(*inputs), None
-        return replay.record(function, *inputs)
+        return replay.record(function, *inputs, rows_of_length=self._turns.n if self._turns and any_rows else None)
 
+
+# Of dy and of what was kept: contiguous.
+_IN_ORDER = (True, True)
 
 # Recording costs more than it saves where a call does not come again, as prompts of ever new lengths.
 RECORDED_FROM = 2

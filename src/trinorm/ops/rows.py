@@ -11,7 +11,7 @@ from ..kernels.row import row_forward, row_forward_streamed
 from ..kernels.row_backward import row_backward, row_backward_few, sum_partials
 from ..kernels.row_backward_wide import row_backward_apply, row_backward_moments
 from ..kernels.row_split import forget_words, row_backward_split, row_forward_split
-from ..launch import describe, launch
+from ..launch import describe, empty, launch, of_rows
 from ..spec import RowNorm
 from ..tuning import (
     FORGET,
@@ -26,7 +26,7 @@ from ..tuning import (
 )
 from .layout import rows_of
 from .road import accumulator_dtype
-from .start import ACCUMULATOR, started_by
+from .start import ACCUMULATOR, started_by, widest
 
 
 class Normalized(NamedTuple):
@@ -49,16 +49,18 @@ def forward(
     batch_invariant: bool = False,
 ) -> Normalized:
     """Normalize the last ``dims`` dims of x, which is readable (layout.readable); y is contiguous."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    device = x.device
+    y = empty(x, x.dtype, device)
     n = x.shape[-dims:].numel()
     m = x.numel() // n if n else 0
     stats = accumulator_dtype(x, weight, bias)
-    mean = torch.empty(m, dtype=stats, device=x.device) if save and spec.center else None
-    rstd = torch.empty(m, dtype=stats, device=x.device) if save else None
+    mean = empty((of_rows(m),), stats, device) if save and spec.center else None
+    rstd = empty((of_rows(m),), stats, device) if save else None
     if m == 0:
         return Normalized(y, mean, rstd)
 
-    plan = choose_forward(spec, None if batch_invariant else m, n, _widest(x, stats), describe(x.device))
+    size = describe(device)
+    plan = choose_forward(spec, None if batch_invariant else m, n, widest(x.dtype, stats), size)
     odd_sizes, strides = rows_of(x, dims, n)
     options = dict(
         N=n,
@@ -67,18 +69,20 @@ def forward(
         RESCUE=stats == torch.float32,
         CHUNK=plan.tile.chunk,
     )
-    options.update(started_by(plan.tile, describe(x.device), early=not isinstance(plan, RowForward) or plan.early))
+    options.update(started_by(plan.tile, size, early=not isinstance(plan, RowForward) or plan.early))
     if isinstance(plan, RowForward):
         options.update(ROWS=plan.tile.rows, TILES=plan.tiles, STREAM=plan.stream, PRELOAD=plan.preload)
-        args: tuple[Any, ...] = (y, mean, rstd, x, weight, bias, m, odd_sizes, strides, eps)
-        launch(row_forward, (-(-m // (plan.tile.rows * plan.tiles)),), x.device, args, options)
+        rows = plan.tile.rows * plan.tiles
+        args: tuple[Any, ...] = (y, mean, rstd, x, weight, bias, of_rows(m), odd_sizes, strides, eps)
+        launch(row_forward, (of_rows(m, lambda m: -(-m // rows)),), device, args, options)
     elif isinstance(plan, RowForwardSplit):
         options.update(BLOCK=plan.block, LANES=plan.lanes)
         team = n // plan.block
-        args = (y, mean, rstd, _words(m, team, x.device), x, weight, bias, odd_sizes, strides, eps)
-        launch(row_forward_split, (m * team,), x.device, args, options)
+        args = (y, mean, rstd, _words(m, team, device), x, weight, bias, odd_sizes, strides, eps)
+        launch(row_forward_split, (of_rows(m, lambda m: m * team),), device, args, options)
     else:
-        launch(row_forward_streamed, (m,), x.device, (y, mean, rstd, x, weight, bias, odd_sizes, strides, eps), options)
+        args = (y, mean, rstd, x, weight, bias, odd_sizes, strides, eps)
+        launch(row_forward_streamed, (of_rows(m),), device, args, options)
     return Normalized(y, mean, rstd)
 
 
@@ -107,15 +111,16 @@ def backward(
     n = kept.shape[-dims:].numel()
     m = kept.numel() // n if n else 0
     shape = kept.shape[-dims:]
-    dx_out = torch.empty(kept.shape, dtype=kept.dtype, device=device) if dx else None
-    make = torch.empty if m else torch.zeros
-    dw_out = None if dw is None else make(shape, dtype=dw, device=device)
-    db_out = None if db is None else make(shape, dtype=db, device=device)
+    dx_out = empty(kept, kept.dtype, device) if dx else None
+    dw_out, db_out = (
+        None if dtype is None else empty(shape, dtype, device) if m else torch.zeros(shape, dtype=dtype, device=device)
+        for dtype in (dw, db)
+    )
     if m == 0 or not (dx or dw or db):
         return dx_out, dw_out, db_out
 
     size = describe(device)
-    plan = choose_backward(spec, None if batch_invariant else m, n, _widest(kept, rstd.dtype), size)
+    plan = choose_backward(spec, None if batch_invariant else m, n, widest(kept.dtype, rstd.dtype), size)
     operands = dy, kept, weight, bias if from_output else None, None if from_output else mean, rstd
     layout = (*rows_of(kept, dims, n), *rows_of(dy, dims, n))
     options = dict(N=n, ACC=ACCUMULATOR[rstd.dtype])
@@ -123,37 +128,39 @@ def backward(
     tiled.update(started_by(plan.tile, size))
 
     if isinstance(plan, RowBackwardFew):
-        row_tiles = -(-m // plan.tile.rows) if dx else 0
+        rows = plan.tile.rows
         column_tiles = -(-n // plan.sums.chunk) if dw or db else 0
-        args: tuple[Any, ...] = (dx_out, dw_out, db_out, *operands, m, row_tiles, *layout)
-        tiled.update(ROWS=plan.tile.rows, SUM_ROWS=plan.sums.rows, SUM_CHUNK=plan.sums.chunk)
-        launch(row_backward_few, (row_tiles + column_tiles,), device, args, tiled)
+        row_tiles = of_rows(m, lambda m: -(-m // rows) if dx else 0)
+        grid = of_rows(m, lambda m: row_tiles.of(m) + column_tiles)
+        args: tuple[Any, ...] = (dx_out, dw_out, db_out, *operands, of_rows(m), row_tiles, *layout)
+        tiled.update(ROWS=rows, SUM_ROWS=plan.sums.rows, SUM_CHUNK=plan.sums.chunk)
+        launch(row_backward_few, (grid,), device, args, tiled)
         return dx_out, dw_out, db_out
 
-    programs = plan.partials(m, n, size)
-    partials = tuple(
-        None if out is None else torch.empty((programs, n), dtype=rstd.dtype, device=device) for out in (dw_out, db_out)
-    )
+    partials_of = plan.partials
+    programs = of_rows(m, lambda m: partials_of(m, n, size))
+    partials = tuple(None if out is None else empty((programs, n), rstd.dtype, device) for out in (dw_out, db_out))
     if isinstance(plan, RowBackward):
-        args = (dx_out, *partials, *operands, m, *layout)
+        args = (dx_out, *partials, *operands, of_rows(m), *layout)
         tiled.update(ROWS=plan.tile.rows, TILES=plan.tiles, STAGES=plan.stages, STREAM=plan.stream)
         launch(row_backward, (programs,), device, args, tiled)
     elif isinstance(plan, RowBackwardSplit):
         team = n // plan.block
         words = _words(m, team, device) if dx else None
-        args = (dx_out, *partials, words, *operands, m, *layout)
+        args = (dx_out, *partials, words, *operands, of_rows(m), *layout)
         tiled.update(BLOCK=plan.block, LANES=plan.lanes(n), STAGES=plan.stages)
         if plan.registers:
             tiled.update(maxnreg=plan.registers)
-        launch(row_backward_split, (programs * team,), device, args, tiled)
+        grid = of_rows(m, lambda m: programs.of(m) * team)
+        launch(row_backward_split, (grid,), device, args, tiled)
     else:
-        c1 = torch.empty_like(rstd) if dx else None
-        c2 = torch.empty_like(rstd) if dx and spec.center else None
+        c1 = empty((of_rows(m),), rstd.dtype, device) if dx else None
+        c2 = empty((of_rows(m),), rstd.dtype, device) if dx and spec.center else None
         if dx:
-            launch(row_backward_moments, (m,), device, (c1, c2, *operands, *layout), tiled)
-        args = (dx_out, *partials, *operands, c1, c2, m, *layout)
-        grid = (programs, -(-n // plan.tile.chunk))
-        launch(row_backward_apply, grid, device, args, tiled | dict(STAGES=plan.stages))
+            launch(row_backward_moments, (of_rows(m),), device, (c1, c2, *operands, *layout), tiled)
+        args = (dx_out, *partials, *operands, c1, c2, of_rows(m), *layout)
+        chunks = -(-n // plan.tile.chunk)
+        launch(row_backward_apply, (programs, chunks), device, args, tiled | dict(STAGES=plan.stages))
     if dw or db:
         args = (dw_out, db_out, *partials, programs)
         total = choose_total(plan.most_partials(n, size))
@@ -173,12 +180,8 @@ def _variant(spec: RowNorm, x: Tensor, weight: Tensor | None, stats: torch.dtype
 
 def _words(m: int, team: int, device: torch.device) -> Tensor:
     """A table in which the teams of m rows tell each other their shares; no word is there yet."""
-    words = torch.empty(m, team, dtype=torch.int64, device=device)
+    words = empty((of_rows(m), team), torch.int64, device)
     options = dict(CHUNK=FORGET.chunk, **started_by(FORGET, describe(device)))
-    launch(forget_words, (-(-m * team // FORGET.chunk),), device, (words, m * team), options)
+    grid = of_rows(m, lambda m: -(-m * team // FORGET.chunk))
+    launch(forget_words, (grid,), device, (words, of_rows(m, lambda m: m * team)), options)
     return words
-
-
-def _widest(x: Tensor, accumulator: torch.dtype) -> int:
-    """The bytes of an element where it takes the most room."""
-    return 8 if accumulator == torch.float64 else x.element_size()

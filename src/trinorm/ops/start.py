@@ -20,3 +20,8 @@ def started_by(tile: Tile | ChannelCombine, device: Device, early: bool = True) 
     if early and device.dependent_launch:
         started.update(PDL=True, launch_pdl=True)
     return started
+
+
+def widest(x: torch.dtype, accumulator: torch.dtype) -> int:
+    """The bytes of an element where it takes the most room."""
+    return max(x.itemsize, 8 if accumulator == torch.float64 else 0)

@@ -13,7 +13,7 @@ from .kinds import (
     RowForwardWide,
     Tile,
 )
-from .row import FORGET, choose_backward, choose_forward, choose_total
+from .row import FORGET, backward_turns, choose_backward, choose_forward, choose_total, forward_turns
 
 __all__ = [
     "FORGET",
@@ -27,10 +27,12 @@ __all__ = [
     "RowForwardSplit",
     "RowForwardWide",
     "Tile",
+    "backward_turns",
     "choose_apply",
     "choose_backward",
     "choose_combine",
     "choose_forward",
     "choose_total",
     "choose_walk",
+    "forward_turns",
 ]

@@ -3,7 +3,7 @@
 Every figure is device time on an H200 (bf16 in and out), as a ratio to the copy (forward) or the add (backward) of the
 same run; it stands beside the row that it decided. N counts elements; another dtype takes the row of its own N, as far as
 its rows can be held. docs/performance.md has the runs. Other GPUs get the same launches, with as many programs and stages
-as they have room for (``_fitted``), and what is large by their own L2 (``_is_large``).
+as they have room for (``_fitted``), and what is large by their own L2 (``_large_from``).
 """
 
 from __future__ import annotations
@@ -76,8 +76,13 @@ def choose_forward(
     spec: RowNorm, m: int | None, n: int, itemsize: int, device: Device
 ) -> RowForward | RowForwardSplit | RowForwardWide:
     """The forward's launch for m rows of n elements of ``itemsize`` bytes; for m None, one for any number of rows."""
-    scarce = m is not None and m < _SCARCE_ROWS * device.multiprocessors
-    return _choose_forward(spec, n, itemsize, device, scarce, m is None or _is_large(2 * m * n * itemsize, device))
+    scarce_below, large_from = forward_turns(n, itemsize, device)
+    return _choose_forward(spec, n, itemsize, device, m is not None and m < scarce_below, m is None or m >= large_from)
+
+
+def forward_turns(n: int, itemsize: int, device: Device) -> tuple[int, int]:
+    """From how many rows on the forward's launch changes: those are not scarce, and those are large."""
+    return _SCARCE_ROWS * device.multiprocessors, _large_from(2 * n * itemsize, device)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -160,8 +165,14 @@ def choose_backward(
     spec: RowNorm, m: int | None, n: int, itemsize: int, device: Device
 ) -> RowBackward | RowBackwardFew | RowBackwardSplit | RowBackwardWide:
     """The backward's launch for m rows of n elements of ``itemsize`` bytes; for m None, one for any number of rows."""
+    *_, large_from = backward_turns(n, itemsize, device)
     few = next((rows for rows in _FEW_ROWS if m is not None and m <= rows), None)
-    return _choose_backward(spec, n, itemsize, device, few, m is None or _is_large(3 * m * n * itemsize, device))
+    return _choose_backward(spec, n, itemsize, device, few, m is None or m >= large_from)
+
+
+def backward_turns(n: int, itemsize: int, device: Device) -> tuple[int, ...]:
+    """From how many rows on the backward's launch changes; the last: from how many on they are large."""
+    return *(rows + 1 for rows in _FEW_ROWS), _large_from(3 * n * itemsize, device)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -210,10 +221,15 @@ def choose_total(programs: int) -> Tile:
 FORGET = Tile(1, 1024, 4)
 
 
-def _is_large(nbytes: int, device: Device) -> bool:
-    """Whether of so much read and written, over 32 of an H200's 60 MB of L2, nothing stays there for the next op anyway."""
-    return 15 * nbytes > 8 * device.l2
+def _large_from(row_bytes: int, device: Device) -> int:
+    """How many rows it takes until nothing stays in L2 for the next op anyway: over 32 of an H200's 60 MB, of
+    ``row_bytes`` read and written for each.
+    """
+    return 8 * device.l2 // (15 * max(1, row_bytes)) + 1
 
+
+# Of a tile: the backward by 2048 rows of one element took 105 s to compile, by 512 4 s, by 256 1.6.
+_MOST_ROWS = 256
 
 S = TypeVar("S", RowForwardSplit, RowBackwardSplit)
 
@@ -247,6 +263,6 @@ def _with_warps(tile: Tile, warps: int) -> Tile:
 
 
 def _narrowed(tile: Tile, n: int) -> Tile:
-    """The tile with its chunk no wider than n needs, and as many more rows."""
+    """The tile with its chunk no wider than n needs, and as many more rows, up to _MOST_ROWS."""
     chunk = min(tile.chunk, 1 << (n - 1).bit_length())
-    return Tile(tile.rows * tile.chunk // chunk, chunk, tile.warps)
+    return Tile(max(tile.rows, min(tile.rows * tile.chunk // chunk, _MOST_ROWS)), chunk, tile.warps)
