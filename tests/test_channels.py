@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -88,12 +88,23 @@ def _slack(want: Tensor, got: Tensor) -> float:
     return 2 * float(want.abs().max()) * torch.finfo(got.dtype).eps
 
 
+@pytest.fixture(params=["whole", "in slabs"])
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Statistics that a program has whole, wherever a kernel can; and those of slabs of them, combined."""
+    monkeypatch.setattr(tuning, "_LEAST_SHARE", 1 << 20 if request.param == "whole" else 0)
+    tuning.choose_whole.cache_clear()
+    yield request.param
+    tuning.choose_whole.cache_clear()
+
+
 @pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if ON_GPU else ())], ids=str)
 def test_shapes(
-    spec: ChannelNorm, shape: tuple[int, ...], groups: int, last: bool, dtype: torch.dtype, device: torch.device
+    spec: ChannelNorm, shape: tuple[int, ...], groups: int, last: bool, dtype: torch.dtype, by: str, device: torch.device
 ) -> None:
+    if last and by == "whole":
+        pytest.skip("channels first alone")
     if last and len(shape) not in (4, 5):
         pytest.skip("one memory order")
     if spec is INSTANCE_NORM and math.prod(shape[2:]) == 1:

@@ -73,12 +73,21 @@ def merged_positions(mean, squares, count):
 
     What rounding left in the mean is the lanes' mean distance from it.
     """
-    n = row_sum(count)
+    n = tl.maximum(row_sum(count), 1.0)
     center = row_sum(mean * count) / n
     shift = mean - center
     moved = row_sum(shift * count).to(tl.float64) / n.to(tl.float64)
     total = row_sum(squares + shift * shift * count).to(tl.float64) - moved * moved * n.to(tl.float64)
     return center.to(tl.float64) + moved, tl.where(total < 0.0, 0.0, total), n.to(tl.float64)
+
+
+@triton.jit
+def merged_rows(mean, squares, count):
+    """The same over the rows of a tile, whose values are fp64: those of each column."""
+    total = tl.sum(count, axis=0, keep_dims=True)
+    center = tl.sum(mean * count, axis=0, keep_dims=True) / total
+    shift = mean - center
+    return center, tl.sum(squares + shift * shift * count, axis=0, keep_dims=True), total
 
 
 @triton.jit(do_not_specialize=["A", "width", "S", "slab", "slabs"])
@@ -155,10 +164,7 @@ def combined_moments(MEANS, SQUARES, outer, sets, A, S, slab, slabs, R, D, C, SA
         mean += delta * share
         squares += load(SQUARES + offsets, live) + delta * delta * count * share
         count += n
-    total = tl.sum(count, axis=0, keep_dims=True)
-    center = tl.sum(mean * count, axis=0, keep_dims=True) / total
-    shift = mean - center
-    return center, tl.sum(squares + shift * shift * count, axis=0, keep_dims=True), total
+    return merged_rows(mean, squares, count)
 
 
 @triton.jit

@@ -11,9 +11,10 @@ from torch import Tensor
 from ..channel_reference import Averages
 from ..kernels.channel import channel_apply, channel_combine, channel_moments
 from ..kernels.channel_backward import channel_apply_backward, channel_combine_backward, channel_sums
+from ..kernels.channel_whole import channel_backward, channel_forward
 from ..launch import describe, launch
 from ..spec import ChannelNorm
-from ..tuning import Tile, choose_apply, choose_combine, choose_walk
+from ..tuning import ChannelWhole, Tile, choose_apply, choose_combine, choose_walk, choose_whole
 from .layout import in_order_of, is_channels_last
 from .road import accumulator_dtype
 from .start import ACCUMULATOR, started_by, widest
@@ -75,6 +76,20 @@ def forward(
     if x.numel() == 0:
         return Normalized(torch.empty_like(x), mean, rstd)
 
+    averaged = running is not None and not spec.over_samples
+    var = torch.empty_like(rstd, dtype=torch.float64) if averaged else None
+    in_place = (running.mean, running.var) if running is not None and not averaged else (None, None)
+    momentum = 0.0 if running is None else running.momentum
+    if (alone := _whole(spec, view, num_groups, widest(x.dtype, stats), device)) is not None:
+        y = torch.empty_like(x)
+        runs, plan_whole = alone
+        args: tuple[Any, ...] = (y, mean, rstd, var, *in_place, x, weight, bias, channels, runs, view.s, eps, momentum)
+        options = _of_whole(spec, view, plan_whole, stats, device) | dict(RESCUE=stats == torch.float32)
+        launch(channel_forward, (sets,), device, args, options)
+        if running is not None and var is not None:
+            _average(running, mean, var, x.shape[0])
+        return Normalized(y, mean, rstd)
+
     d = 1 if spec.over_samples else channels // num_groups
     whole = view
     if not (spec.over_samples or view.last):
@@ -85,19 +100,16 @@ def forward(
     teams, blocks, slabs = plan.programs(*whole[:3])
     means, squares = (torch.empty(teams * slabs, whole.width, dtype=torch.float64, device=device) for _ in range(2))
     common = dict(ACC=ACCUMULATOR[stats])
-    args: tuple[Any, ...] = (means, squares, x, *whole[:3], plan.slab, slabs, eps)
+    args = (means, squares, x, *whole[:3], plan.slab, slabs, eps)
     options = _tiled(whole, plan.tile) | common | started_by(plan.tile, size)
     options.update(SAMPLES=plan.samples, RESCUE=stats == torch.float32)
     launch(channel_moments, (teams * blocks * slabs,), device, args, options)
 
-    averaged = running is not None and not spec.over_samples
-    var = torch.empty_like(rstd) if averaged else None
-    in_place = (running.mean, running.var) if running is not None and not averaged else (None, None)
     outer, parts = (1, teams * slabs) if spec.over_samples else (whole.samples, slabs)
     samples = (whole.samples, plan.samples) if spec.over_samples else (1, 1)
     combine = choose_combine(d)
     shape = samples[0], whole.s, plan.slab, slabs, parts, d, whole.width, samples[1]
-    args = (mean, rstd, var, *in_place, means, squares, *shape, eps, 0.0 if running is None else running.momentum)
+    args = (mean, rstd, var, *in_place, means, squares, *shape, eps, momentum)
     options = dict(K=combine.k, SETS=combine.sets, **started_by(combine, size))
     launch(channel_combine, (outer * -(-(whole.width // d) // combine.sets),), device, args, options)
     if running is not None and var is not None:
@@ -163,6 +175,9 @@ def backward(
     common = dict(GROUPED=not (spec.over_samples or given), VARIANCE=given, ACC=ACCUMULATOR[stats])
     through = dx and not given  # dx depends on the statistics
     c1, c2 = (torch.empty(mean.shape, dtype=stats, device=device) if through else None for _ in range(2))
+    if through and (alone := _whole(spec, view, num_groups, widest(x.dtype, stats), device)) is not None:
+        _backward_of_whole(spec, dx_out, dw_out, db_out, dy, x, num_groups, weight, mean, rstd, alone)
+        return dx_out, dw_out, db_out
     if through or dw or db:
         across = spec.over_samples or given
         seen = view if across else view.one_sample()
@@ -195,6 +210,65 @@ def backward(
         options = _tiled(seen, tile) | common | started_by(tile, size)
         launch(channel_apply_backward, (seen.samples * -(-seen.width // tile.rows) * slabs,), device, args, options)
     return dx_out, dw_out, db_out
+
+
+def _whole(
+    spec: ChannelNorm, view: View, num_groups: int, itemsize: int, device: torch.device
+) -> tuple[int, ChannelWhole] | None:
+    """(runs of a statistic, the launch) by which a program has a whole one, where that serves."""
+    if view.last:
+        return None
+    over_samples = spec.over_samples
+    sets, runs = (view.width, view.samples) if over_samples else (view.samples * num_groups, view.width // num_groups)
+    plan = choose_whole(sets, runs, view.s, itemsize, describe(device))
+    return None if plan is None else (runs, plan)
+
+
+def _of_whole(
+    spec: ChannelNorm, view: View, plan: ChannelWhole, stats: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    return dict(
+        OVER_SAMPLES=spec.over_samples,
+        UNIT=view.unit,
+        RAGGED=plan.ragged,
+        ACC=ACCUMULATOR[stats],
+        ROWS=plan.tile.rows,
+        POSITIONS=plan.tile.chunk,
+        STAGES=plan.stages,
+        **started_by(plan.tile, describe(device)),
+    )
+
+
+def _backward_of_whole(
+    spec: ChannelNorm,
+    dx: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    alone: tuple[int, ChannelWhole],
+) -> None:
+    device, channels, view = x.device, x.shape[1], view_of(spec, x)
+    runs, plan = alone
+    size, stats = describe(device), rstd.dtype
+    dy_xhat, dy_sum = (
+        None if out is None or spec.over_samples else torch.empty(x.shape[:2], dtype=stats, device=device)
+        for out in (dw, db)
+    )
+    of_statistic = (dw, db) if spec.over_samples else (None, None)
+    args: tuple[Any, ...] = (dx, *of_statistic, dy_xhat, dy_sum, dy, x, mean, rstd, weight, channels, runs, view.s)
+    launch(channel_backward, (mean.numel(),), device, args, _of_whole(spec, view, plan, stats, device))
+    if dy_xhat is not None or dy_sum is not None:
+        combine = choose_combine(1)
+        samples = x.shape[0]
+        args = (dw, db, None, None, dy_xhat, dy_sum, weight, 1, 1, channels, samples, channels, 0, 1.0)
+        tile = dict(K=combine.k, SETS=combine.sets, PARTS=combine.k, CHANNELS=combine.sets)
+        options = dict(GROUPED=True, **tile, **started_by(combine, size))
+        launch(channel_combine_backward, (-(-channels // combine.sets),), device, args, options)
 
 
 def _tiled(view: View, tile: Tile) -> dict[str, Any]:

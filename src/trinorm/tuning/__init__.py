@@ -1,9 +1,10 @@
 """How fast: which launch each problem gets, as ordered tables with the measurement beside each row."""
 
-from .channel import choose_apply, choose_combine, choose_walk
+from .channel import choose_apply, choose_combine, choose_walk, choose_whole
 from .kinds import (
     ChannelCombine,
     ChannelWalk,
+    ChannelWhole,
     RowBackward,
     RowBackwardFew,
     RowBackwardSplit,
@@ -19,6 +20,7 @@ __all__ = [
     "FORGET",
     "ChannelCombine",
     "ChannelWalk",
+    "ChannelWhole",
     "RowBackward",
     "RowBackwardFew",
     "RowBackwardSplit",
@@ -34,5 +36,6 @@ __all__ = [
     "choose_forward",
     "choose_total",
     "choose_walk",
+    "choose_whole",
     "forward_turns",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 
 from ..launch import Device
-from .kinds import ChannelCombine, ChannelWalk, Tile
+from .kinds import ChannelCombine, ChannelWalk, ChannelWhole, Tile
 
 # Elements of a tile of 2-byte numbers, and its warps: of a pass with accumulators in registers, and of one without.
 _WALK = (2048, 4)
@@ -25,6 +25,16 @@ _CHANNELS = 64
 # as a lane's sums are one after the other.
 _WALKING = 16
 _MOST_TILES = 32
+
+
+# Of a pass whose programs have a statistic each: (statistics to a multiprocessor from, elements of a tile, warps).
+_WHOLE = ((3, 2048, 4), (1.5, 4096, 8), (0, 8192, 16))
+
+# The share of the multiprocessors, 1 over this, that statistics should keep at work.
+_LEAST_SHARE = 2
+
+# Positions that lie together in a tile, at least: 128 bytes of 2-byte numbers.
+_RUN = 64
 
 
 def choose_apply(width: int, s: int, itemsize: int, last: bool) -> Tile:
@@ -44,6 +54,24 @@ def choose_walk(
     if over_samples and columns == 1:
         return ChannelWalk(tile, tile.chunk, min(steps, samples))
     return ChannelWalk(tile, tile.chunk * min(steps, columns), 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_whole(sets: int, runs: int, s: int, itemsize: int, device: Device) -> ChannelWhole | None:
+    """The launch of a pass whose programs have a statistic each, of ``runs`` runs of s positions; None where there are too
+    few statistics for the device.
+    """
+    if sets * _LEAST_SHARE < device.multiprocessors:
+        return None
+    elements, warps = next(shape for share, *shape in _WHOLE if sets >= share * device.multiprocessors)
+    elements = elements * 2 // max(2, itemsize)
+    # Tiles that divide what they tile, where there are such of some length: what is ragged is idle, and counted.
+    even = s & -s
+    positions = min(even if even >= _RUN else _power_of_two(s), elements)
+    rows = min(elements // positions, _power_of_two(runs))
+    if rows > 1 and (runs & -runs) * 4 >= rows:
+        rows = min(rows, runs & -runs)
+    return ChannelWhole(Tile(rows, positions, warps), 3, ragged=s % positions != 0 or runs % rows != 0)
 
 
 def choose_combine(d: int) -> ChannelCombine:

@@ -148,6 +148,17 @@ class ChannelWalk:
 
 
 @dataclass(frozen=True)
+class ChannelWhole:
+    """A program has a whole statistic, of runs of positions: ``tile`` runs by positions in a turn, ``stages`` deep. ragged:
+    some tiles have fewer elements than lanes.
+    """
+
+    tile: Tile
+    stages: int
+    ragged: bool
+
+
+@dataclass(frozen=True)
 class ChannelCombine:
     """A program combines the partials of ``sets`` statistics, ``k`` of each at a time."""
 

@@ -1,0 +1,267 @@
+"""Channel norms by programs that have a whole statistic each: one reads its elements, and reads them again for y or dx,
+mostly while L2, or L1, still has them. For channels first, where a statistic is RUNS runs of S elements:
+
+- a group's channels, one after the other (GroupNorm, InstanceNorm), or
+- a channel's images, C runs apart (BatchNorm, ``over_samples``).
+
+``channel_forward``   mean, rstd, running statistics and y
+``channel_backward``  dx, and each run's Σ dy·x̂ and Σ dy; over_samples dw and db themselves
+
+Formulas are channel.py's and channel_backward.py's. A program's turn is a tile ``[ROWS, POSITIONS]`` of runs by positions.
+"""
+
+import triton
+import triton.language as tl
+
+from .affine import NO_BIAS, NO_WEIGHT, affine, affine_backward
+from .channel import merged_positions, merged_rows, update_running
+from .channel_tiles import in_units, load_parameter
+from .index import first_program, load, widened
+from .overlap import let_next_launch, wait_for_previous
+from .row_backward import dx_of, normalized
+from .stats import power_of_two_below, row_sums, trusted
+
+
+@triton.jit
+def runs_of_program(C, RUNS, OVER_SAMPLES: tl.constexpr):
+    """(first run of this program's statistic, runs to the next; first channel, channels to the next run's)."""
+    program = first_program()
+    if OVER_SAMPLES:
+        return program, C, program.to(tl.int32), 0
+    else:
+        return program * RUNS, 1, (program * RUNS % C).to(tl.int32), 1
+
+
+@triton.jit
+def tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr):
+    """(runs ``[ROWS, 1]``, which exist, element offsets ``[ROWS, POSITIONS]``, their mask) of a turn. RAGGED: some tiles
+    have fewer elements than lanes.
+    """
+    runs = turn // columns * ROWS + tl.arange(0, ROWS)[:, None]
+    positions = turn % columns * POSITIONS + tl.arange(0, POSITIONS)[None, :]
+    offsets = (first + runs.to(tl.int64) * stride) * S + positions
+    if RAGGED:
+        live = runs < RUNS
+        return runs, live, offsets, live & (positions < S)
+    else:
+        return runs, tl.full(runs.shape, True, tl.int1), offsets, tl.full(offsets.shape, True, tl.int1)
+
+
+@triton.jit
+def turns_of(RUNS, S, ROWS: tl.constexpr, POSITIONS: tl.constexpr):
+    """(how many turns a run's positions take, how many the statistic)."""
+    columns = tl.cdiv(S, POSITIONS)
+    return columns, tl.cdiv(RUNS, ROWS) * columns
+
+
+@triton.jit
+def moments_of_runs(
+    X,
+    first,
+    stride,
+    RUNS,
+    S,
+    scale,
+    RAGGED: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """(mean, sum of squares about it, count) of ``scale·x``, each ``[1, 1]`` and fp64; scale may be None.
+
+    Each lane runs Welford's recurrence over its own elements; lanes are merged once, at the end.
+    """
+    columns, turns = turns_of(RUNS, S, ROWS, POSITIONS)
+    alive = tl.arange(0, ROWS)[:, None] < RUNS  # the rows that have any run
+    mean = tl.zeros([ROWS, POSITIONS], ACC)
+    squares = tl.zeros([ROWS, POSITIONS], ACC)
+    count = tl.zeros([ROWS, POSITIONS] if RAGGED else [1, 1], ACC)
+    for turn in tl.range(0, turns, num_stages=STAGES):
+        _, _, offsets, mask = tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
+        x = widened(load(X + offsets, mask), ACC)
+        if scale is not None:
+            x *= scale
+        if RAGGED:
+            x = tl.where(mask, x, mean)  # so that a lane without an element has no distance
+            count += mask.to(ACC)
+            share = 1.0 / tl.maximum(count, 1.0)
+        else:
+            count += 1.0
+            share = 1.0 / count
+        delta = x - mean
+        mean += delta * share
+        squares += delta * (x - mean)
+    mean, squares, count = merged_positions(mean, squares, tl.broadcast_to(count, [ROWS, POSITIONS]))
+    return merged_rows(mean, squares, tl.where(alive, count, 0.0))
+
+
+@triton.jit
+def largest_of_runs(
+    X,
+    first,
+    stride,
+    RUNS,
+    S,
+    RAGGED: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    """max |x|, ``[1, 1]``."""
+    columns, turns = turns_of(RUNS, S, ROWS, POSITIONS)
+    largest = tl.zeros([ROWS, POSITIONS], ACC)
+    for turn in tl.range(0, turns):
+        _, _, offsets, mask = tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
+        largest = tl.maximum(largest, tl.abs(widened(load(X + offsets, mask), ACC)))
+    return tl.max(tl.max(largest, axis=1, keep_dims=True), axis=0, keep_dims=True)
+
+
+@triton.jit(do_not_specialize=["C", "RUNS", "S"])
+def channel_forward(
+    Y,
+    MEAN,
+    RSTD,
+    VAR,
+    RUNNING_MEAN,
+    RUNNING_VAR,
+    X,
+    W,
+    B,
+    C,
+    RUNS,
+    S,
+    eps: tl.float64,
+    momentum: tl.float64,
+    OVER_SAMPLES: tl.constexpr,
+    UNIT: tl.constexpr,
+    RAGGED: tl.constexpr,
+    ACC: tl.constexpr,
+    RESCUE: tl.constexpr,
+    ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A statistic a program. VAR (unbiased) and running statistics, of each program's number, where they are given."""
+    wait_for_previous(PDL)
+    let_next_launch(PDL)
+    S = in_units(S, UNIT)
+    first, stride, channel, step = runs_of_program(C, RUNS, OVER_SAMPLES)
+    mean, squares, count = moments_of_runs(X, first, stride, RUNS, S, None, RAGGED, ACC, ROWS, POSITIONS, STAGES)
+    if RESCUE:
+        # Squares that leave fp32's range are taken again, times a power of two: exact, and rare.
+        if tl.sum(trusted(squares / count + eps).to(tl.int32)) == 0:
+            unit = power_of_two_below(largest_of_runs(X, first, stride, RUNS, S, RAGGED, ACC, ROWS, POSITIONS))
+            mean, squares, _same = moments_of_runs(
+                X, first, stride, RUNS, S, 1.0 / unit, RAGGED, ACC, ROWS, POSITIONS, STAGES
+            )
+            unit = unit.to(tl.float64)
+            mean *= unit
+            squares *= unit * unit
+    rstd = tl.rsqrt(squares / count + eps)
+    unbiased = squares / (count - 1.0)
+    here = first_program() + tl.zeros([1, 1], tl.int64)
+    there = tl.full([1, 1], True, tl.int1)
+    tl.store(MEAN + here, mean.to(MEAN.dtype.element_ty))
+    tl.store(RSTD + here, rstd.to(RSTD.dtype.element_ty))
+    if VAR is not None:
+        tl.store(VAR + here, unbiased)
+    update_running(RUNNING_MEAN, here, mean, momentum, there)
+    update_running(RUNNING_VAR, here, unbiased, momentum, there)
+
+    mean, rstd = mean.to(ACC), rstd.to(ACC)
+    columns, turns = turns_of(RUNS, S, ROWS, POSITIONS)
+    for turn in tl.range(0, turns, num_stages=STAGES):
+        # The last ones first: of what is larger than L2 they are what it still has.
+        runs, live, offsets, mask = tile_of_turn(turns - 1 - turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
+        w = load_parameter(W, channel + runs * step, C, live, NO_WEIGHT)
+        b = load_parameter(B, channel + runs * step, C, live, NO_BIAS)
+        y = affine(normalized(load(X + offsets, mask), mean, rstd, ACC), w, b, 0.0)
+        tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["C", "RUNS", "S"])
+def channel_backward(
+    DX,
+    DW,
+    DB,
+    DY_XHAT,
+    DY_SUM,
+    DY,
+    X,
+    MEAN,
+    RSTD,
+    W,
+    C,
+    RUNS,
+    S,
+    OVER_SAMPLES: tl.constexpr,
+    UNIT: tl.constexpr,
+    RAGGED: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A statistic a program. DY_XHAT, DY_SUM: each run's sums, for dw and db; OVER_SAMPLES those are DW and DB. Each of the
+    five, and DX, may be None.
+    """
+    wait_for_previous(PDL)
+    let_next_launch(PDL)
+    S = in_units(S, UNIT)
+    first, stride, channel, step = runs_of_program(C, RUNS, OVER_SAMPLES)
+    here = first_program() + tl.zeros([1, 1], tl.int64)
+    mean, rstd = tl.load(MEAN + here).to(ACC), tl.load(RSTD + here).to(ACC)
+    columns, turns = turns_of(RUNS, S, ROWS, POSITIONS)
+    c1 = tl.zeros([ROWS, 1], tl.float64)
+    c2 = tl.zeros([ROWS, 1], tl.float64)
+    if OVER_SAMPLES:
+        of_channel = load_parameter(W, here, C, here < C, NO_WEIGHT).to(tl.float64)
+        dy_xhat = tl.zeros([ROWS, POSITIONS], ACC)
+        dy_sum = tl.zeros([ROWS, POSITIONS], ACC)
+        for turn in tl.range(0, turns, num_stages=STAGES):
+            _, _, offsets, mask = tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
+            dy = widened(load(DY + offsets, mask), ACC)
+            dy_xhat += dy * normalized(load(X + offsets, mask), mean, rstd, ACC)
+            dy_sum += dy
+        of_x, of_1 = row_sums(dy_xhat, dy_sum)
+        of_x = tl.sum(of_x.to(tl.float64), axis=0, keep_dims=True)
+        of_1 = tl.sum(of_1.to(tl.float64), axis=0, keep_dims=True)
+        if DW is not None:
+            tl.store(DW + here, of_x.to(DW.dtype.element_ty))
+        if DB is not None:
+            tl.store(DB + here, of_1.to(DB.dtype.element_ty))
+        c1 += of_x * of_channel / ROWS
+        c2 += of_1 * of_channel / ROWS
+    else:
+        run_xhat = tl.zeros([ROWS, 1], ACC)
+        run_sum = tl.zeros([ROWS, 1], ACC)
+        for turn in tl.range(0, turns, num_stages=STAGES):
+            runs, live, offsets, mask = tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
+            dy = widened(load(DY + offsets, mask), ACC)
+            of_x, of_1 = row_sums(dy * normalized(load(X + offsets, mask), mean, rstd, ACC), dy)
+            begun = turn % columns != 0
+            run_xhat = tl.where(begun, run_xhat, 0.0) + of_x
+            run_sum = tl.where(begun, run_sum, 0.0) + of_1
+            done = live & ((turn + 1) % columns == 0)
+            if DY_XHAT is not None:
+                tl.store(DY_XHAT + first + runs, run_xhat, mask=done)
+            if DY_SUM is not None:
+                tl.store(DY_SUM + first + runs, run_sum, mask=done)
+            of_run = load_parameter(W, channel + runs, C, live, NO_WEIGHT).to(tl.float64)
+            c1 += tl.where(done, run_xhat.to(tl.float64) * of_run, 0.0)
+            c2 += tl.where(done, run_sum.to(tl.float64) * of_run, 0.0)
+    if DX is not None:
+        size = RUNS.to(tl.float64) * S.to(tl.float64)
+        c1 = (tl.sum(c1, axis=0, keep_dims=True) / size).to(ACC)
+        c2 = (tl.sum(c2, axis=0, keep_dims=True) / size).to(ACC)
+        for turn in tl.range(0, turns, num_stages=STAGES):
+            runs, live, offsets, mask = tile_of_turn(
+                turns - 1 - turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS
+            )
+            w = load_parameter(W, channel + runs * step, C, live, NO_WEIGHT)
+            g = affine_backward(widened(load(DY + offsets, mask), ACC), w, 0.0)
+            dx = dx_of(g, normalized(load(X + offsets, mask), mean, rstd, ACC), rstd, c1, c2, True)
+            tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=mask)
