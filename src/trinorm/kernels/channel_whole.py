@@ -63,6 +63,7 @@ def moments_of_runs(
     S,
     scale,
     RAGGED: tl.constexpr,
+    UNEVEN: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -70,13 +71,14 @@ def moments_of_runs(
 ):
     """(mean, sum of squares about it, count) of ``scale·x``, each ``[1, 1]`` and fp64; scale may be None.
 
-    Each lane runs Welford's recurrence over its own elements; lanes are merged once, at the end.
+    Each lane runs Welford's recurrence over its own elements; lanes are merged once, at the end. UNEVEN: a lane may have no
+    element in a turn and one in a later turn, so that each counts its own.
     """
     columns, turns = turns_of(RUNS, S, ROWS, POSITIONS)
     alive = tl.arange(0, ROWS)[:, None] < RUNS  # the rows that have any run
     mean = tl.zeros([ROWS, POSITIONS], ACC)
     squares = tl.zeros([ROWS, POSITIONS], ACC)
-    count = tl.zeros([ROWS, POSITIONS] if RAGGED else [1, 1], ACC)
+    count = tl.zeros([ROWS, POSITIONS] if UNEVEN else [1, 1], ACC)
     for turn in tl.range(0, turns, num_stages=STAGES):
         _, _, offsets, mask = tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
         x = widened(load(X + offsets, mask), ACC)
@@ -84,6 +86,7 @@ def moments_of_runs(
             x *= scale
         if RAGGED:
             x = tl.where(mask, x, mean)  # so that a lane without an element has no distance
+        if UNEVEN:
             count += mask.to(ACC)
             share = 1.0 / tl.maximum(count, 1.0)
         else:
@@ -92,7 +95,11 @@ def moments_of_runs(
         delta = x - mean
         mean += delta * share
         squares += delta * (x - mean)
-    mean, squares, count = merged_positions(mean, squares, tl.broadcast_to(count, [ROWS, POSITIONS]))
+    if not UNEVEN:
+        runs_of_row = tl.cdiv(RUNS - tl.arange(0, ROWS)[:, None], ROWS)
+        of_lane = tl.cdiv(S - tl.arange(0, POSITIONS)[None, :], POSITIONS)
+        count = (tl.maximum(runs_of_row, 0) * tl.maximum(of_lane, 0)).to(ACC)
+    mean, squares, count = merged_positions(mean, squares, count)
     return merged_rows(mean, squares, tl.where(alive, count, 0.0))
 
 
@@ -136,6 +143,7 @@ def channel_forward(
     OVER_SAMPLES: tl.constexpr,
     UNIT: tl.constexpr,
     RAGGED: tl.constexpr,
+    UNEVEN: tl.constexpr,
     ACC: tl.constexpr,
     RESCUE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -148,13 +156,13 @@ def channel_forward(
     let_next_launch(PDL)
     S = in_units(S, UNIT)
     first, stride, channel, step = runs_of_program(C, RUNS, OVER_SAMPLES)
-    mean, squares, count = moments_of_runs(X, first, stride, RUNS, S, None, RAGGED, ACC, ROWS, POSITIONS, STAGES)
+    mean, squares, count = moments_of_runs(X, first, stride, RUNS, S, None, RAGGED, UNEVEN, ACC, ROWS, POSITIONS, STAGES)
     if RESCUE:
         # Squares that leave fp32's range are taken again, times a power of two: exact, and rare.
         if tl.sum(trusted(squares / count + eps).to(tl.int32)) == 0:
             unit = power_of_two_below(largest_of_runs(X, first, stride, RUNS, S, RAGGED, ACC, ROWS, POSITIONS))
             mean, squares, _same = moments_of_runs(
-                X, first, stride, RUNS, S, 1.0 / unit, RAGGED, ACC, ROWS, POSITIONS, STAGES
+                X, first, stride, RUNS, S, 1.0 / unit, RAGGED, UNEVEN, ACC, ROWS, POSITIONS, STAGES
             )
             unit = unit.to(tl.float64)
             mean *= unit

@@ -84,7 +84,9 @@ def forward(
         y = torch.empty_like(x)
         runs, plan_whole = alone
         args: tuple[Any, ...] = (y, mean, rstd, var, *in_place, x, weight, bias, channels, runs, view.s, eps, momentum)
-        options = _of_whole(spec, view, plan_whole, stats, device) | dict(RESCUE=stats == torch.float32)
+        options = _of_whole(spec, view, plan_whole, stats, device) | dict(
+            RESCUE=stats == torch.float32, UNEVEN=plan_whole.uneven(view.s)
+        )
         launch(channel_forward, (sets,), device, args, options)
         if running is not None and var is not None:
             _average(running, mean, var, x.shape[0])

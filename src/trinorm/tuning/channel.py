@@ -33,6 +33,9 @@ _WHOLE = ((3, 2048, 4), (1.5, 4096, 8), (0, 8192, 16))
 # The share of the multiprocessors, 1 over this, that statistics should keep at work.
 _LEAST_SHARE = 2
 
+# Bytes of a tile for each of its warps, at least.
+_LEAST_OF_WARP = 1024
+
 # Positions that lie together in a tile, at least: 128 bytes of 2-byte numbers.
 _RUN = 64
 
@@ -71,6 +74,7 @@ def choose_whole(sets: int, runs: int, s: int, itemsize: int, device: Device) ->
     rows = min(elements // positions, _power_of_two(runs))
     if rows > 1 and (runs & -runs) * 4 >= rows:
         rows = min(rows, runs & -runs)
+    warps = min(warps, max(1, rows * positions * itemsize // _LEAST_OF_WARP))
     return ChannelWhole(Tile(rows, positions, warps), 3, ragged=s % positions != 0 or runs % rows != 0)
 
 

@@ -157,6 +157,10 @@ class ChannelWhole:
     stages: int
     ragged: bool
 
+    def uneven(self, s: int) -> bool:
+        """Whether a lane may have an element of a run of s positions again after a turn without one."""
+        return s > self.tile.chunk and s % self.tile.chunk != 0
+
 
 @dataclass(frozen=True)
 class ChannelCombine:
