@@ -75,10 +75,10 @@ def moments_of_runs(
     element in a turn and one in a later turn, so that each counts its own.
     """
     columns, turns = turns_of(RUNS, S, ROWS, POSITIONS)
-    alive = tl.arange(0, ROWS)[:, None] < RUNS  # the rows that have any run
     mean = tl.zeros([ROWS, POSITIONS], ACC)
     squares = tl.zeros([ROWS, POSITIONS], ACC)
-    count = tl.zeros([ROWS, POSITIONS] if UNEVEN else [1, 1], ACC)
+    count = tl.zeros([ROWS, POSITIONS] if RAGGED else [1, 1], ACC)
+    done = tl.zeros([1, 1], ACC)
     for turn in tl.range(0, turns, num_stages=STAGES):
         _, _, offsets, mask = tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
         x = widened(load(X + offsets, mask), ACC)
@@ -86,21 +86,17 @@ def moments_of_runs(
             x *= scale
         if RAGGED:
             x = tl.where(mask, x, mean)  # so that a lane without an element has no distance
-        if UNEVEN:
             count += mask.to(ACC)
-            share = 1.0 / tl.maximum(count, 1.0)
         else:
             count += 1.0
-            share = 1.0 / count
+        done += 1.0
+        share = 1.0 / (tl.maximum(count, 1.0) if UNEVEN else done)
         delta = x - mean
         mean += delta * share
         squares += delta * (x - mean)
-    if not UNEVEN:
-        runs_of_row = tl.cdiv(RUNS - tl.arange(0, ROWS)[:, None], ROWS)
-        of_lane = tl.cdiv(S - tl.arange(0, POSITIONS)[None, :], POSITIONS)
-        count = (tl.maximum(runs_of_row, 0) * tl.maximum(of_lane, 0)).to(ACC)
-    mean, squares, count = merged_positions(mean, squares, count)
-    return merged_rows(mean, squares, tl.where(alive, count, 0.0))
+    of_row = tl.maximum(tl.cdiv(RUNS - tl.arange(0, ROWS)[:, None], ROWS), 0).to(tl.float64) * S
+    mean, squares, _ = merged_positions(mean, squares, count, of_row)
+    return merged_rows(mean, squares, of_row)
 
 
 @triton.jit
