@@ -33,6 +33,12 @@ IMAGES = (
     (INSTANCE_NORM, (5, 7, 13, 5), 7),
     (BATCH_NORM, (65, 33, 14, 14), 33),
     (BATCH_NORM, (3000, 130, 1, 1), 130),
+    # Statistics that a program has whole: small ones, ragged tiles, tiles that divide.
+    (GROUP_NORM, (70, 24, 9, 14), 6),
+    (GROUP_NORM, (40, 20, 61, 57), 4),
+    (INSTANCE_NORM, (5, 40, 64, 64), 40),
+    (BATCH_NORM, (9, 70, 14, 14), 70),
+    (BATCH_NORM, (6, 80, 56, 56), 80),
 )
 
 

@@ -12,34 +12,39 @@ import pytest
 
 # In a process of its own: where there is no GPU, this one interprets the kernels.
 SCRIPT = """
-import json, sys, torch
+import itertools, json, sys, torch
 from trinorm.inspection import compile_call
 from trinorm.launch import describe
 from trinorm.ops import channels
 from trinorm.spec import BATCH_NORM, GROUP_NORM
+from trinorm.tuning import channel as tuning
 
 calls = []
 channels.launch = lambda kernel, grid, device, args, options: calls.append((kernel, args, options))
 channels.describe = lambda device: describe(torch.device("meta"))
-for spec, groups in ((GROUP_NORM, 32), (BATCH_NORM, 256)):
-    for last in (False, True):
-        x = torch.empty(16, 256, 56, 56, dtype=torch.bfloat16, device="meta")
-        x = x.to(memory_format=torch.channels_last) if last else x
-        w = torch.empty(256, dtype=torch.bfloat16, device="meta")
-        calls.clear()
-        y, mean, rstd = channels.forward(spec, x, groups, w, w, 1e-5)
-        wanted = dict(given=False, dx=True, dw=w.dtype, db=w.dtype)
-        channels.backward(spec, torch.empty_like(x), x, groups, w, mean, rstd, 1e-5, **wanted)
-        for kernel, args, options in calls:
-            if sys.argv[1] != "sm_90":
-                options.pop("launch_pdl")
-                options["PDL"] = False
-            found = compile_call(kernel, args, options, sys.argv[1])
-            print(json.dumps(dict(
-                kernel=found.kernel, spills=found.spills, loads=max(found.loads), stores=max(found.stores)
-            )))
+for (spec, groups), (last, whole) in itertools.product(
+    ((GROUP_NORM, 32), (BATCH_NORM, 256)), ((False, True), (False, False), (True, False))
+):
+    tuning._LEAST_SHARE = 2 if whole else 0
+    tuning.choose_whole.cache_clear()
+    x = torch.empty(16, 256, 56, 56, dtype=torch.bfloat16, device="meta")
+    x = x.to(memory_format=torch.channels_last) if last else x
+    w = torch.empty(256, dtype=torch.bfloat16, device="meta")
+    calls.clear()
+    y, mean, rstd = channels.forward(spec, x, groups, w, w, 1e-5)
+    wanted = dict(given=False, dx=True, dw=w.dtype, db=w.dtype)
+    channels.backward(spec, torch.empty_like(x), x, groups, w, mean, rstd, 1e-5, **wanted)
+    for kernel, args, options in calls:
+        if sys.argv[1] != "sm_90":
+            options.pop("launch_pdl")
+            options["PDL"] = False
+        found = compile_call(kernel, args, options, sys.argv[1])
+        print(json.dumps(dict(
+            kernel=found.kernel, spills=found.spills, loads=max(found.loads), stores=max(found.stores)
+        )))
 """
-READING = ("channel_moments", "channel_apply", "channel_sums", "channel_apply_backward")
+WRITING = ("channel_apply", "channel_apply_backward", "channel_forward", "channel_backward")
+READING = ("channel_moments", "channel_sums", *WRITING)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
@@ -49,10 +54,10 @@ def test_compiled(target: str) -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT, target], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     found: list[dict[str, Any]] = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert len(found) == 4 * 6
+    assert len(found) == 4 * 6 + 3 + 2
     for kernel in found:
         assert not kernel["spills"], kernel
         if kernel["kernel"] in READING:
             assert kernel["loads"] == 128, kernel
-        if kernel["kernel"] in ("channel_apply", "channel_apply_backward"):
+        if kernel["kernel"] in WRITING:
             assert kernel["stores"] == 128, kernel
