@@ -37,6 +37,9 @@ IMAGES = (
     (GROUP_NORM, (70, 24, 9, 14), 6),
     (GROUP_NORM, (40, 20, 61, 57), 4),
     (INSTANCE_NORM, (5, 40, 64, 64), 40),
+    # Held ones: several to a program, several runs.
+    (INSTANCE_NORM, (5, 70, 9, 9), 70),
+    (GROUP_NORM, (70, 24, 9, 8), 8),
     (BATCH_NORM, (9, 70, 14, 14), 70),
     (BATCH_NORM, (6, 80, 56, 56), 80),
 )
@@ -53,14 +56,15 @@ def channel_norms() -> None:
             for given in (False, True) if spec is BATCH_NORM else (False,):
                 x, dy = (torch.randn(shape, device="cuda").bfloat16().contiguous(memory_format=order) for _ in range(2))
                 x[0] *= 1e30
-                weight = torch.randn(shape[1], device="cuda").bfloat16()
-                eps, asked = 1e-5, dict(dx=True, dw=weight.dtype, db=weight.dtype)
+                of_samples = () if spec is BATCH_NORM else shape[:1]
+                weight = torch.randn(*of_samples, shape[1], device="cuda").bfloat16()
+                problem = channels.Problem(spec, groups, 1e-5, "silu", given)
                 if given:
                     mean, rstd = (torch.rand(shape[1], device="cuda") for _ in range(2))
-                    channels.apply(spec, x, groups, weight, weight, mean, rstd, eps, given=True)
+                    channels.apply(problem, x, weight, weight, mean, rstd)
                 else:
-                    _, mean, rstd = channels.forward(spec, x, groups, weight, weight, eps)
-                channels.backward(spec, dy, x, groups, weight, mean, rstd, eps, given=given, **asked)
+                    _, mean, rstd = channels.forward(problem, x, weight, weight)
+                channels.backward(problem, dy, x, weight, weight, mean, rstd, dx=True, dw=weight.dtype, db=weight.dtype)
                 torch.cuda.synchronize()
                 print(spec.name, *shape, order, "given" if given else "taken", flush=True)
 

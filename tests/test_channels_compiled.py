@@ -16,34 +16,45 @@ import itertools, json, sys, torch
 from trinorm.inspection import compile_call
 from trinorm.launch import describe
 from trinorm.ops import channels
-from trinorm.spec import BATCH_NORM, GROUP_NORM
+from trinorm.ops.channels import Problem
+from trinorm.spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM
 from trinorm.tuning import channel as tuning
 
 calls = []
 channels.launch = lambda kernel, grid, device, args, options: calls.append((kernel, args, options))
 channels.describe = lambda device: describe(torch.device("meta"))
-for (spec, groups), (last, whole) in itertools.product(
-    ((GROUP_NORM, 32), (BATCH_NORM, 256)), ((False, True), (False, False), (True, False))
-):
+problems = (
+    (Problem(GROUP_NORM, 32, 1e-5, "silu"), (16, 256, 56, 56)),
+    (Problem(BATCH_NORM, 256, 1e-5), (16, 256, 56, 56)),
+    (Problem(GROUP_NORM, 64, 1e-5), (32, 256, 16, 16)),
+    (Problem(INSTANCE_NORM, 256, 1e-5), (16, 256, 32, 32)),
+)
+for (problem, shape), (last, whole) in itertools.product(problems, ((False, True), (False, False), (True, False))):
+    if shape[-1] < 56 and not whole:
+        continue
     tuning._LEAST_SHARE = 2 if whole else 0
-    tuning.choose_whole.cache_clear()
-    x = torch.empty(16, 256, 56, 56, dtype=torch.bfloat16, device="meta")
+    for choose in (tuning.choose_whole, tuning._walk, tuning._tile):
+        choose.cache_clear()
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     x = x.to(memory_format=torch.channels_last) if last else x
     w = torch.empty(256, dtype=torch.bfloat16, device="meta")
     calls.clear()
-    y, mean, rstd = channels.forward(spec, x, groups, w, w, 1e-5)
-    wanted = dict(given=False, dx=True, dw=w.dtype, db=w.dtype)
-    channels.backward(spec, torch.empty_like(x), x, groups, w, mean, rstd, 1e-5, **wanted)
+    y, mean, rstd = channels.forward(problem, x, w, w)
+    channels.backward(problem, torch.empty_like(x), x, w, w, mean, rstd, dx=True, dw=w.dtype, db=w.dtype)
     for kernel, args, options in calls:
         if sys.argv[1] != "sm_90":
             options.pop("launch_pdl")
             options["PDL"] = False
+            options.pop("maxnreg", None)
         found = compile_call(kernel, args, options, sys.argv[1])
         print(json.dumps(dict(
             kernel=found.kernel, spills=found.spills, loads=max(found.loads), stores=max(found.stores)
         )))
 """
-WRITING = ("channel_apply", "channel_apply_backward", "channel_forward", "channel_backward")
+WRITING = (
+    *("channel_apply", "channel_apply_backward", "channel_forward", "channel_backward"),
+    *("held_forward", "held_backward"),
+)
 READING = ("channel_moments", "channel_sums", *WRITING)
 
 
@@ -54,7 +65,7 @@ def test_compiled(target: str) -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT, target], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     found: list[dict[str, Any]] = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert len(found) == 4 * 6 + 3 + 2
+    assert len(found) == 4 * 6 + 3 + 2 + 3 + 3
     for kernel in found:
         assert not kernel["spills"], kernel
         if kernel["kernel"] in READING:

@@ -160,9 +160,13 @@ def test_derivatives(spec: ChannelNorm, device: torch.device) -> None:
     given = (
         None if spec is GROUP_NORM else Given(*(torch.rand(4, device=device, dtype=torch.float64) + 0.5 for _ in range(2)))
     )
-    for statistics in {None, given}:
-        torch.autograd.gradcheck(lambda *t, s=statistics: norm(spec, t[0], groups, *t[1:], s), drawn)
-        torch.autograd.gradgradcheck(lambda *t, s=statistics: norm(spec, t[0], groups, *t[1:], s), drawn)
+    for statistics, activation in ((None, None), (None, "silu"), (None, "gelu"), *([(given, "silu")] if given else ())):
+
+        def run(*t: torch.Tensor, s: Given | None = statistics, f: Any = activation) -> torch.Tensor:
+            return norm(spec, t[0], groups, *t[1:], s, activation=f)
+
+        torch.autograd.gradcheck(run, drawn)
+        torch.autograd.gradgradcheck(run, drawn)
     expected = torch.autograd.grad(norm(spec, drawn[0], groups, *drawn[1:]).sin().sum(), drawn)
     batched = torch.randn(3, *shape, device=device, dtype=torch.float64)
     y = norm(spec, drawn[0], groups, *drawn[1:])
@@ -218,6 +222,12 @@ def test_bad_input(device: torch.device) -> None:
         (ValueError, "running_var is None", lambda: functional.batch_norm(x, w, None, training=True)),
         (RuntimeError, "running_mean requires a gradient", lambda: functional.batch_norm(x, w.clone().requires_grad_(), w)),
         (RuntimeError, "running_mean has shape", lambda: functional.batch_norm(x, w[:2], w)),
+        (ValueError, "activation is 'tanh'", lambda: functional.group_norm(x, 2, activation="tanh")),  # type: ignore[arg-type]
+        (RuntimeError, r"scale has shape \(6,\)", lambda: functional.group_norm(x, 2, scale=w)),
+        (RuntimeError, r"shift has shape \(2, 6, 4\)", lambda: functional.group_norm(x, 2, shift=x)),
+        (RuntimeError, "shift is on meta", lambda: functional.instance_norm(x, shift=x[..., 0].to("meta"))),
+        (TypeError, "scale must be a Tensor", lambda: functional.group_norm(x, 2, scale=2.0)),  # type: ignore[arg-type]
+        (NotImplementedError, "scale has dtype", lambda: functional.group_norm(x, 2, scale=x[..., 0].long())),
         (TypeError, "momentum must be a float", lambda: functional.batch_norm(x, w, w, training=True, momentum="a")),  # type: ignore[arg-type]
     ]
     for error, message, call in bad:

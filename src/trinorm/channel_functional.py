@@ -9,22 +9,30 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import channel_reference as reference
 from . import checks
 from .channel_reference import Averages, Given
 from .ops.channel import channel_norm
-from .spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM
+from .spec import ACTIVATIONS, BATCH_NORM, GROUP_NORM, INSTANCE_NORM, Activation
 
 
 def group_norm(
-    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: Activation | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     r"""Group normalization: of each sample, over the channels of a group and all positions.
 
     .. math::
         y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \cdot w + b
 
-    with the biased variance, and w and b of the channel. The signature, defaults and meaning are
+    with the biased variance, and w and b of the channel; then :math:`y (1 + s) + t` with a scale s and a shift t of the
+    channel in this sample, and an activation. Without those the signature, defaults and meaning are
     :func:`torch.nn.functional.group_norm`'s.
 
     Args:
@@ -34,26 +42,32 @@ def group_norm(
         weight: ``(C,)``, any of the dtypes above, not necessarily the input's; None is 1.
         bias: as weight; None is 0.
         eps: added to the variance, so in the input's units squared; >= 0.
+        activation: "relu", "silu", "gelu" (by the error function), or None. It is computed before the result is rounded,
+            and its gradient from the input, so that nothing more is kept.
+        scale, shift: ``(N, C)``, or of that shape with dims of 1 behind it, as a diffusion model's time embedding gives
+            them; either may be None, which is 0.
 
     Returns:
         A tensor of the input's shape, dtype and memory order (fp32 where autocast makes torch's own op return that).
         Statistics and sums are fp32, fp64 as soon as one of the tensors is.
 
     Raises:
-        RuntimeError: C is not a multiple of ``num_groups``, the input has fewer than 2 dims, weight or bias does not fit.
-        ValueError: the only sample's groups are single elements, or eps is negative or NaN.
+        RuntimeError: C is not a multiple of ``num_groups``, the input has fewer than 2 dims, weight, bias, scale or shift
+            does not fit.
+        ValueError: the only sample's groups are single elements, eps is negative or NaN, or there is no such activation.
         NotImplementedError: a dtype other than the four.
         TypeError: an argument of the wrong kind.
 
     Source: Wu, He, "Group Normalization", arXiv:1803.08494.
     """
-    if has_torch_function_variadic(*(all_tensors := (input, weight, bias))):
-        return handle_torch_function(group_norm, all_tensors, input, num_groups, weight=weight, bias=bias, eps=eps)
+    if has_torch_function_variadic(*(all_tensors := (input, weight, bias, scale, shift))):
+        given: dict[str, Any] = dict(weight=weight, bias=bias, eps=eps, activation=activation, scale=scale, shift=shift)
+        return handle_torch_function(group_norm, all_tensors, input, num_groups, **given)
     try:
         num_groups = operator.index(num_groups)
     except TypeError:
         raise TypeError(f"group_norm(): num_groups must be an int, not {num_groups!r}") from None
-    eps = _check("group_norm", input, eps, weight=weight, bias=bias)
+    eps = _check("group_norm", input, eps, activation, weight=weight, bias=bias)
     channels = input.shape[1]
     if num_groups <= 0 or channels % num_groups:
         raise RuntimeError(
@@ -63,8 +77,8 @@ def group_norm(
         raise ValueError(
             f"group_norm(): expected more than 1 value per group when training, got input size {tuple(input.shape)}"
         )
-    y = channel_norm(GROUP_NORM, input, num_groups, weight, bias, eps)
-    return reference.composite(GROUP_NORM, input, num_groups, weight, bias, eps) if y is None else y
+    weight, bias = _of_samples("group_norm", input, weight, bias, scale, shift)
+    return channel_norm(GROUP_NORM, input, num_groups, weight, bias, eps, activation)
 
 
 def instance_norm(
@@ -76,6 +90,10 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    activation: Activation | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     r"""Instance normalization: of each channel of each sample, over all positions.
 
@@ -89,6 +107,8 @@ def instance_norm(
         weight, bias, eps: as :func:`group_norm`.
         use_input_stats: take statistics of the input; else the running ones, which are then needed.
         momentum: the share of this input in the running statistics.
+        activation, scale, shift: as :func:`group_norm`. Scale and shift are what adaptive instance normalization calls the
+            style.
 
     Returns:
         As :func:`group_norm`; autocast leaves it alone.
@@ -96,24 +116,24 @@ def instance_norm(
     Raises:
         RuntimeError, NotImplementedError, TypeError: as :func:`group_norm`; RuntimeError too where running statistics are
             needed and missing, or require a gradient.
-        ValueError: one position for each channel, with ``use_input_stats``; eps is negative or NaN.
+        ValueError: one position for each channel, with ``use_input_stats``; eps is negative or NaN, or there is no such
+            activation.
 
     Source: Ulyanov, Vedaldi, Lempitsky, "Instance Normalization", arXiv:1607.08022.
     """
-    if has_torch_function_variadic(*(all_tensors := (input, running_mean, running_var, weight, bias))):
+    if has_torch_function_variadic(*(all_tensors := (input, running_mean, running_var, weight, bias, scale, shift))):
         arguments: dict[str, Any] = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
         arguments |= dict(use_input_stats=use_input_stats, momentum=momentum, eps=eps)
+        arguments |= dict(activation=activation, scale=scale, shift=shift)
         return handle_torch_function(instance_norm, all_tensors, input, **arguments)
     op = "instance_norm"
     tensors = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    eps = _check(op, input, eps, **tensors)
+    eps = _check(op, input, eps, activation, **tensors)
     if use_input_stats and math.prod(input.shape[2:]) == 1:
         raise ValueError(f"{op}(): expected more than 1 spatial element when training, got input size {tuple(input.shape)}")
     given, averages = _statistics(op, running_mean, running_var, use_input_stats, momentum)
-    y = channel_norm(INSTANCE_NORM, input, input.shape[1], weight, bias, eps, given, averages)
-    if y is None:
-        y = reference.composite(INSTANCE_NORM, input, input.shape[1], weight, bias, eps, given, averages)
-    return y
+    weight, bias = _of_samples(op, input, weight, bias, scale, shift)
+    return channel_norm(INSTANCE_NORM, input, input.shape[1], weight, bias, eps, activation, given, averages)
 
 
 def batch_norm(
@@ -125,6 +145,8 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    activation: Activation | None = None,
 ) -> Tensor:
     r"""Batch normalization: of each channel, over all samples and positions.
 
@@ -138,6 +160,7 @@ def batch_norm(
         weight, bias, eps: as :func:`group_norm`.
         training: take statistics of the input; else the running ones, which are then needed.
         momentum: the share of this input in the running statistics.
+        activation: as :func:`group_norm`.
 
     Returns:
         As :func:`group_norm`; autocast leaves it alone.
@@ -145,24 +168,23 @@ def batch_norm(
     Raises:
         RuntimeError, NotImplementedError, TypeError: as :func:`group_norm`; RuntimeError too where running statistics are
             needed and missing, or require a gradient.
-        ValueError: one value for each channel, in training; eps is negative or NaN.
+        ValueError: one value for each channel, in training; eps is negative or NaN, or there is no such activation.
 
     Source: Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167.
     """
     if has_torch_function_variadic(*(all_tensors := (input, running_mean, running_var, weight, bias))):
         rest: dict[str, Any] = dict(weight=weight, bias=bias, training=training, momentum=momentum, eps=eps)
+        rest |= dict(activation=activation)
         return handle_torch_function(batch_norm, all_tensors, input, running_mean, running_var, **rest)
     op = "batch_norm"
-    eps = _check(op, input, eps, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    tensors = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    eps = _check(op, input, eps, activation, **tensors)
     if training and input.shape[0] * math.prod(input.shape[2:]) == 1:
         raise ValueError(
             f"{op}(): expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
         )
     given, averages = _statistics(op, running_mean, running_var, training, momentum)
-    y = channel_norm(BATCH_NORM, input, input.shape[1], weight, bias, eps, given, averages)
-    if y is None:
-        y = reference.composite(BATCH_NORM, input, input.shape[1], weight, bias, eps, given, averages)
-    return y
+    return channel_norm(BATCH_NORM, input, input.shape[1], weight, bias, eps, activation, given, averages)
 
 
 def _statistics(
@@ -189,7 +211,32 @@ def _statistics(
         raise TypeError(f"{op}(): momentum must be a float, not {momentum!r}") from None
 
 
-def _check(op: str, x: Tensor, eps: float, **parameters: Tensor | None) -> float:
+def _of_samples(
+    op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """weight and bias, or, with a scale or a shift, those of each sample that come to the same: ``(N, C)``, few numbers, of
+    which autograd knows how they were made.
+    """
+    if scale is None and shift is None:
+        return weight, bias
+    samples = tuple(x.shape[:2])
+    for name, t in (("scale", scale), ("shift", shift)):
+        if t is None:
+            continue
+        checks.tensor(op, name, t)
+        checks.strided(op, name, t)
+        if tuple(t.shape[:2]) != samples or any(size != 1 for size in t.shape[2:]):
+            raise RuntimeError(
+                f"{op}(): {name} has shape {tuple(t.shape)}, but input has {samples[0]} samples of {samples[1]} channels; "
+                f"it must be {samples}, with dims of 1 behind it or not"
+            )
+        checks.beside(op, name, t, x)
+    factor = x.new_ones(samples) if scale is None else 1 + scale.reshape(samples)
+    of_shift = x.new_zeros(samples) if shift is None else shift.reshape(samples)
+    return factor if weight is None else factor * weight, of_shift if bias is None else bias * factor + of_shift
+
+
+def _check(op: str, x: Tensor, eps: float, activation: str | None, **parameters: Tensor | None) -> float:
     """eps as a float, or torch's own class of error, with the argument named."""
     checks.tensor(op, "input", x)
     checks.strided(op, "input", x)
@@ -209,4 +256,8 @@ def _check(op: str, x: Tensor, eps: float, **parameters: Tensor | None) -> float
             )
         checks.beside(op, name, t, x)
     checks.dtype(op, "input", x)
+    if activation is not None and (not isinstance(activation, str) or activation not in ACTIVATIONS):
+        raise ValueError(
+            f"{op}(): activation is {activation!r}; it must be None or one of {', '.join(map(repr, ACTIVATIONS))}"
+        )
     return checks.epsilon(op, eps)

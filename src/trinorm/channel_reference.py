@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .reference import Exact, Gradients, autocasts_to_fp32, in_dtypes_of, in_fp32, keeping_dtype, precise
-from .spec import GROUP_NORM, ChannelNorm
+from .spec import GROUP_NORM, Activation, ChannelNorm
 
 
 class Given(NamedTuple):
@@ -38,6 +38,7 @@ def oracle(
     bias: Tensor | None,
     eps: float,
     given: Given | None = None,
+    activation: Activation | None = None,
 ) -> Exact:
     """The definition: ``rstd = (var + eps)^-1/2``, ``y = (x - mean) * rstd * weight + bias``, in the precision of
     reference.oracle. Statistics come flat: of each group of a sample, or of each channel.
@@ -45,10 +46,9 @@ def oracle(
     lift, lower, quiet = precise(x, weight, bias)
     with quiet:
         mean, rstd, xhat = _normalized(spec, lift(x), num_groups, eps, None if given is None else tuple(map(lift, given)))
-        w, b = (None if t is None else _of_channels(lift(t), num_groups) for t in (weight, bias))
-        y = xhat if w is None else xhat * w
-        y = y if b is None else y + b
-    return Exact(lower(y).reshape(x.shape), lower(mean).flatten(), lower(rstd).flatten())
+        y = _affine(xhat, *(None if t is None else _of_channels(lift(t), num_groups) for t in (weight, bias)))
+    y = activated(lower(y), activation)
+    return Exact(y.reshape(x.shape), lower(mean).flatten(), lower(rstd).flatten())
 
 
 def oracle_gradients(
@@ -60,16 +60,21 @@ def oracle_gradients(
     eps: float,
     dy: Tensor,
     given: Given | None = None,
+    activation: Activation | None = None,
 ) -> Gradients:
     """The gradients in closed form, in the oracle's precision."""
     lift, lower, quiet = precise(x, weight, bias)
     with quiet:
         statistics = None if given is None else tuple(map(lift, given))
         _, rstd, xhat = _normalized(spec, lift(x), num_groups, eps, statistics)
-        w = None if weight is None else _of_channels(lift(weight), num_groups)
-        dx, dw, db = _gradients(spec, xhat, rstd, w, _seen(lift(dy), num_groups), given is None)
-        dx, dw, db = lower(dx).reshape(x.shape), lower(dw).flatten(), lower(db).flatten()
-        return Gradients(dx, None if weight is None else dw, None if bias is None else db)
+        w, b = (None if t is None else _of_channels(lift(t), num_groups) for t in (weight, bias))
+        dz = _seen(lift(dy), num_groups)
+        if activation is not None:
+            dz = lift(activated_backward(lower(dz), lower(_affine(xhat, w, b)), activation))
+        dx, dw, db = _gradients(spec, xhat, rstd, w, dz, given is None)
+        dx = lower(dx).reshape(x.shape)
+        dw, db = (None if t is None else lower(d).reshape(t.shape) for d, t in ((dw, weight), (db, bias)))
+        return Gradients(dx, dw, db)
 
 
 def composite(
@@ -81,11 +86,17 @@ def composite(
     eps: float,
     given: Given | None = None,
     averages: Averages | None = None,
+    activation: Activation | None = None,
 ) -> Tensor:
     """The norm as torch's own op, differentiable any number of times and in either mode.
 
-    torch's op where it takes the dtypes given; else the same op in fp32 or fp64 with one rounding at the end.
+    torch's op where it takes the dtypes given; else the same op in fp32 or fp64 with one rounding at the end. Parameters
+    that are each sample's own come after torch's op without any.
     """
+    if any(t is not None and t.dim() == 2 for t in (weight, bias)):
+        y = composite(spec, x, num_groups, None, None, eps, given, averages)
+        w, b = (None if t is None else t.reshape(*t.shape, *[1] * (x.dim() - 2)) for t in (weight, bias))
+        return activated(_affine(y, w, b).to(y.dtype), activation)
     with keeping_dtype(x.device.type):
         if x.dtype != torch.float64 and autocasts_to_fp32(spec.name, x.device.type):
             x, weight, bias = in_fp32(x, weight, bias)
@@ -96,7 +107,7 @@ def composite(
             wide = torch.float64 if torch.float64 in dtypes else torch.float32
             x, weight, bias, mean, var = (None if t is None else t.to(wide) for t in (x, weight, bias, mean, var))  # type: ignore[assignment]
         if spec is GROUP_NORM:
-            return F.group_norm(x, num_groups, weight, bias, eps).to(narrow)
+            return activated(F.group_norm(x, num_groups, weight, bias, eps).to(narrow), activation)
         how = given is None, 0.0 if averages is None else averages.momentum, eps
         norm = F.batch_norm if spec.over_samples else F.instance_norm
         y = norm(x, mean, var, weight, bias, *how)
@@ -104,7 +115,7 @@ def composite(
             for kept, now in zip(found, (mean, var), strict=True):
                 if kept is not None and now is not None and kept is not now:
                     kept.copy_(now)
-        return y.to(narrow)
+        return activated(y.to(narrow), activation)
 
 
 def composite_gradients(
@@ -112,17 +123,23 @@ def composite_gradients(
     x: Tensor,
     num_groups: int,
     weight: Tensor | None,
+    bias: Tensor | None,
     bias_dtype: torch.dtype | None,
     eps: float,
     dy: Tensor,
     given: Given | None = None,
+    activation: Activation | None = None,
 ) -> Gradients:
-    """The closed form in ATen's ops and in fp64: a differentiable function of x, weight and dy."""
+    """The closed form in ATen's ops and in fp64: a differentiable function of x, weight, bias and dy. The activation needs
+    bias, and db bias_dtype.
+    """
     statistics = None if given is None else tuple(t.double() for t in given)
     _, rstd, xhat = _normalized(spec, x.double(), num_groups, eps, statistics)
-    w = None if weight is None else _of_channels(weight.double(), num_groups)
-    dx, dw, db = _gradients(spec, xhat, rstd, w, _seen(dy.double(), num_groups), given is None)
-    return in_dtypes_of((dx.reshape(x.shape), dw.reshape(-1), db.reshape(-1)), x, weight, bias_dtype)
+    w, b = (None if t is None else _of_channels(t.double(), num_groups) for t in (weight, bias))
+    dz = activated_backward(_seen(dy.double(), num_groups), _affine(xhat, w, b), activation)
+    dx, dw, db = _gradients(spec, xhat, rstd, w, dz, given is None)
+    shape = next((t.shape for t in (weight, bias) if t is not None), x.shape[1:2])
+    return in_dtypes_of((dx.reshape(x.shape), dw.reshape(shape), db.reshape(shape)), x, weight, bias_dtype)
 
 
 def _seen(x: Any, num_groups: int) -> Any:
@@ -135,7 +152,30 @@ def _seen(x: Any, num_groups: int) -> Any:
 
 
 def _of_channels(t: Any, num_groups: int) -> Any:
-    return t.reshape((1, num_groups, -1, 1))
+    """A parameter, a channel's or each sample's own, beside what _seen gives."""
+    return t.reshape((t.shape[0] if t.ndim == 2 else 1, num_groups, -1, 1))
+
+
+def _affine(xhat: Any, w: Any | None, b: Any | None) -> Any:
+    y = xhat if w is None else xhat * w
+    return y if b is None else y + b
+
+
+def activated(z: Tensor, activation: Activation | None) -> Tensor:
+    """f(z)."""
+    return z if activation is None else getattr(F, activation)(z)
+
+
+def activated_backward(dy: Tensor, z: Tensor, activation: Activation | None) -> Tensor:
+    """dy·f'(z), differentiable."""
+    if activation == "relu":
+        return torch.where(z > 0, dy, 0)
+    if activation == "silu":
+        s = torch.sigmoid(z)
+        return dy * (s + z * s * (1 - s))
+    if activation == "gelu":
+        return dy * ((1 + torch.erf(z * 0.5**0.5)) / 2 + z * torch.exp(-z * z / 2) / (2 * torch.pi) ** 0.5)
+    return dy
 
 
 def _normalized(spec: ChannelNorm, x: Any, num_groups: int, eps: float, given: Any | None) -> tuple[Any, Any, Any]:
@@ -163,4 +203,5 @@ def _gradients(spec: ChannelNorm, xhat: Any, rstd: Any, weight: Any | None, dy: 
     if taken:
         axes = _axes(spec)
         dx = g - xhat * (g * xhat).mean(axis=axes, keepdims=True) - g.mean(axis=axes, keepdims=True)
-    return rstd * dx, (dy * xhat).sum(axis=(0, 3)), dy.sum(axis=(0, 3))
+    summed = (3,) if weight is not None and weight.shape[0] > 1 else (0, 3)
+    return rstd * dx, (dy * xhat).sum(axis=summed), dy.sum(axis=summed)

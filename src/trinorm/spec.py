@@ -10,6 +10,11 @@ Cast = Literal["output", "llama", "gemma"]
 CASTS: tuple[Cast, ...] = get_args(Cast)
 
 
+# What a channel norm may do to its result at once.
+Activation = Literal["relu", "silu", "gelu"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
+
 @dataclass(frozen=True)
 class RowNorm:
     """A norm whose statistics run over the last dims of each row.

@@ -13,16 +13,17 @@ fit.
 import triton
 import triton.language as tl
 
-from .affine import NO_BIAS, NO_WEIGHT, affine
+from .activation import activated
+from .affine import affine
 from .channel_tiles import (
     inner_in_units,
     lane_counts,
     lanes_there,
+    last_ones_first,
     load_channel_stats,
-    load_parameter,
+    load_parameters,
     statistics_of,
     store_partial,
-    tile_of_program,
     walk_of_program,
 )
 from .index import first_program, load, widened
@@ -33,9 +34,17 @@ from .stats import power_of_two_below, row_sum, trusted
 
 @triton.jit
 def walked_moments(
-    X, live, walk, scale, SAMPLES: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr
+    X,
+    live,
+    walk,
+    EVEN: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """(mean, sum of squares about it, count) of ``scale·x`` in each of a program's channels, fp64; scale may be None.
+    """(mean, sum of squares about it, count) of each of a program's channels, fp64.
 
     Each lane runs Welford's recurrence over its own elements; lanes are merged once, at the end.
     """
@@ -43,29 +52,62 @@ def walked_moments(
     mean = tl.zeros([ROWS, POSITIONS], ACC)
     squares = tl.zeros([ROWS, POSITIONS], ACC)
     turn = tl.zeros([1, 1], ACC)
-    for i in tl.range(0, steps):
-        here = lanes_there(i, there, SAMPLES, POSITIONS)
+    for i in tl.range(0, steps, num_stages=STAGES):
+        here = lanes_there(i, there, EVEN, SAMPLES, POSITIONS)
         x = widened(load(X + first + i * step, live & here), ACC)
-        if scale is not None:
-            x *= scale
         x = tl.where(here, x, mean)  # so that a lane without an element has no distance
         turn += 1.0
         delta = x - mean
         mean += delta * (1.0 / turn)
         squares += delta * (x - mean)
-    count = lane_counts(steps, there, SAMPLES, ACC, POSITIONS)
+    count = lane_counts(steps, there, EVEN, SAMPLES, ACC, POSITIONS)
     return merged_positions(mean, squares, count, tl.zeros([1, 1], tl.float64) + there * (1 if SAMPLES == 1 else steps))
 
 
 @triton.jit
-def walked_largest(X, live, walk, SAMPLES: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr):
-    """max |x|, ``[ROWS, 1]``, of each of a program's channels."""
+def rescued_walk(
+    X,
+    live,
+    walk,
+    n,
+    EVEN: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    """(mean, sum of squares about it) where squares leave fp32's range: of x times a power of two, scaled back.
+
+    It is rare, so it takes three plain readings, which need fewer registers than the recurrence: those of what is rare are
+    kept for it always.
+    """
     first, step, steps, there = walk
     largest = tl.zeros([ROWS, POSITIONS], ACC)
     for i in tl.range(0, steps):
-        mask = live & lanes_there(i, there, SAMPLES, POSITIONS)
+        mask = live & lanes_there(i, there, EVEN, SAMPLES, POSITIONS)
         largest = tl.maximum(largest, tl.abs(widened(load(X + first + i * step, mask), ACC)))
-    return tl.max(largest, axis=1, keep_dims=True)
+    unit = power_of_two_below(tl.max(largest, axis=1, keep_dims=True))
+    total = tl.zeros([ROWS, POSITIONS], ACC)
+    for i in tl.range(0, steps):
+        mask = live & lanes_there(i, there, EVEN, SAMPLES, POSITIONS)
+        total += widened(load(X + first + i * step, mask), ACC) * (1.0 / unit)
+    mean = row_sum(total).to(tl.float64) / n
+    center = mean.to(ACC)
+    squares = tl.zeros([ROWS, POSITIONS], ACC)
+    for i in tl.range(0, steps):
+        mask = live & lanes_there(i, there, EVEN, SAMPLES, POSITIONS)
+        distance = tl.where(mask, widened(load(X + first + i * step, mask), ACC) * (1.0 / unit) - center, 0.0)
+        squares += distance * distance
+    return scaled_back(mean, center, row_sum(squares).to(tl.float64), n, unit)
+
+
+@triton.jit
+def scaled_back(mean, center, squares, n, unit):
+    """(mean, sum of squares about it), fp64, of x, from those of x / unit, whose squares were taken about ``center``."""
+    moved = mean - center.to(tl.float64)
+    left = squares - moved * moved * n
+    unit = unit.to(tl.float64)
+    return mean * unit, tl.where(left < 0.0, 0.0, left) * unit * unit
 
 
 @triton.jit
@@ -83,15 +125,6 @@ def merged_positions(mean, squares, count, n):
     return center.to(tl.float64) + moved, tl.where(total < 0.0, 0.0, total), n
 
 
-@triton.jit
-def merged_rows(mean, squares, count):
-    """The same over the rows of a tile, whose values are fp64: those of each column."""
-    total = tl.sum(count, axis=0, keep_dims=True)
-    center = tl.sum(mean * count, axis=0, keep_dims=True) / total
-    shift = mean - center
-    return center, tl.sum(squares + shift * shift * count, axis=0, keep_dims=True), total
-
-
 @triton.jit(do_not_specialize=["A", "width", "S", "slab", "slabs"])
 def channel_moments(
     MEANS,
@@ -105,28 +138,30 @@ def channel_moments(
     eps: tl.float64,
     LAST: tl.constexpr,
     UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
     SAMPLES: tl.constexpr,
     ACC: tl.constexpr,
     RESCUE: tl.constexpr,
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A block of ROWS channels a program, and of each a slab of one sample's positions, or all of SAMPLES samples'."""
     wait_for_previous(PDL)
     let_next_launch(PDL)
     width, S = inner_in_units(width, S, LAST, UNIT)
-    part, _, channels, live, walk = walk_of_program(A, width, S, slab, slabs, LAST, UNIT, SAMPLES, ROWS, POSITIONS)
-    mean, squares, count = walked_moments(X, live, walk, None, SAMPLES, ACC, ROWS, POSITIONS)
+    program = first_program().to(tl.int32)
+    part, _, channels, live, walk = walk_of_program(
+        program, A, width, S, slab, slabs, LAST, UNIT, EVEN, SAMPLES, ROWS, POSITIONS
+    )
+    mean, squares, count = walked_moments(X, live, walk, EVEN, SAMPLES, ACC, ROWS, POSITIONS, STAGES)
     if RESCUE:
-        # Squares that leave fp32's range are taken again, of those channels times a power of two: exact, and rare.
         good = trusted(squares / count + eps) | ~live
         if tl.min(good.to(tl.int32)) == 0:
-            unit = power_of_two_below(walked_largest(X, live, walk, SAMPLES, ACC, ROWS, POSITIONS))
-            again, squares_again, _same = walked_moments(X, live, walk, 1.0 / unit, SAMPLES, ACC, ROWS, POSITIONS)
-            unit = unit.to(tl.float64)
-            mean = tl.where(good, mean, again * unit)
-            squares = tl.where(good, squares, squares_again * unit * unit)
+            mean_again, squares_again = rescued_walk(X, live, walk, count, EVEN, SAMPLES, ACC, ROWS, POSITIONS)
+            mean = tl.where(good, mean, mean_again)
+            squares = tl.where(good, squares, squares_again)
     store_partial(MEANS, part, width, channels, mean, live)
     store_partial(SQUARES, part, width, channels, squares, live)
 
@@ -151,22 +186,32 @@ def sets_of_program(program, C, D, SETS: tl.constexpr):
 
 
 @triton.jit
+def partial_counts(part, live, A, S, slab, slabs, SAMPLES):
+    """How many elements each of some partials is made of, fp64."""
+    positions = tl.minimum(S - (part % slabs).to(tl.int64) * slab, slab)
+    samples = tl.minimum(A - part // slabs * SAMPLES, SAMPLES)
+    return tl.where(live, (positions * samples).to(tl.float64), 0.0)
+
+
+@triton.jit
 def combined_moments(MEANS, SQUARES, outer, sets, A, S, slab, slabs, R, D, C, SAMPLES, K: tl.constexpr):
-    """(mean, sum of squares about it, count), each ``[1, SETS]`` and fp64: Chan's rule, along k and then over lanes."""
+    """(mean, sum of squares about it, count), each ``[1, SETS]`` and fp64. Partials are read twice."""
     count = tl.zeros([K, sets.shape[1]], tl.float64)
-    mean = tl.zeros([K, sets.shape[1]], tl.float64)
+    total = tl.zeros([K, sets.shape[1]], tl.float64)
+    for start in tl.range(0, R * D, K):
+        part, offsets, live = partials_of(start, outer, sets, R, D, C, K)
+        n = partial_counts(part, live, A, S, slab, slabs, SAMPLES)
+        count += n
+        total += load(MEANS + offsets, live) * n
+    count = tl.maximum(tl.sum(count, axis=0, keep_dims=True), 1.0)
+    mean = tl.sum(total, axis=0, keep_dims=True) / count
     squares = tl.zeros([K, sets.shape[1]], tl.float64)
     for start in tl.range(0, R * D, K):
         part, offsets, live = partials_of(start, outer, sets, R, D, C, K)
-        positions = tl.minimum(S - (part % slabs).to(tl.int64) * slab, slab)
-        samples = tl.minimum(A - part // slabs * SAMPLES, SAMPLES)
-        n = tl.where(live, (positions * samples).to(tl.float64), 0.0)
-        delta = tl.where(live, load(MEANS + offsets, live) - mean, 0.0)
-        share = n / tl.maximum(count + n, 1.0)
-        mean += delta * share
-        squares += load(SQUARES + offsets, live) + delta * delta * count * share
-        count += n
-    return merged_rows(mean, squares, count)
+        distance = load(MEANS + offsets, live) - mean
+        n = partial_counts(part, live, A, S, slab, slabs, SAMPLES)
+        squares += load(SQUARES + offsets, live) + tl.where(live, distance * distance * n, 0.0)
+    return mean, tl.sum(squares, axis=0, keep_dims=True), count
 
 
 @triton.jit
@@ -217,7 +262,7 @@ def channel_combine(
     update_running(RUNNING_VAR, sets, unbiased, momentum, mask)
 
 
-@triton.jit(do_not_specialize=["width", "S", "slabs", "C", "D"])
+@triton.jit(do_not_specialize=["width", "S", "slab", "slabs", "C", "D"])
 def channel_apply(
     Y,
     X,
@@ -227,28 +272,37 @@ def channel_apply(
     B,
     width,
     S,
+    slab,
     slabs,
     C,
     D,
     eps: tl.float64,
     GROUPED: tl.constexpr,
     VARIANCE: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     LAST: tl.constexpr,
     UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One tile a program. Statistics, weight and bias are vectors of its rows."""
+    """A block of ROWS channels a program, and a slab of positions. Statistics, weight and bias are vectors of its rows."""
     wait_for_previous(PDL)
     let_next_launch(PDL)
     width, S = inner_in_units(width, S, LAST, UNIT)
-    sample, channels, live, offsets, mask = tile_of_program(width, S, slabs, LAST, ROWS, POSITIONS)
-    x = load(X + offsets, mask)
-    sets = statistics_of(sample, channels, width, C, D, GROUPED)
+    _, sample, channels, live, walk = walk_of_program(
+        last_ones_first(), 0, width, S, slab, slabs, LAST, UNIT, EVEN, 1, ROWS, POSITIONS
+    )
+    first, step, steps, there = walk
+    sets = statistics_of(sample, channels, width, C, D, LAST, GROUPED)
     mean, rstd = load_channel_stats(MEAN, RSTD, sets, live, eps, VARIANCE, ACC)
-    w = load_parameter(W, channels, C, live, NO_WEIGHT)
-    b = load_parameter(B, channels, C, live, NO_BIAS)
-    y = affine(normalized(x, mean, rstd, ACC), w, b, 0.0)
-    tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=mask)
+    w, b = load_parameters(W, B, sample, channels, width, C, live, LAST, PER_SAMPLE)
+    for i in tl.range(0, steps, num_stages=STAGES):
+        offsets = first + i * step
+        mask = live & lanes_there(i, there, EVEN, 1, POSITIONS)
+        z = affine(normalized(load(X + offsets, mask), mean, rstd, ACC), w, b, 0.0)
+        tl.store(Y + offsets, activated(z, ACTIVATION).to(Y.dtype.element_ty), mask=mask)

@@ -5,14 +5,15 @@ x is seen as samples of ``width`` channels by S positions, in one of two orders:
 samples apart, channels-first ones are one sample of all their channels, so that small images share a tile.
 
 Tiles are ``[ROWS, POSITIONS]``: a row is a channel. UNIT divides the size that runs through memory, S or LAST's width, so
-that accesses are as wide as the alignment allows. Sizes are 32-bit where they can be, as the device divides those in a
-quarter of the time; offsets are 64-bit.
+that accesses are as wide as the alignment allows. EVEN: tiles divide channels and positions, so that no mask exists. Sizes
+are 32-bit where they can be, as the device divides those in a quarter of the time; offsets are 64-bit.
 """
 
 import triton
 import triton.language as tl
 
-from .index import first_program, load, load_or, rows_live
+from .affine import NO_BIAS, NO_WEIGHT
+from .index import first_program, load, load_or, program_count, rows_live
 
 
 @triton.jit
@@ -31,18 +32,18 @@ def inner_in_units(width, S, LAST: tl.constexpr, UNIT: tl.constexpr):
 
 
 @triton.jit
-def share_of_program(slabs):
-    """(block of channels, slab of positions) of this program: the slabs of a block lie side by side."""
-    program = first_program().to(tl.int32)
-    return program // slabs, program % slabs
+def last_ones_first():
+    """This program's number, counted from the end: what the kernel before read last is what L2 still has."""
+    return (program_count() - 1 - first_program()).to(tl.int32)
 
 
 @triton.jit
-def channels_of_block(block, width, ROWS: tl.constexpr):
+def channels_of_block(block, width, EVEN: tl.constexpr, ROWS: tl.constexpr):
     """(sample, channel numbers ``[ROWS, 1]`` within it, which of them exist) of a block of ROWS channels."""
     blocks = tl.cdiv(width, ROWS)
     channels = (block % blocks) * ROWS + tl.arange(0, ROWS)[:, None]
-    return block // blocks, channels, rows_live(channels, width, ROWS)
+    live = tl.full([ROWS, 1], True, tl.int1) if EVEN else rows_live(channels, width, ROWS)
+    return block // blocks, channels, live
 
 
 @triton.jit
@@ -57,10 +58,12 @@ def tile_offsets(sample, channels, start, width, S, LAST: tl.constexpr, POSITION
 
 
 @triton.jit
-def statistics_of(sample, channels, width, C, D, GROUPED: tl.constexpr):
+def statistics_of(sample, channels, width, C, D, LAST: tl.constexpr, GROUPED: tl.constexpr):
     """Where the statistics of these channels are: of their sample's groups of D channels, or of the channel itself."""
     if GROUPED:
         return sample.to(tl.int64) * (width // D) + channels // D
+    elif LAST:
+        return channels
     else:
         return channels % C
 
@@ -76,23 +79,20 @@ def load_channel_stats(MEAN, RSTD, sets, live, eps, VARIANCE: tl.constexpr, ACC:
 
 
 @triton.jit
-def load_parameter(POINTER, channels, C, live, absent: tl.constexpr):
-    """The weight or bias of a tile's channels; the identity of bits ``absent`` where POINTER is None."""
-    return load_or(POINTER, channels % C, live, absent, False)
-
-
-@triton.jit
-def tile_of_program(width, S, slabs, LAST: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr):
-    """(sample, channels, their mask, element offsets, the elements' mask) of a program that has one tile."""
-    block, slab = share_of_program(slabs)
-    sample, channels, live = channels_of_block(block, width, ROWS)
-    start = slab.to(tl.int64) * POSITIONS
-    mask = live & (start + tl.arange(0, POSITIONS)[None, :] < S)
-    return sample, channels, live, tile_offsets(sample, channels, start, width, S, LAST, POSITIONS), mask
+def load_parameters(W, B, sample, channels, width, C, live, LAST: tl.constexpr, PER_SAMPLE: tl.constexpr):
+    """(weight, bias) of a tile's channels, which are C's or, PER_SAMPLE, each sample's own; identities where None."""
+    if PER_SAMPLE:
+        which = sample.to(tl.int64) * width + channels
+    elif LAST:
+        which = channels
+    else:
+        which = channels % C
+    return load_or(W, which, live, NO_WEIGHT, False), load_or(B, which, live, NO_BIAS, False)
 
 
 @triton.jit
 def walk_of_program(
+    program,
     A,
     width,
     S,
@@ -100,18 +100,19 @@ def walk_of_program(
     slabs,
     LAST: tl.constexpr,
     UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
     SAMPLES: tl.constexpr,
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """(row of the partials, sample, channels, their mask, walk) of a program that walks tiles; walk: the first one's
+    """(row of the partials, sample, channels, their mask, walk) of a program, which walks tiles; walk: the first one's
     element offsets, elements from one to the next, how many there are, and how many positions lie before the program's end.
 
     With SAMPLES == 1 they lie along a slab of one sample's positions; otherwise they are all positions of the channels, a
     tile for each of SAMPLES samples.
     """
-    block, piece = share_of_program(slabs)
-    team, channels, live = channels_of_block(block, width, ROWS)
+    block, piece = program // slabs, program % slabs  # the slabs of a block lie side by side
+    team, channels, live = channels_of_block(block, width, EVEN, ROWS)
     part = team.to(tl.int64) * slabs + piece
     start = piece.to(tl.int64) * in_units(slab, POSITIONS)
     if SAMPLES == 1:
@@ -128,22 +129,24 @@ def walk_of_program(
 
 
 @triton.jit
-def lanes_there(turn, there, SAMPLES: tl.constexpr, POSITIONS: tl.constexpr):
+def lanes_there(turn, there, EVEN: tl.constexpr, SAMPLES: tl.constexpr, POSITIONS: tl.constexpr):
     """Which lanes of a walk's tile ``turn`` have an element, ``[1, POSITIONS]``."""
     lanes = tl.arange(0, POSITIONS)[None, :]
-    if SAMPLES == 1:
+    if EVEN:
+        return tl.full([1, POSITIONS], True, tl.int1)
+    elif SAMPLES == 1:
         return lanes < there - turn * POSITIONS
     else:
         return lanes < there
 
 
 @triton.jit
-def lane_counts(steps, there, SAMPLES: tl.constexpr, ACC: tl.constexpr, POSITIONS: tl.constexpr):
+def lane_counts(steps, there, EVEN: tl.constexpr, SAMPLES: tl.constexpr, ACC: tl.constexpr, POSITIONS: tl.constexpr):
     """How many elements of a row each lane of a walk has, ``[1, POSITIONS]``: one of all tiles but perhaps the last, or, of
     samples, one of all or none.
     """
     missed = 1 if SAMPLES == 1 else steps
-    return (steps - tl.where(lanes_there(steps - 1, there, SAMPLES, POSITIONS), 0, missed)).to(ACC)
+    return (steps - tl.where(lanes_there(steps - 1, there, EVEN, SAMPLES, POSITIONS), 0, missed)).to(ACC)
 
 
 @triton.jit

@@ -13,23 +13,27 @@ Formulas are channel.py's and channel_backward.py's. A program's turn is a tile 
 import triton
 import triton.language as tl
 
+from .activation import activated
 from .affine import NO_BIAS, NO_WEIGHT, affine, affine_backward
-from .channel import merged_positions, merged_rows, update_running
-from .channel_tiles import in_units, load_parameter
-from .index import first_program, load, widened
+from .channel import merged_positions, scaled_back, update_running
+from .channel_backward import before_activation
+from .channel_tiles import in_units
+from .index import first_program, load, load_or, widened
 from .overlap import let_next_launch, wait_for_previous
 from .row_backward import dx_of, normalized
-from .stats import power_of_two_below, row_sums, trusted
+from .stats import power_of_two_below, row_sum, row_sums, trusted
 
 
 @triton.jit
-def runs_of_program(C, RUNS, OVER_SAMPLES: tl.constexpr):
-    """(first run of this program's statistic, runs to the next; first channel, channels to the next run's)."""
+def runs_of_program(C, RUNS, OVER_SAMPLES: tl.constexpr, PER_SAMPLE: tl.constexpr):
+    """(first run of this program's statistic, runs to the next; where the first one's parameters are, how many on)."""
     program = first_program()
     if OVER_SAMPLES:
-        return program, C, program.to(tl.int32), 0
+        return program, C, program, 0
+    elif PER_SAMPLE:
+        return program * RUNS, 1, program * RUNS, 1
     else:
-        return program * RUNS, 1, (program * RUNS % C).to(tl.int32), 1
+        return program * RUNS, 1, program * RUNS % C, 1
 
 
 @triton.jit
@@ -61,7 +65,6 @@ def moments_of_runs(
     stride,
     RUNS,
     S,
-    scale,
     RAGGED: tl.constexpr,
     UNEVEN: tl.constexpr,
     ACC: tl.constexpr,
@@ -69,7 +72,7 @@ def moments_of_runs(
     POSITIONS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """(mean, sum of squares about it, count) of ``scale·x``, each ``[1, 1]`` and fp64; scale may be None.
+    """(mean, sum of squares about it), each ``[1, 1]`` and fp64.
 
     Each lane runs Welford's recurrence over its own elements; lanes are merged once, at the end. UNEVEN: a lane may have no
     element in a turn and one in a later turn, so that each counts its own.
@@ -82,8 +85,6 @@ def moments_of_runs(
     for turn in tl.range(0, turns, num_stages=STAGES):
         _, _, offsets, mask = tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
         x = widened(load(X + offsets, mask), ACC)
-        if scale is not None:
-            x *= scale
         if RAGGED:
             x = tl.where(mask, x, mean)  # so that a lane without an element has no distance
             count += mask.to(ACC)
@@ -96,28 +97,49 @@ def moments_of_runs(
         squares += delta * (x - mean)
     of_row = tl.maximum(tl.cdiv(RUNS - tl.arange(0, ROWS)[:, None], ROWS), 0).to(tl.float64) * S
     mean, squares, _ = merged_positions(mean, squares, count, of_row)
-    return merged_rows(mean, squares, of_row)
+    # The same over rows, by Chan's rule.
+    center = tl.sum(mean * of_row, axis=0, keep_dims=True) / tl.sum(of_row, axis=0, keep_dims=True)
+    shift = mean - center
+    return center, tl.sum(squares + shift * shift * of_row, axis=0, keep_dims=True)
 
 
 @triton.jit
-def largest_of_runs(
-    X,
-    first,
-    stride,
-    RUNS,
-    S,
-    RAGGED: tl.constexpr,
-    ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    POSITIONS: tl.constexpr,
+def rescued_runs(
+    X, first, stride, RUNS, S, n, RAGGED: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr
 ):
-    """max |x|, ``[1, 1]``."""
+    """The same where squares leave fp32's range, as channel.rescued_walk."""
     columns, turns = turns_of(RUNS, S, ROWS, POSITIONS)
     largest = tl.zeros([ROWS, POSITIONS], ACC)
     for turn in tl.range(0, turns):
         _, _, offsets, mask = tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
         largest = tl.maximum(largest, tl.abs(widened(load(X + offsets, mask), ACC)))
-    return tl.max(tl.max(largest, axis=1, keep_dims=True), axis=0, keep_dims=True)
+    unit = power_of_two_below(tl.max(tl.max(largest, axis=1, keep_dims=True), axis=0, keep_dims=True))
+    total = tl.zeros([ROWS, POSITIONS], ACC)
+    for turn in tl.range(0, turns):
+        _, _, offsets, mask = tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
+        total += widened(load(X + offsets, mask), ACC) * (1.0 / unit)
+    mean = whole_sum(total) / n
+    center = mean.to(ACC)
+    squares = tl.zeros([ROWS, POSITIONS], ACC)
+    for turn in tl.range(0, turns):
+        _, _, offsets, mask = tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
+        distance = tl.where(mask, widened(load(X + offsets, mask), ACC) * (1.0 / unit) - center, 0.0)
+        squares += distance * distance
+    return scaled_back(mean, center, whole_sum(squares), n, unit)
+
+
+@triton.jit
+def whole_sum(x):
+    """The sum of a tile, ``[1, 1]`` and fp64; over positions in x's dtype."""
+    return tl.sum(row_sum(x).to(tl.float64), axis=0, keep_dims=True)
+
+
+@triton.jit
+def load_parameters_of_runs(W, B, which, C, live, PER_SAMPLE: tl.constexpr):
+    """(weight, bias) of a turn's runs; identities where None."""
+    if not PER_SAMPLE:
+        which = which % C
+    return load_or(W, which, live, NO_WEIGHT, False), load_or(B, which, live, NO_BIAS, False)
 
 
 @triton.jit(do_not_specialize=["C", "RUNS", "S"])
@@ -137,6 +159,8 @@ def channel_forward(
     eps: tl.float64,
     momentum: tl.float64,
     OVER_SAMPLES: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     UNIT: tl.constexpr,
     RAGGED: tl.constexpr,
     UNEVEN: tl.constexpr,
@@ -151,18 +175,12 @@ def channel_forward(
     wait_for_previous(PDL)
     let_next_launch(PDL)
     S = in_units(S, UNIT)
-    first, stride, channel, step = runs_of_program(C, RUNS, OVER_SAMPLES)
-    mean, squares, count = moments_of_runs(X, first, stride, RUNS, S, None, RAGGED, UNEVEN, ACC, ROWS, POSITIONS, STAGES)
+    first, stride, parameters, step = runs_of_program(C, RUNS, OVER_SAMPLES, PER_SAMPLE)
+    count = tl.zeros([1, 1], tl.float64) + RUNS.to(tl.float64) * S.to(tl.float64)
+    mean, squares = moments_of_runs(X, first, stride, RUNS, S, RAGGED, UNEVEN, ACC, ROWS, POSITIONS, STAGES)
     if RESCUE:
-        # Squares that leave fp32's range are taken again, times a power of two: exact, and rare.
         if tl.sum(trusted(squares / count + eps).to(tl.int32)) == 0:
-            unit = power_of_two_below(largest_of_runs(X, first, stride, RUNS, S, RAGGED, ACC, ROWS, POSITIONS))
-            mean, squares, _same = moments_of_runs(
-                X, first, stride, RUNS, S, 1.0 / unit, RAGGED, UNEVEN, ACC, ROWS, POSITIONS, STAGES
-            )
-            unit = unit.to(tl.float64)
-            mean *= unit
-            squares *= unit * unit
+            mean, squares = rescued_runs(X, first, stride, RUNS, S, count, RAGGED, ACC, ROWS, POSITIONS)
     rstd = tl.rsqrt(squares / count + eps)
     unbiased = squares / (count - 1.0)
     here = first_program() + tl.zeros([1, 1], tl.int64)
@@ -179,10 +197,21 @@ def channel_forward(
     for turn in tl.range(0, turns, num_stages=STAGES):
         # The last ones first: of what is larger than L2 they are what it still has.
         runs, live, offsets, mask = tile_of_turn(turns - 1 - turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
-        w = load_parameter(W, channel + runs * step, C, live, NO_WEIGHT)
-        b = load_parameter(B, channel + runs * step, C, live, NO_BIAS)
-        y = affine(normalized(load(X + offsets, mask), mean, rstd, ACC), w, b, 0.0)
-        tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=mask)
+        w, b = load_parameters_of_runs(W, B, parameters + runs * step, C, live, PER_SAMPLE)
+        z = affine(normalized(load(X + offsets, mask), mean, rstd, ACC), w, b, 0.0)
+        tl.store(Y + offsets, activated(z, ACTIVATION).to(Y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def before_norm(DY, X, offsets, mask, mean, rstd, w, b, ACTIVATION: tl.constexpr, RAGGED: tl.constexpr, ACC: tl.constexpr):
+    """(dL/dz, x̂) of a turn's elements."""
+    dy = widened(load(DY + offsets, mask), ACC)
+    xhat = normalized(load(X + offsets, mask), mean, rstd, ACC)
+    dz = before_activation(dy, xhat, w, b, ACTIVATION)
+    if RAGGED and ACTIVATION is not None:
+        return tl.where(mask, dz, 0.0), xhat
+    else:
+        return dz, xhat
 
 
 @triton.jit(do_not_specialize=["C", "RUNS", "S"])
@@ -197,10 +226,13 @@ def channel_backward(
     MEAN,
     RSTD,
     W,
+    B,
     C,
     RUNS,
     S,
     OVER_SAMPLES: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     UNIT: tl.constexpr,
     RAGGED: tl.constexpr,
     ACC: tl.constexpr,
@@ -210,42 +242,43 @@ def channel_backward(
     PDL: tl.constexpr,
 ):
     """A statistic a program. DY_XHAT, DY_SUM: each run's sums, for dw and db; OVER_SAMPLES those are DW and DB. Each of the
-    five, and DX, may be None.
+    four may be None.
     """
     wait_for_previous(PDL)
     let_next_launch(PDL)
     S = in_units(S, UNIT)
-    first, stride, channel, step = runs_of_program(C, RUNS, OVER_SAMPLES)
+    first, stride, parameters, step = runs_of_program(C, RUNS, OVER_SAMPLES, PER_SAMPLE)
     here = first_program() + tl.zeros([1, 1], tl.int64)
     mean, rstd = tl.load(MEAN + here).to(ACC), tl.load(RSTD + here).to(ACC)
     columns, turns = turns_of(RUNS, S, ROWS, POSITIONS)
     c1 = tl.zeros([ROWS, 1], tl.float64)
     c2 = tl.zeros([ROWS, 1], tl.float64)
     if OVER_SAMPLES:
-        of_channel = load_parameter(W, here, C, here < C, NO_WEIGHT).to(tl.float64)
-        dy_xhat = tl.zeros([ROWS, POSITIONS], ACC)
-        dy_sum = tl.zeros([ROWS, POSITIONS], ACC)
+        of_channel, b_of_channel = load_parameters_of_runs(W, B, here, C, here < C, PER_SAMPLE)
+        dz_xhat = tl.zeros([ROWS, POSITIONS], ACC)
+        dz_sum = tl.zeros([ROWS, POSITIONS], ACC)
         for turn in tl.range(0, turns, num_stages=STAGES):
             _, _, offsets, mask = tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
-            dy = widened(load(DY + offsets, mask), ACC)
-            dy_xhat += dy * normalized(load(X + offsets, mask), mean, rstd, ACC)
-            dy_sum += dy
-        of_x, of_1 = row_sums(dy_xhat, dy_sum)
+            dz, xhat = before_norm(DY, X, offsets, mask, mean, rstd, of_channel, b_of_channel, ACTIVATION, RAGGED, ACC)
+            dz_xhat += dz * xhat
+            dz_sum += dz
+        of_x, of_1 = row_sums(dz_xhat, dz_sum)
         of_x = tl.sum(of_x.to(tl.float64), axis=0, keep_dims=True)
         of_1 = tl.sum(of_1.to(tl.float64), axis=0, keep_dims=True)
         if DW is not None:
             tl.store(DW + here, of_x.to(DW.dtype.element_ty))
         if DB is not None:
             tl.store(DB + here, of_1.to(DB.dtype.element_ty))
-        c1 += of_x * of_channel / ROWS
-        c2 += of_1 * of_channel / ROWS
+        c1 += of_x * of_channel.to(tl.float64) / ROWS
+        c2 += of_1 * of_channel.to(tl.float64) / ROWS
     else:
         run_xhat = tl.zeros([ROWS, 1], ACC)
         run_sum = tl.zeros([ROWS, 1], ACC)
         for turn in tl.range(0, turns, num_stages=STAGES):
             runs, live, offsets, mask = tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
-            dy = widened(load(DY + offsets, mask), ACC)
-            of_x, of_1 = row_sums(dy * normalized(load(X + offsets, mask), mean, rstd, ACC), dy)
+            w, b = load_parameters_of_runs(W, B, parameters + runs, C, live, PER_SAMPLE)
+            dz, xhat = before_norm(DY, X, offsets, mask, mean, rstd, w, b, ACTIVATION, RAGGED, ACC)
+            of_x, of_1 = row_sums(dz * xhat, dz)
             begun = turn % columns != 0
             run_xhat = tl.where(begun, run_xhat, 0.0) + of_x
             run_sum = tl.where(begun, run_sum, 0.0) + of_1
@@ -254,18 +287,14 @@ def channel_backward(
                 tl.store(DY_XHAT + first + runs, run_xhat, mask=done)
             if DY_SUM is not None:
                 tl.store(DY_SUM + first + runs, run_sum, mask=done)
-            of_run = load_parameter(W, channel + runs, C, live, NO_WEIGHT).to(tl.float64)
-            c1 += tl.where(done, run_xhat.to(tl.float64) * of_run, 0.0)
-            c2 += tl.where(done, run_sum.to(tl.float64) * of_run, 0.0)
-    if DX is not None:
-        size = RUNS.to(tl.float64) * S.to(tl.float64)
-        c1 = (tl.sum(c1, axis=0, keep_dims=True) / size).to(ACC)
-        c2 = (tl.sum(c2, axis=0, keep_dims=True) / size).to(ACC)
-        for turn in tl.range(0, turns, num_stages=STAGES):
-            runs, live, offsets, mask = tile_of_turn(
-                turns - 1 - turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS
-            )
-            w = load_parameter(W, channel + runs * step, C, live, NO_WEIGHT)
-            g = affine_backward(widened(load(DY + offsets, mask), ACC), w, 0.0)
-            dx = dx_of(g, normalized(load(X + offsets, mask), mean, rstd, ACC), rstd, c1, c2, True)
-            tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=mask)
+            c1 += tl.where(done, run_xhat.to(tl.float64) * w.to(tl.float64), 0.0)
+            c2 += tl.where(done, run_sum.to(tl.float64) * w.to(tl.float64), 0.0)
+    size = RUNS.to(tl.float64) * S.to(tl.float64)
+    c1 = (tl.sum(c1, axis=0, keep_dims=True) / size).to(ACC)
+    c2 = (tl.sum(c2, axis=0, keep_dims=True) / size).to(ACC)
+    for turn in tl.range(0, turns, num_stages=STAGES):
+        runs, live, offsets, mask = tile_of_turn(turns - 1 - turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
+        w, b = load_parameters_of_runs(W, B, parameters + runs * step, C, live, PER_SAMPLE)
+        dz, xhat = before_norm(DY, X, offsets, mask, mean, rstd, w, b, ACTIVATION, RAGGED, ACC)
+        dx = dx_of(affine_backward(dz, w, 0.0), xhat, rstd, c1, c2, True)
+        tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=mask)

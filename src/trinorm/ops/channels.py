@@ -11,13 +11,26 @@ from torch import Tensor
 from ..channel_reference import Averages
 from ..kernels.channel import channel_apply, channel_combine, channel_moments
 from ..kernels.channel_backward import channel_apply_backward, channel_combine_backward, channel_sums
+from ..kernels.channel_held import held_backward, held_forward
 from ..kernels.channel_whole import channel_backward, channel_forward
-from ..launch import describe, launch
-from ..spec import ChannelNorm
-from ..tuning import ChannelWhole, Tile, choose_apply, choose_combine, choose_walk, choose_whole
+from ..launch import Device, describe, launch
+from ..spec import Activation, ChannelNorm
+from ..tuning import ChannelHeld, ChannelWalk, ChannelWhole, choose_apply, choose_combine, choose_sums, choose_whole
 from .layout import in_order_of, is_channels_last
 from .road import accumulator_dtype
 from .start import ACCUMULATOR, started_by, widest
+
+
+class Problem(NamedTuple):
+    """What is computed of the tensors. num_groups: 1 to a channel but for GroupNorm. given: statistics are given and not
+    taken: each channel's, and for rstd there is a variance.
+    """
+
+    spec: ChannelNorm
+    num_groups: int
+    eps: float
+    activation: Activation | None = None
+    given: bool = False
 
 
 class Normalized(NamedTuple):
@@ -58,226 +71,270 @@ def view_of(spec: ChannelNorm, x: Tensor) -> View:
 
 
 def forward(
-    spec: ChannelNorm,
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    running: Averages | None = None,
+    problem: Problem, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, running: Averages | None = None
 ) -> Normalized:
-    """Normalize x, which is in one of the two orders, as y then is. num_groups: 1 to a channel but for GroupNorm."""
+    """Normalize x, which is in one of the two orders, as y then is. weight and bias: ``(C,)``, or ``(N, C)`` both."""
+    spec, num_groups = problem[:2]
     device, channels = x.device, x.shape[1]
-    view = view_of(spec, x)
     sets = channels if spec.over_samples else x.shape[0] * num_groups
     stats = accumulator_dtype(x, weight, bias)
     mean, rstd = (torch.empty(sets, dtype=stats, device=device) for _ in range(2))
     if x.numel() == 0:
         return Normalized(torch.empty_like(x), mean, rstd)
-
     averaged = running is not None and not spec.over_samples
     var = torch.empty_like(rstd, dtype=torch.float64) if averaged else None
     in_place = (running.mean, running.var) if running is not None and not averaged else (None, None)
+    statistics = mean, rstd, var, *in_place
     momentum = 0.0 if running is None else running.momentum
-    if (alone := _whole(spec, view, num_groups, widest(x.dtype, stats), device)) is not None:
-        y = torch.empty_like(x)
-        runs, plan_whole = alone
-        args: tuple[Any, ...] = (y, mean, rstd, var, *in_place, x, weight, bias, channels, runs, view.s, eps, momentum)
-        options = _of_whole(spec, view, plan_whole, stats, device) | dict(
-            RESCUE=stats == torch.float32, UNEVEN=plan_whole.uneven(view.s)
-        )
-        launch(channel_forward, (sets,), device, args, options)
-        if running is not None and var is not None:
-            _average(running, mean, var, x.shape[0])
-        return Normalized(y, mean, rstd)
 
-    d = 1 if spec.over_samples else channels // num_groups
-    whole = view
+    if (whole := _whole(problem, x, stats, 1)) is not None:
+        y = torch.empty_like(x)
+        args = y, *statistics, x, weight, bias, *whole.shape, problem.eps, momentum
+        options = whole.options | dict(RESCUE=stats == torch.float32)
+        options.update(PER_SAMPLE=_is_of_samples(weight, bias), ACTIVATION=problem.activation)
+        if isinstance(whole.plan, ChannelHeld):
+            launch(held_forward, (whole.programs,), device, args, options)
+        else:
+            options.update(UNEVEN=whole.plan.uneven(view_of(spec, x).s))
+            launch(channel_forward, (whole.programs,), device, args, options)
+    else:
+        _take_statistics(problem, x, statistics, stats, momentum)
+        y = apply(problem, x, weight, bias, mean, rstd)
+    if running is not None and var is not None:
+        # Running statistics, which are a channel's, have the mean of those of all samples (InstanceNorm).
+        for kept, now in ((running.mean, mean), (running.var, var)):
+            kept.copy_(torch.lerp(kept.double(), now.view(x.shape[0], -1).mean(0).double(), momentum))
+    return Normalized(y, mean, rstd)
+
+
+def _take_statistics(
+    problem: Problem, x: Tensor, statistics: tuple[Tensor | None, ...], stats: torch.dtype, momentum: float
+) -> None:
+    """statistics: mean, rstd, and, each or not, unbiased variance and running mean and variance."""
+    spec, device, size, view = problem.spec, x.device, describe(x.device), view_of(problem.spec, x)
+    d = 1 if spec.over_samples else x.shape[1] // problem.num_groups
     if not (spec.over_samples or view.last):
         # A group's channels lie one after the other: one channel of as many times the positions.
-        whole, d = View(view.samples, num_groups, view.s * d, False).one_sample(), 1
-    size = describe(device)
-    plan = choose_walk(*whole[:3], widest(x.dtype, stats), whole.last, spec.over_samples, size)
-    teams, blocks, slabs = plan.programs(*whole[:3])
-    means, squares = (torch.empty(teams * slabs, whole.width, dtype=torch.float64, device=device) for _ in range(2))
-    common = dict(ACC=ACCUMULATOR[stats])
-    args = (means, squares, x, *whole[:3], plan.slab, slabs, eps)
-    options = _tiled(whole, plan.tile) | common | started_by(plan.tile, size)
-    options.update(SAMPLES=plan.samples, RESCUE=stats == torch.float32)
+        view, d = View(view.samples, problem.num_groups, view.s * d, False).one_sample(), 1
+    plan = choose_sums(*view[:3], widest(x.dtype, stats), 1, view.last, spec.over_samples, size)
+    teams, blocks, slabs = plan.programs(*view[:3])
+    means, squares = (torch.empty(teams * slabs, view.width, dtype=torch.float64, device=device) for _ in range(2))
+    args: tuple[Any, ...] = (means, squares, x, *view[:3], plan.slab, slabs, problem.eps)
+    options = _walked(view, plan, stats, size) | dict(SAMPLES=plan.samples, RESCUE=stats == torch.float32)
     launch(channel_moments, (teams * blocks * slabs,), device, args, options)
 
-    outer, parts = (1, teams * slabs) if spec.over_samples else (whole.samples, slabs)
-    samples = (whole.samples, plan.samples) if spec.over_samples else (1, 1)
-    combine = choose_combine(d)
-    shape = samples[0], whole.s, plan.slab, slabs, parts, d, whole.width, samples[1]
-    args = (mean, rstd, var, *in_place, means, squares, *shape, eps, momentum)
+    outer, parts = (1, teams * slabs) if spec.over_samples else (view.samples, slabs)
+    samples = (view.samples, plan.samples) if spec.over_samples else (1, 1)
+    combine = choose_combine(d, parts * d)
+    shape = samples[0], view.s, plan.slab, slabs, parts, d, view.width, samples[1]
+    args = (*statistics, means, squares, *shape, problem.eps, momentum)
     options = dict(K=combine.k, SETS=combine.sets, **started_by(combine, size))
-    launch(channel_combine, (outer * -(-(whole.width // d) // combine.sets),), device, args, options)
-    if running is not None and var is not None:
-        _average(running, mean, var, x.shape[0])
-    return Normalized(apply(spec, x, num_groups, weight, bias, mean, rstd, eps, given=False), mean, rstd)
+    launch(channel_combine, (outer * -(-(view.width // d) // combine.sets),), device, args, options)
 
 
-def apply(
-    spec: ChannelNorm,
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    eps: float,
-    *,
-    given: bool,
-) -> Tensor:
-    """y of these statistics. given: they are each channel's, and for rstd there is a variance."""
+def apply(problem: Problem, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+    """y of these statistics."""
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    view = view_of(spec, x).one_sample()
+    view, size = view_of(problem.spec, x).one_sample(), describe(x.device)
     stats = accumulator_dtype(x, weight, bias, mean, rstd)
-    tile = choose_apply(view.width, view.s, widest(x.dtype, stats), view.last)
-    slabs = -(-view.s // tile.chunk)
-    args = (y, x, mean, rstd, weight, bias, view.width, view.s, slabs, x.shape[1], x.shape[1] // num_groups, eps)
-    options = _tiled(view, tile) | started_by(tile, describe(x.device))
-    options.update(GROUPED=not (spec.over_samples or given), VARIANCE=given, ACC=ACCUMULATOR[stats])
-    launch(channel_apply, (view.samples * -(-view.width // tile.rows) * slabs,), x.device, args, options)
+    plan = choose_apply(*view[:3], widest(x.dtype, stats), 1, view.last, size)
+    teams, blocks, slabs = plan.programs(*view[:3])
+    channels = x.shape[1]
+    shape = view.width, view.s, plan.slab, slabs, channels, channels // problem.num_groups
+    args = (y, x, mean, rstd, weight, bias, *shape, problem.eps)
+    options = _walked(view, plan, stats, size) | _of_channels(problem, weight, bias)
+    launch(channel_apply, (teams * blocks * slabs,), x.device, args, options)
     return y
 
 
 def backward(
-    spec: ChannelNorm,
+    problem: Problem,
     dy: Tensor,
     x: Tensor,
-    num_groups: int,
     weight: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    eps: float,
     *,
-    given: bool,
     dx: bool,
     dw: torch.dtype | None,
     db: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dw, db): dx where asked for, in x's order; dw and db in the dtype asked for. given: as apply's."""
-    device, channels = x.device, x.shape[1]
+    """(dx, dw, db): dx where asked for, in x's order; dw and db in the dtype asked for. bias: for the activation."""
     dy = in_order_of(x, dy)
     empty = x.numel() == 0
     make = torch.zeros if empty else torch.empty
     dx_out = torch.empty_like(x) if dx else None
-    dw_out, db_out = (None if t is None else make(channels, dtype=t, device=device) for t in (dw, db))
+    of_parameters = x.shape[:2] if _is_of_samples(weight, bias) else x.shape[1:2]
+    dw_out, db_out = (None if t is None else make(of_parameters, dtype=t, device=x.device) for t in (dw, db))
     if empty or not (dx or dw or db):
         return dx_out, dw_out, db_out
-
+    if problem.activation is None:
+        bias = None
     stats = accumulator_dtype(x, weight, mean, rstd)
-    size, view = describe(device), view_of(spec, x)
-    d = channels // num_groups
-    common = dict(GROUPED=not (spec.over_samples or given), VARIANCE=given, ACC=ACCUMULATOR[stats])
-    through = dx and not given  # dx depends on the statistics
-    c1, c2 = (torch.empty(mean.shape, dtype=stats, device=device) if through else None for _ in range(2))
-    if through and (alone := _whole(spec, view, num_groups, widest(x.dtype, stats), device)) is not None:
-        _backward_of_whole(spec, dx_out, dw_out, db_out, dy, x, num_groups, weight, mean, rstd, alone)
+    tensors = dy, x, mean, rstd, weight, bias
+    taken = dx and not problem.given  # dx depends on the statistics
+    if taken and (whole := _whole(problem, x, stats, 2)) is not None:
+        _backward_of_whole(problem, whole, (dx_out, dw_out, db_out), *tensors)
         return dx_out, dw_out, db_out
-    if through or dw or db:
-        across = spec.over_samples or given
-        seen = view if across else view.one_sample()
-        plan = choose_walk(*seen[:3], widest(x.dtype, stats), seen.last, across, size)
-        teams, blocks, slabs = plan.programs(*seen[:3])
-        dy_xhat, dy_sum = (
-            torch.empty(teams * slabs, seen.width, dtype=stats, device=device) if through or asked else None
-            for asked in (dw, db)
-        )
-        args: tuple[Any, ...] = (dy_xhat, dy_sum, dy, x, mean, rstd, *seen[:3], plan.slab, slabs, channels, d, eps)
-        options = _tiled(seen, plan.tile) | common | started_by(plan.tile, size) | dict(SAMPLES=plan.samples)
-        launch(channel_sums, (teams * blocks * slabs,), device, args, options)
-
-        sets, of_channels = choose_combine(d), choose_combine(1)
-        grouped = through and not across
-        set_programs = seen.samples * -(-(seen.width // d) // sets.sets) if grouped else 0
-        channel_programs = -(-channels // of_channels.sets) if dw or db or not grouped else 0
-        parts = teams * slabs * (seen.width // channels)
-        shape = slabs, d, seen.width, parts, channels, set_programs, float(x.numel() // mean.numel())
-        args = (dw_out, db_out, c1, c2, dy_xhat, dy_sum, weight, *shape)
-        options = dict(GROUPED=common["GROUPED"], K=sets.k, SETS=sets.sets, PARTS=of_channels.k, CHANNELS=of_channels.sets)
-        options.update(started_by(sets, size))
-        launch(channel_combine_backward, (set_programs + channel_programs,), device, args, options)
-
-    if dx:
-        seen = view.one_sample()
-        tile = choose_apply(seen.width, seen.s, widest(x.dtype, stats), seen.last)
-        slabs = -(-seen.s // tile.chunk)
-        args = (dx_out, dy, x, mean, rstd, c1, c2, weight, seen.width, seen.s, slabs, channels, d, eps)
-        options = _tiled(seen, tile) | common | started_by(tile, size)
-        launch(channel_apply_backward, (seen.samples * -(-seen.width // tile.rows) * slabs,), device, args, options)
+    c1, c2 = (torch.empty_like(rstd) if taken else None for _ in range(2))
+    if taken or dw or db:
+        _sum(problem, (dw_out, db_out, c1, c2), *tensors, stats)
+    if dx_out is not None:
+        size, view, channels = describe(x.device), view_of(problem.spec, x).one_sample(), x.shape[1]
+        plan = choose_apply(*view[:3], widest(x.dtype, stats), 2, view.last, size)
+        teams, blocks, slabs = plan.programs(*view[:3])
+        shape = view.width, view.s, plan.slab, slabs, channels, channels // problem.num_groups
+        args = (dx_out, dy, x, mean, rstd, c1, c2, weight, bias, *shape, problem.eps)
+        options = _walked(view, plan, stats, size) | _of_channels(problem, weight, bias)
+        launch(channel_apply_backward, (teams * blocks * slabs,), x.device, args, options)
     return dx_out, dw_out, db_out
 
 
-def _whole(
-    spec: ChannelNorm, view: View, num_groups: int, itemsize: int, device: torch.device
-) -> tuple[int, ChannelWhole] | None:
-    """(runs of a statistic, the launch) by which a program has a whole one, where that serves."""
+def _sum(
+    problem: Problem,
+    sums: tuple[Tensor | None, ...],
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: torch.dtype,
+) -> None:
+    """sums: dw, db, c1 and c2, each or not; c1 and c2 together."""
+    device, channels, size = x.device, x.shape[1], describe(x.device)
+    dw, db, c1, _ = sums
+    across = problem.spec.over_samples or problem.given
+    of_samples = _is_of_samples(weight, bias)
+    view = view_of(problem.spec, x)
+    if not across or of_samples:
+        view = view.one_sample()
+    plan = choose_sums(*view[:3], widest(x.dtype, stats), 2, view.last, across and not of_samples, size)
+    teams, blocks, slabs = plan.programs(*view[:3])
+    dy_xhat, dy_sum = (
+        torch.empty(teams * slabs, view.width, dtype=stats, device=device) if c1 is not None or asked is not None else None
+        for asked in (dw, db)
+    )
+    d = channels // problem.num_groups
+    args: tuple[Any, ...] = (dy_xhat, dy_sum, dy, x, mean, rstd, weight, bias)
+    args = (*args, *view[:3], plan.slab, slabs, channels, d, problem.eps)
+    options = _walked(view, plan, stats, size) | _of_channels(problem, weight, bias) | dict(SAMPLES=plan.samples)
+    launch(channel_sums, (teams * blocks * slabs,), device, args, options)
+
+    # dw and db are sums over all parts, or over those of a sample.
+    outers, wide = (view.samples, view.width) if of_samples else (1, channels)
+    parts = teams * slabs * view.width // (outers * wide)
+    sets, of_channels = choose_combine(d, slabs * d), choose_combine(1, parts)
+    grouped = c1 is not None and not across
+    set_programs = view.samples * -(-(view.width // d) // sets.sets) if grouped else 0
+    channel_programs = outers * -(-wide // of_channels.sets) if dw is not None or db is not None or not grouped else 0
+    weights = 1 if weight is None else weight.numel()
+    shape = slabs, d, view.width, parts, wide, weights, set_programs, float(x.numel() // mean.numel())
+    tile = dict(K=sets.k, SETS=sets.sets, PARTS=of_channels.k, CHANNELS=of_channels.sets)
+    options = dict(GROUPED=not across, **tile, **started_by(sets, size))
+    options.update(num_warps=max(sets.warps, of_channels.warps))
+    args = (*sums, dy_xhat, dy_sum, weight, *shape)
+    launch(channel_combine_backward, (set_programs + channel_programs,), device, args, options)
+
+
+class _Whole(NamedTuple):
+    """A launch whose programs have whole statistics: how many, the sizes that the kernel is told, and its options."""
+
+    plan: ChannelWhole | ChannelHeld
+    programs: int
+    shape: tuple[int, ...]
+    options: dict[str, Any]
+
+
+def _whole(problem: Problem, x: Tensor, stats: torch.dtype, tensors: int) -> _Whole | None:
+    """None where it does not serve. tensors: how many of x's size are read."""
+    spec, view, size = problem.spec, view_of(problem.spec, x), describe(x.device)
     if view.last:
         return None
-    over_samples = spec.over_samples
-    sets, runs = (view.width, view.samples) if over_samples else (view.samples * num_groups, view.width // num_groups)
-    plan = choose_whole(sets, runs, view.s, itemsize, describe(device))
-    return None if plan is None else (runs, plan)
-
-
-def _of_whole(
-    spec: ChannelNorm, view: View, plan: ChannelWhole, stats: torch.dtype, device: torch.device
-) -> dict[str, Any]:
-    return dict(
+    sets, runs = view.width, view.samples
+    if not spec.over_samples:
+        sets, runs = view.samples * problem.num_groups, view.width // problem.num_groups
+    plan = choose_whole(sets, runs, view.s, widest(x.dtype, stats), tensors, spec.over_samples, size)
+    if plan is None:
+        return None
+    options = dict(
         OVER_SAMPLES=spec.over_samples,
         UNIT=view.unit,
         RAGGED=plan.ragged,
         ACC=ACCUMULATOR[stats],
         ROWS=plan.tile.rows,
         POSITIONS=plan.tile.chunk,
-        STAGES=plan.stages,
-        **started_by(plan.tile, describe(device)),
+        **started_by(plan.tile, size),
     )
+    channels, programs = x.shape[1], plan.programs(sets)
+    if isinstance(plan, ChannelHeld):
+        return _Whole(plan, programs, (channels, sets, runs, view.s), options | dict(APART=plan.apart))
+    return _Whole(plan, programs, (channels, runs, view.s), options | dict(STAGES=plan.stages))
 
 
 def _backward_of_whole(
-    spec: ChannelNorm,
-    dx: Tensor | None,
-    dw: Tensor | None,
-    db: Tensor | None,
+    problem: Problem,
+    whole: _Whole,
+    gradients: tuple[Tensor | None, ...],
     dy: Tensor,
     x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    alone: tuple[int, ChannelWhole],
+    weight: Tensor | None,
+    bias: Tensor | None,
 ) -> None:
-    device, channels, view = x.device, x.shape[1], view_of(spec, x)
-    runs, plan = alone
-    size, stats = describe(device), rstd.dtype
-    dy_xhat, dy_sum = (
-        None if out is None or spec.over_samples else torch.empty(x.shape[:2], dtype=stats, device=device)
-        for out in (dw, db)
-    )
-    of_statistic = (dw, db) if spec.over_samples else (None, None)
-    args: tuple[Any, ...] = (dx, *of_statistic, dy_xhat, dy_sum, dy, x, mean, rstd, weight, channels, runs, view.s)
-    launch(channel_backward, (mean.numel(),), device, args, _of_whole(spec, view, plan, stats, device))
-    if dy_xhat is not None or dy_sum is not None:
-        combine = choose_combine(1)
-        samples = x.shape[0]
-        args = (dw, db, None, None, dy_xhat, dy_sum, weight, 1, 1, channels, samples, channels, 0, 1.0)
+    device, (samples, channels) = x.device, x.shape[:2]
+    dx, dw, db = gradients
+    # Sums of the statistics' own channels are dw and db; of each run of a sample they are, or are to be added up.
+    over_samples, of_samples = problem.spec.over_samples, _is_of_samples(weight, bias)
+    of_statistics = (dw, db) if over_samples else (None, None)
+    of_runs: list[Tensor | None] = [None, None]
+    if not over_samples:
+        make = [out is not None and (not of_samples or out.dtype != rstd.dtype) for out in (dw, db)]
+        of_runs = [
+            torch.empty(x.shape[:2], dtype=rstd.dtype, device=device) if apart else out
+            for apart, out in zip(make, (dw, db), strict=True)
+        ]
+    args: tuple[Any, ...] = (dx, *of_statistics, *of_runs, dy, x, mean, rstd, weight, bias, *whole.shape)
+    options = whole.options | dict(PER_SAMPLE=of_samples, ACTIVATION=problem.activation)
+    if isinstance(whole.plan, ChannelHeld):
+        launch(held_backward, (whole.programs,), device, args, options)
+    else:
+        launch(channel_backward, (whole.programs,), device, args, options)
+    if of_samples:
+        for out, found in zip((dw, db), of_runs, strict=True):
+            if out is not None and found is not None and out is not found:
+                out.copy_(found)
+    elif any(t is not None for t in of_runs):
+        combine = choose_combine(1, samples)
+        args = (dw, db, None, None, *of_runs, weight, 1, 1, channels, samples, channels, channels, 0, 1.0)
         tile = dict(K=combine.k, SETS=combine.sets, PARTS=combine.k, CHANNELS=combine.sets)
-        options = dict(GROUPED=True, **tile, **started_by(combine, size))
+        options = dict(GROUPED=True, **tile, **started_by(combine, describe(device)))
         launch(channel_combine_backward, (-(-channels // combine.sets),), device, args, options)
 
 
-def _tiled(view: View, tile: Tile) -> dict[str, Any]:
-    return dict(LAST=view.last, UNIT=view.unit, ROWS=tile.rows, POSITIONS=tile.chunk)
+def _is_of_samples(weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether each sample has parameters of its own."""
+    return any(t is not None and t.dim() == 2 for t in (weight, bias))
 
 
-def _average(running: Averages, mean: Tensor, var: Tensor, samples: int) -> None:
-    """Let running statistics, which are a channel's, have the mean of those of all samples (InstanceNorm)."""
-    for kept, now in ((running.mean, mean), (running.var, var)):
-        kept.copy_(torch.lerp(kept.double(), now.view(samples, -1).mean(0).double(), running.momentum))
+def _of_channels(problem: Problem, weight: Tensor | None, bias: Tensor | None) -> dict[str, Any]:
+    """What a kernel is told of the statistics and parameters of a tile's channels."""
+    return dict(
+        GROUPED=not (problem.spec.over_samples or problem.given),
+        VARIANCE=problem.given,
+        PER_SAMPLE=_is_of_samples(weight, bias),
+        ACTIVATION=problem.activation,
+    )
+
+
+def _walked(view: View, plan: ChannelWalk, stats: torch.dtype, device: Device) -> dict[str, Any]:
+    """What a walking kernel is told of its tiles."""
+    tile = dict(ROWS=plan.tile.rows, POSITIONS=plan.tile.chunk, STAGES=plan.stages, **started_by(plan.tile, device))
+    if plan.registers is not None and device.programs_wait:  # an option of NVIDIA's
+        tile.update(maxnreg=plan.registers)
+    even = view.width % plan.tile.rows == 0 and view.s % plan.tile.chunk == 0
+    return dict(LAST=view.last, UNIT=view.unit, EVEN=even, ACC=ACCUMULATOR[stats], **tile)

@@ -1,8 +1,9 @@
 """How fast: which launch each problem gets, as ordered tables with the measurement beside each row."""
 
-from .channel import choose_apply, choose_combine, choose_walk, choose_whole
+from .channel import choose_apply, choose_combine, choose_sums, choose_whole
 from .kinds import (
     ChannelCombine,
+    ChannelHeld,
     ChannelWalk,
     ChannelWhole,
     RowBackward,
@@ -19,6 +20,7 @@ from .row import FORGET, backward_turns, choose_backward, choose_forward, choose
 __all__ = [
     "FORGET",
     "ChannelCombine",
+    "ChannelHeld",
     "ChannelWalk",
     "ChannelWhole",
     "RowBackward",
@@ -34,8 +36,8 @@ __all__ = [
     "choose_backward",
     "choose_combine",
     "choose_forward",
+    "choose_sums",
     "choose_total",
-    "choose_walk",
     "choose_whole",
     "forward_turns",
 ]

@@ -7,13 +7,26 @@ Sizes are those of the view that a pass has of x (kernels/channel_tiles.py). Not
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 from ..launch import Device
-from .kinds import ChannelCombine, ChannelWalk, ChannelWhole, Tile
+from .kinds import ChannelCombine, ChannelHeld, ChannelWalk, ChannelWhole, Tile
 
-# Elements of a tile of 2-byte numbers, and its warps: of a pass with accumulators in registers, and of one without.
-_WALK = (2048, 4)
-_APPLY = (4096, 4)
+# Of a pass that walks: elements of a tile of 2-byte numbers, its warps, its stages, the programs that a multiprocessor is
+# to have before one takes more than a tile, and registers. By whether channels are last, and how many tensors are read.
+_Pass = tuple[int, int, int, int, int | None]
+_SUMS: dict[tuple[bool, int], _Pass] = {
+    (False, 1): (2048, 4, 3, 16, None),
+    (False, 2): (4096, 4, 3, 16, None),
+    (True, 1): (4096, 4, 4, 2, None),
+    (True, 2): (4096, 4, 4, 2, None),
+}
+_APPLY: dict[tuple[bool, int], _Pass] = {
+    (False, 1): (4096, 4, 1, 1 << 20, None),
+    (False, 2): (4096, 4, 1, 1 << 20, None),
+    (True, 1): (4096, 4, 4, 8, None),
+    (True, 2): (4096, 4, 4, 8, None),
+}
 
 # Positions of a tile, channels first: no more than these, as what is ragged at a channel's end is idle.
 _POSITIONS = 1024
@@ -21,11 +34,8 @@ _POSITIONS = 1024
 # Channels of a tile, channels last: a line of memory of 2-byte numbers.
 _CHANNELS = 64
 
-# Programs of a walking pass that a multiprocessor is to have before one takes more than a tile; and the most that it takes,
-# as a lane's sums are one after the other.
-_WALKING = 16
-_MOST_TILES = 32
-
+# The most tiles that a program walks, as a lane's sums are one after the other.
+_MOST_TILES = 64
 
 # Of a pass whose programs have a statistic each: (statistics to a multiprocessor from, elements of a tile, warps). µs of
 # forward and backward on an H200, bf16, of a sweep of 14: GroupNorm 16x320x64x64 31.7, 52.2 (2048 by 4 warps: 38.1, 53.3)
@@ -38,59 +48,104 @@ _WHOLE = ((3, 4096, 4), (1.5, 4096, 8), (0, 8192, 8))
 _SMALL = 8192
 _SMALL_WHOLE = (1024, 1)
 
+# What a program holds of so many tensors: bytes at most, and those of a warp; bytes where statistics are single runs.
+_HELD = {1: (8 << 10, 2048), 2: (32 << 10, 4096)}
+_APART = {1: 4096, 2: 2048}
+
 # The share of the multiprocessors, 1 over this, that statistics should keep at work.
 _LEAST_SHARE = 2
 
 # Bytes of a tile for each of its warps, at least.
 _LEAST_OF_WARP = 1024
 
+# Partials in a program's tile, at the least and the most.
+_LEAST_COMBINED = 64
+_COMBINED = 1024
+
 # Positions that lie together in a tile, at least: 128 bytes of 2-byte numbers.
 _RUN = 64
 
 
-def choose_apply(width: int, s: int, itemsize: int, last: bool) -> Tile:
-    """The tile of a pass whose programs have one each, over samples of ``width`` channels by s positions."""
-    return _tile(width, s, itemsize, last, *_APPLY)
+def choose_apply(samples: int, width: int, s: int, itemsize: int, tensors: int, last: bool, device: Device) -> ChannelWalk:
+    """The launch of a pass that writes each element, over samples of ``width`` channels by s positions."""
+    return _walk(_APPLY[last, tensors], samples, width, s, itemsize * tensors, last, False, device)
 
 
-@functools.lru_cache(maxsize=1024)
-def choose_walk(
-    samples: int, width: int, s: int, itemsize: int, last: bool, over_samples: bool, device: Device
+def choose_sums(
+    samples: int, width: int, s: int, itemsize: int, tensors: int, last: bool, over_samples: bool, device: Device
 ) -> ChannelWalk:
     """The launch of a pass that sums. over_samples: a program may walk through them, if a tile has all positions."""
-    tile = _tile(width, s, itemsize, last, *_WALK)
-    columns = -(-s // tile.chunk)
-    tiles = samples * -(-width // tile.rows) * columns
-    steps = max(1, min(_MOST_TILES, tiles // (_WALKING * device.multiprocessors)))
-    if over_samples and columns == 1:
-        return ChannelWalk(tile, tile.chunk, min(steps, samples))
-    return ChannelWalk(tile, tile.chunk * min(steps, columns), 1)
+    return _walk(_SUMS[last, tensors], samples, width, s, itemsize * tensors, last, over_samples, device)
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_whole(sets: int, runs: int, s: int, itemsize: int, device: Device) -> ChannelWhole | None:
-    """The launch of a pass whose programs have a statistic each, of ``runs`` runs of s positions; None where there are too
-    few statistics for the device.
+def _walk(
+    how: _Pass, samples: int, width: int, s: int, itemsize: int, last: bool, over_samples: bool, device: Device
+) -> ChannelWalk:
+    elements, warps, stages, per_sm, registers = how
+    tile = _tile(width, s, itemsize, last, elements, warps)
+    columns = -(-s // tile.chunk)
+    blocks = samples * -(-width // tile.rows)
+    programs = per_sm * device.multiprocessors
+    if over_samples and columns == 1:
+        together = min(samples, _MOST_TILES, max(1, int(blocks // programs)))
+        return ChannelWalk(tile, tile.chunk, together, stages if together > 1 else 1, registers)
+    # As many programs as are at work at once, if each has a tile, with shares as equal as they can be.
+    slabs = min(columns, max(-(-columns // _MOST_TILES), int(programs // blocks)))
+    steps = -(-columns // slabs)
+    return ChannelWalk(tile, tile.chunk * steps, 1, stages if steps > 1 else 1, registers)
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_whole(
+    sets: int, runs: int, s: int, itemsize: int, tensors: int, over_samples: bool, device: Device
+) -> ChannelWhole | ChannelHeld | None:
+    """The launch of a pass whose programs have whole statistics, of ``runs`` runs of s positions of so many tensors; None
+    where there are too few statistics for the device.
     """
     if sets * _LEAST_SHARE < device.multiprocessors:
         return None
+    if (held := _held(runs, s, itemsize, tensors, over_samples)) is not None:
+        return held
     small = runs * s <= _SMALL and sets >= _WHOLE[0][0] * device.multiprocessors
     of_share = next(shape for share, *shape in _WHOLE if sets >= share * device.multiprocessors)
     elements, warps = _SMALL_WHOLE if small else of_share
-    elements = elements * 2 // max(2, itemsize)
-    # Tiles that divide what they tile, where there are such of some length: what is ragged is idle, and counted.
+    tile, ragged = _tile_of_runs(runs, s, elements * 2 // max(2, itemsize))
+    warps = min(warps, max(1, tile.rows * tile.chunk * itemsize // _LEAST_OF_WARP))
+    return ChannelWhole(replace(tile, warps=warps), 3, ragged)
+
+
+def _held(runs: int, s: int, itemsize: int, tensors: int, over_samples: bool) -> ChannelHeld | None:
+    """The launch whose programs hold their statistics; None where one is too large."""
+    most, of_warp = _HELD[tensors]
+    positions, rows = _power_of_two(s), _power_of_two(runs)
+    if rows * positions * itemsize * tensors > most:
+        return None
+    apart = runs == 1 and not over_samples
+    if apart:
+        rows = max(1, _APART[tensors] // (positions * itemsize))
+    warps = min(16, max(1, rows * positions * itemsize * tensors // of_warp))
+    ragged = positions != s or rows != runs
+    return ChannelHeld(Tile(rows, positions, warps), apart, ragged)
+
+
+def _tile_of_runs(runs: int, s: int, elements: int) -> tuple[Tile, bool]:
+    """A tile of at most so many elements of a statistic, and whether some lanes have none. Tiles divide what they tile,
+    where there are such of some length: what is ragged is idle, and counted.
+    """
     even = s & -s
     positions = min(even if even >= _RUN else _power_of_two(s), elements)
     rows = min(elements // positions, _power_of_two(runs))
     if rows > 1 and (runs & -runs) * 4 >= rows:
         rows = min(rows, runs & -runs)
-    warps = min(warps, max(1, rows * positions * itemsize // _LEAST_OF_WARP))
-    return ChannelWhole(Tile(rows, positions, warps), 3, ragged=s % positions != 0 or runs % rows != 0)
+    return Tile(rows, positions, 1), s % positions != 0 or runs % rows != 0
 
 
-def choose_combine(d: int) -> ChannelCombine:
-    """The combining of partials into statistics of d channels each: side by side, or, of one statistic, all along."""
-    return ChannelCombine(128, 8, 4) if d == 1 else ChannelCombine(1024, 1, 4)
+def choose_combine(d: int, parts: int) -> ChannelCombine:
+    """The combining of ``parts`` partials into statistics of d channels each, side by side or one all along."""
+    k, sets = (_power_of_two(parts), 8) if d == 1 else (_power_of_two(parts), 1)
+    k = max(_LEAST_COMBINED // sets, min(k, _COMBINED // sets))
+    return ChannelCombine(k, sets, max(1, k * sets // 256))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -136,11 +136,15 @@ class RowBackwardWide:
 
 @dataclass(frozen=True)
 class ChannelWalk:
-    """A program walks tiles of channels × positions: ``slab`` positions of one sample, or all of those of ``samples``."""
+    """A program walks tiles of channels × positions, ``stages`` deep: ``slab`` positions of one sample, or all of those of
+    ``samples``. registers: at most so many of a thread; None leaves it to the compiler.
+    """
 
     tile: Tile
     slab: int
     samples: int
+    stages: int
+    registers: int | None = None
 
     def programs(self, samples: int, width: int, s: int) -> tuple[int, int, int]:
         """How many (teams of samples, blocks of channels, slabs of positions) make up the grid."""
@@ -160,6 +164,25 @@ class ChannelWhole:
     def uneven(self, s: int) -> bool:
         """Whether a lane may have an element of a run of s positions again after a turn without one."""
         return s > self.tile.chunk and s % self.tile.chunk != 0
+
+    def programs(self, sets: int) -> int:
+        """How many have so many statistics."""
+        return sets
+
+
+@dataclass(frozen=True)
+class ChannelHeld:
+    """A program holds a whole statistic, whose runs are the rows of ``tile``; apart, a statistic in each row. ragged: as
+    ChannelWhole's.
+    """
+
+    tile: Tile
+    apart: bool
+    ragged: bool
+
+    def programs(self, sets: int) -> int:
+        """How many have so many statistics."""
+        return -(-sets // self.tile.rows) if self.apart else sets
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""What may follow a norm at once: y = f(z) of z = x̂·w + b, and dL/dz = dL/dy·f'(z).
+
+ACTIVATION is None, "relu" (max(z, 0)), "silu" (z·σ(z)) or "gelu" (z·Φ(z), with the error function and not tanh).
+"""
+
+import triton
+import triton.language as tl
+
+_SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
+_DENSITY_AT_0: tl.constexpr = tl.constexpr(0.3989422804014327)  # of the normal distribution: 1/√(2π)
+
+
+@triton.jit
+def sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def normal_below(z):
+    """Φ(z)."""
+    return 0.5 + 0.5 * tl.erf(z * _SQRT_HALF)
+
+
+@triton.jit
+def activated(z, ACTIVATION: tl.constexpr):
+    """f(z). NaN stays NaN."""
+    if ACTIVATION == "relu":
+        return tl.where(z < 0.0, 0.0, z)
+    elif ACTIVATION == "silu":
+        return z * sigmoid(z)
+    elif ACTIVATION == "gelu":
+        return z * normal_below(z)
+    else:
+        return z
+
+
+@triton.jit
+def activated_backward(dy, z, ACTIVATION: tl.constexpr):
+    """dy·f'(z)."""
+    if ACTIVATION == "relu":
+        return tl.where(z > 0.0, dy, 0.0)
+    elif ACTIVATION == "silu":
+        s = sigmoid(z)
+        return dy * (s + z * s * (1.0 - s))
+    elif ACTIVATION == "gelu":
+        return dy * (normal_below(z) + z * tl.exp(-0.5 * z * z) * _DENSITY_AT_0)
+    else:
+        return dy
