@@ -29,11 +29,11 @@ def runs_of_program(C, RUNS, OVER_SAMPLES: tl.constexpr, PER_SAMPLE: tl.constexp
     """(first run of this program's statistic, runs to the next; where the first one's parameters are, how many on)."""
     program = first_program()
     if OVER_SAMPLES:
-        return program, C, program, 0
+        return program, C, program.to(tl.int32), 0
     elif PER_SAMPLE:
         return program * RUNS, 1, program * RUNS, 1
     else:
-        return program * RUNS, 1, program * RUNS % C, 1
+        return program * RUNS, 1, (program * RUNS % C).to(tl.int32), 1
 
 
 @triton.jit
