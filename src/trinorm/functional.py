@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks
 from .channel_functional import batch_norm, group_norm, instance_norm
@@ -79,11 +79,11 @@ def layer_norm(
     Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
     """
     # First, as what follows asks a tensor for more than a TorchFunctionMode, set_default_device's own too, should see.
-    if has_torch_function_unary(input) and not jagged.is_jagged(input):
+    if has_torch_function_variadic(input, weight, bias) and not jagged.is_jagged(input):
         given: dict[str, Any] = dict(
             weight=weight, bias=bias, eps=eps, save=save, cast=cast, batch_invariant=batch_invariant
         )
-        return handle_torch_function(layer_norm, (input,), input, normalized_shape, **given)
+        return handle_torch_function(layer_norm, (input, weight, bias), input, normalized_shape, **given)
     manner = (
         save
         if cast == "output" and batch_invariant is None
@@ -134,9 +134,9 @@ def rms_norm(
 
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
-    if has_torch_function_unary(input) and not jagged.is_jagged(input):
+    if has_torch_function_variadic(input, weight) and not jagged.is_jagged(input):
         given: dict[str, Any] = dict(weight=weight, eps=eps, save=save, cast=cast, batch_invariant=batch_invariant)
-        return handle_torch_function(rms_norm, (input,), input, normalized_shape, **given)
+        return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, **given)
     manner = (
         save
         if cast == "output" and batch_invariant is None

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
-from .spec import RowNorm
+from .spec import LAYER_NORM, RowNorm
 from .switches import options
 
 
@@ -121,11 +122,17 @@ def in_fp32(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
     return x.float(), *(None if t is None else t.float() for t in parameters)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _policy_is_fp32(op: str, device: str) -> bool:
-    # Asked of torch itself, once: CUDA's list has layer_norm and group_norm, and in 2.13 rms_norm; the CPU's has none.
-    x = torch.ones(1, 1, 2, dtype=torch.bfloat16, device=device)
-    with torch.autocast(device, dtype=torch.bfloat16):
+    return _asked_policy_is_fp32(op, device)
+
+
+@functools.cache
+def _asked_policy_is_fp32(op: str, device: str) -> bool:
+    # Asked of torch itself, once, out of sight of who records what is called: CUDA's list has layer_norm and group_norm, and in
+    # 2.13 rms_norm; the CPU's has none.
+    with _disable_current_modes(), torch.autocast(device, dtype=torch.bfloat16):
+        x = torch.ones(1, 1, 2, dtype=torch.bfloat16, device=device)
         y = getattr(F, op)(x, *_ARGUMENTS[op])
     return bool(y.dtype == torch.float32)
 
@@ -269,7 +276,9 @@ def _composite(
     weight = weight if weight is None or not spec.offset else weight + spec.offset
     if defined or spec.rounded:
         xhat = _normalized(spec, x, len(shape), eps)[2] if defined else _plain(spec, x, shape, None, None, eps)
-        xhat = xhat.to(narrow).to(x.dtype) if spec.rounded else xhat
+        if spec.rounded:
+            # Rounded in value alone: the gradient too would be, by the casts, and overflow in fp16.
+            xhat = xhat + (xhat.to(narrow).to(x.dtype) - xhat).detach()
         y = xhat if weight is None else xhat * weight
         y = y if bias is None else y + bias
     else:
@@ -282,9 +291,40 @@ def _plain(spec: RowNorm, x: Tensor, shape: list[int], weight: Tensor | None, bi
     if spec.center:
         # A weight of ones changes no bit. Without one torch drops bias's second derivatives, silently (2.11, 2.13).
         weight = torch.ones_like(bias) if weight is None and bias is not None else weight
+        if _differentiates(x, weight, bias):
+            return _LayerNorm.apply(x, weight, bias, shape, eps)
         return F.layer_norm(x, shape, weight, bias, eps)
     y = F.rms_norm(x, shape, weight, eps)
     return y if bias is None else y + bias
+
+
+class _LayerNorm(torch.autograd.Function):
+    """torch's own op and backward, but for the backward's own derivatives: torch's third ones are wrong, silently (2.13)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int], eps: float) -> Tensor:
+        y, *statistics = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, *statistics)
+        ctx.shape, ctx.eps = shape, eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            bias_dtype = None if bias is None else bias.dtype
+            found = composite_gradients(LAYER_NORM, x, len(ctx.shape), weight, bias_dtype, ctx.eps, dy)
+            return *found, None, None
+        wanted = ctx.needs_input_grad[:3]
+        return *torch.ops.aten.native_layer_norm_backward(dy, x, ctx.shape, mean, rstd, weight, bias, wanted), None, None
+
+
+def _differentiates(*tensors: Tensor | None) -> bool:
+    """Whether autograd is on for these plain tensors, and nobody records what is called."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or not torch.is_grad_enabled():
+        return False
+    given = [t for t in tensors if t is not None]
+    return any(t.requires_grad for t in given) and all(type(t) in (Tensor, torch.nn.Parameter) for t in given)
 
 
 def _is_transformed() -> bool:

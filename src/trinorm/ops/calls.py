@@ -73,7 +73,9 @@ class Calls(Generic[T]):
         if entries is not None and (call := _of_these(entries, tensors, normalized_shape)) is not None:
             return call
         entries = self._of_any_rows.get(_without_rows(key))
-        if entries is None or not x.is_contiguous() or (call := _of_these(entries, tensors, normalized_shape)) is None:
+        if entries is None or x.layout is not _STRIDED or not x.is_contiguous():
+            return None
+        if (call := _of_these(entries, tensors, normalized_shape)) is None:
             return None
         self._met[key] = met = self._met.get(key, 1) + 1
         return call if met < OWN_FROM else None
@@ -168,6 +170,7 @@ OWN_FROM = 4
 # Of one shape: dtypes, layouts, with a gradient and without, under autocast and not.
 _VARIANTS = 8
 
+_STRIDED = torch.strided
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
 _grad_is_on = torch.is_grad_enabled

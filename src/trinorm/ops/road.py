@@ -67,6 +67,8 @@ def kernels_serve(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None
     reason = observer()
     if reason is None and not HAS_TRITON:
         reason = "Triton is not installed"
+    elif reason is None and any(t is not None and not _has_storage(t) for t in (x, weight, bias)):
+        reason = "an argument has no memory of its own"
     elif reason is None and (type(x) not in PLAIN or type(weight) not in PLAIN_OR_NONE or type(bias) not in PLAIN_OR_NONE):
         reason = "an argument is a tensor subclass"
     if reason is None:
@@ -74,6 +76,11 @@ def kernels_serve(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None
     if x.is_cuda and reason != _TRACER:
         _warn_once(op, reason)
     return False
+
+
+def _has_storage(t: Tensor) -> bool:
+    """Whether there are numbers at t's address: not of zeros that are none, nor of what functionalization wraps."""
+    return not (t._is_zerotensor() or torch._is_functional_tensor(t))
 
 
 def _is_launched_on(x: Tensor) -> bool:
@@ -96,12 +103,15 @@ def observer() -> str | None:
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode AD is active"
-    if torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack() or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
         return "a TorchDispatchMode is active"
     return None
 
 
 _TRACER = "a tracer"
+
+# Where modes stand that look before autograd: make_fx(pre_dispatch=True), torch.export's.
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
 
 @functools.cache

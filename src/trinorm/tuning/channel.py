@@ -49,9 +49,10 @@ _SMALL = 8192
 _SMALL_WHOLE = (1024, 1)
 
 # What a program holds of one tensor, and of two: bytes at most; where statistics are single runs, bytes of a tile of them;
-# bytes for each of its warps then, and otherwise; warps at most. µs, as above, of forwards: InstanceNorm 64x256x1024 18.3 (by
-# one run 20.3), GroupNorm 32x512x16x16 6.7 (read again 10), BatchNorm 64x512x7x7 11.5 (by twice the warps 16), 32x1024x14x14
-# 20.1 where reading it again takes 17.0. Backwards: 27.5, 11.2, 11.2, and 20.1 by 4 warps (by 8 warps 25.5, read again 22.9).
+# bytes for each of its warps then, and otherwise; warps at most. µs, as above, of forwards: InstanceNorm 64x256x1024 18.3
+# (by one run 20.3), GroupNorm 32x512x16x16 6.7 (read again 10), BatchNorm 64x512x7x7 11.5 (by twice the warps 16),
+# 32x1024x14x14 20.1 where reading it again takes 17.0. Backwards: 27.5, 11.2, 11.2, and 20.1 by 4 warps (by 8 warps 25.5,
+# read again 22.9).
 _HELD = {1: (8 << 10, 4096, 2048, 4096), 2: (32 << 10, 2048, 4096, 4096)}
 _HELD_WARPS = 4
 
