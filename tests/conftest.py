@@ -1,7 +1,10 @@
 """What every test file shares. Without a GPU the kernels run through Triton's interpreter; with one, as they are."""
 
 import contextlib
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 
 import hypothesis
 import pytest
@@ -18,6 +21,16 @@ hypothesis.settings.load_profile("trinorm")
 def device() -> torch.device:
     """Where the kernels run."""
     return torch.device("cuda" if ON_GPU else "cpu")
+
+
+@pytest.fixture(scope="session")
+def compiling() -> Iterator[Executor]:
+    """A process in which the kernels are compiled and not interpreted: one, since it takes seconds to start."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("TRITON_INTERPRET", raising=False)
+            process.submit(os.getpid).result()
+        yield process
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import trinorm
+from machine import ON_GPU
 from paths import PATHS, SPLIT, WIDE
 from trinorm import functional, nn, reference
 from trinorm.compare import assert_no_worse
@@ -74,7 +75,7 @@ def assert_right(spec: RowNorm, f: Callable[..., Tensor], given: list[Tensor], d
 
 
 @pytest.mark.parametrize("path", [*PATHS, "split", "wide"])
-@pytest.mark.parametrize("n", [1000, *((3072,) if torch.cuda.is_available() else ())])
+@pytest.mark.parametrize("n", [1000, *((3072,) if ON_GPU else ())])
 def test_every_kernel(spec: RowNorm, path: str, n: int, force: Any, device: torch.device) -> None:
     launches = PATHS.get(path) or (SPLIT if path == "split" else WIDE)
     if path == "split":
@@ -83,7 +84,7 @@ def test_every_kernel(spec: RowNorm, path: str, n: int, force: Any, device: torc
         if n % 1024:
             pytest.skip("a team takes whole blocks")
     force(*launches)
-    given, dy = inputs(spec, (37, n), (torch.bfloat16, torch.bfloat16), device)
+    given, dy = inputs(spec, (37 if ON_GPU else 13, n), (torch.bfloat16, torch.bfloat16), device)
     assert_right(spec, norm, given, dy)
 
 
@@ -97,7 +98,8 @@ def test_dtypes(
         monkeypatch.setattr(road, "INTERPRETED", False)
     given, dy = inputs(spec, (40, 96), dtypes, device)
     assert_right(spec, norm, given, dy)
-    assert_right(spec, registered, given, dy)
+    if ON_GPU or dtypes[1] == torch.float32:  # the same kernels, which the interpreter takes long for
+        assert_right(spec, registered, given, dy)
 
 
 def test_rows_beyond_fp32s_squares(spec: RowNorm, device: torch.device) -> None:
@@ -120,12 +122,12 @@ def by_casts(spec: RowNorm, x: Tensor, mean: Tensor | None, rstd: Tensor, weight
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("cast", CASTS)
 @pytest.mark.parametrize("base", [LAYER_NORM, RMS_NORM], ids=lambda spec: spec.name)
-@pytest.mark.parametrize("n", [96, 1000, 4096, *((2048, 8192, 16384, 65536) if torch.cuda.is_available() else ())])
+@pytest.mark.parametrize("n", [96, 1000, 4096, *((2048, 8192, 16384, 65536) if ON_GPU else ())])
 def test_statistics_given_every_bit_is_the_models(
     cast: Cast, n: int, dtype: torch.dtype, base: RowNorm, device: torch.device
 ) -> None:
     spec = base.with_cast(cast)
-    x, weight = torch.randn(64, n, device=device).to(dtype), torch.randn(n, device=device).to(dtype)
+    x, weight = torch.randn(64 if ON_GPU else 16, n, device=device).to(dtype), torch.randn(n, device=device).to(dtype)
     y, mean, rstd = rows.forward(spec, x, 1, weight, None, 1e-6, save=True)
     assert rstd is not None
     assert torch.equal(y, by_casts(spec, x, mean, rstd, weight))
@@ -155,7 +157,7 @@ MODELS = {
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("n", [96, *((2048, 4096, 5120) if torch.cuda.is_available() else ())])
+@pytest.mark.parametrize("n", [96, *((2048, 4096, 5120) if ON_GPU else ())])
 def test_a_models_own_norm(name: str, n: int, dtype: torch.dtype, device: torch.device) -> None:
     """The same bits in every row whose rstd is what the model's is; elsewhere the neighbouring number at most.
 
@@ -166,7 +168,7 @@ def test_a_models_own_norm(name: str, n: int, dtype: torch.dtype, device: torch.
     module = getattr(getattr(transformers.models, folder), f"modeling_{folder}")
     theirs = getattr(module, name)(n).to(device, dtype)
     theirs.weight.data = torch.randn(n, device=device).to(dtype)
-    x = torch.randn(256, n, device=device).to(dtype)
+    x = torch.randn(256 if ON_GPU else 64, n, device=device).to(dtype)
     with torch.no_grad():
         want = theirs(x)
         got = functional.rms_norm(x, (n,), theirs.weight, 1e-6, cast=cast)
@@ -214,7 +216,7 @@ def test_compiled(spec: RowNorm, device: torch.device) -> None:
         assert torch.equal(got, want)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() and shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.skipif(not ON_GPU and shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 @pytest.mark.parametrize("fuses", [False, True])
 @pytest.mark.parametrize("kernels", [False, True], ids=["composite", "kernels"])
 def test_inductor_keeps_the_rounding(fuses: bool, kernels: bool, device: torch.device, monkeypatch: Any) -> None:

@@ -1,9 +1,13 @@
 """``trinorm inspect``: its arguments, its tables and its lines. What the kernels are, tests/test_inspection.py says."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import Executor
 from pathlib import Path
 
 import pytest
@@ -13,8 +17,21 @@ from trinorm.cli import inspect, main, shape
 CALL = ("rms_norm", "--shape", "8192x4096", "--dtype", "bf16", "--target", "sm_90")
 
 
-def run(*arguments: str) -> str:
-    """What it prints, in a process that does not interpret."""
+def printed(*arguments: str) -> str:
+    """What it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(["inspect", *arguments]) == 0
+    return out.getvalue()
+
+
+@pytest.fixture
+def run(compiling: Executor) -> Callable[..., str]:
+    """What it prints, where it compiles."""
+    return lambda *arguments: compiling.submit(printed, *arguments).result()
+
+
+def run_alone(*arguments: str) -> str:
+    """What it prints, in a process of its own that does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "trinorm", "inspect", *arguments]
     ran = subprocess.run(
@@ -24,7 +41,7 @@ def run(*arguments: str) -> str:
     return ran.stdout
 
 
-def test_tables_show_every_launch_of_the_call() -> None:
+def test_tables_show_every_launch_of_the_call(run: Callable[..., str]) -> None:
     lines = run(*CALL, "--pass", "backward").splitlines()
     assert any("RMSNorm backward, bfloat16, compiled for sm_90" in line for line in lines)
     assert any("RMSNorm backward, bfloat16, instructions on sm_90" in line for line in lines)
@@ -35,11 +52,11 @@ def test_tables_show_every_launch_of_the_call() -> None:
     assert [row for row in rows if row[:2] == ["in", "loop"]]
 
 
-def test_lines_say_what_was_asked_and_what_a_launch_moves(tmp_path: Path) -> None:
-    printed = run(*CALL, "--json", "-")
+def test_lines_say_what_was_asked_and_what_a_launch_moves(run: Callable[..., str], tmp_path: Path) -> None:
+    lines = run_alone(*CALL, "--json", "-")
     run(*CALL, "--json", str(tmp_path / "new" / "lines.jsonl"))
-    assert (tmp_path / "new" / "lines.jsonl").read_text() == printed
-    forward, backward, total = map(json.loads, printed.splitlines())
+    assert (tmp_path / "new" / "lines.jsonl").read_text() == lines
+    forward, backward, total = map(json.loads, lines.splitlines())
     assert [line["kernel"] for line in (forward, backward, total)] == ["row_forward", "row_backward", "sum_partials"]
     assert [(line["pass"], line["launch"]) for line in (forward, backward, total)] == [
         ("forward", 0),
@@ -57,7 +74,7 @@ def test_lines_say_what_was_asked_and_what_a_launch_moves(tmp_path: Path) -> Non
     assert backward["call_bytes"] == 3 * rows + 2 * row
 
 
-def test_a_target_nobody_measured_has_no_times() -> None:
+def test_a_target_nobody_measured_has_no_times(run: Callable[..., str]) -> None:
     (line,) = map(
         json.loads,
         run("rms_norm", "--shape", "16x64", "--pass", "forward", "--target", "sm_80", "--json", "-").splitlines(),
