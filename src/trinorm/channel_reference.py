@@ -142,6 +142,12 @@ def composite_gradients(
     return in_dtypes_of((dx.reshape(x.shape), dw.reshape(shape), db.reshape(shape)), x, weight, bias_dtype)
 
 
+def statistics(spec: ChannelNorm, x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, rstd) in ATen's ops, flat and float64: of each group of a sample, or of each channel."""
+    mean, rstd, _ = _normalized(spec, x.double(), num_groups, eps, None)
+    return mean.flatten(), rstd.flatten()
+
+
 def _seen(x: Any, num_groups: int) -> Any:
     """x as samples × groups × channels of a group × positions; of a torch tensor or a numpy array alike."""
     samples, channels, *positions = x.shape

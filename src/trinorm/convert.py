@@ -10,9 +10,11 @@ import torch
 from . import nn
 from .ops.road import KERNEL_DTYPES
 
+# torch's norms that trinorm.nn has under the same name.
 _REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    torch.nn.LayerNorm: nn.LayerNorm,
-    torch.nn.RMSNorm: nn.RMSNorm,
+    theirs: ours
+    for name, ours in vars(nn).items()
+    if isinstance(ours, type) and isinstance(theirs := getattr(torch.nn, name, None), type)
 }
 
 
@@ -48,7 +50,8 @@ class Report:
 
 
 def replace(model: torch.nn.Module) -> Report:
-    """Make every ``torch.nn.LayerNorm`` and ``torch.nn.RMSNorm`` inside ``model`` a trinorm one, in place.
+    """Make every norm of torch's inside ``model`` that trinorm has a trinorm one, in place: ``torch.nn.LayerNorm``,
+    ``RMSNorm``, ``GroupNorm``, ``InstanceNorm1d`` to ``3d`` and ``BatchNorm1d`` to ``3d``.
 
     The module object stays the same one and only its class changes: parameters, buffers, hooks, names, optimizers that
     hold its parameters, and every other place that refers to it are untouched, so shared modules and tied weights stay
@@ -117,10 +120,6 @@ def _obstacle(module: torch.nn.Module) -> str | None:
     return None
 
 
-# torch's norms that trinorm.nn has.
-_KNOWN = tuple(theirs for name in vars(nn) if isinstance(theirs := getattr(torch.nn, name, None), type))
-
-
 def _why_left(module: torch.nn.Module) -> str:
     kind = type(module)
     ours = getattr(nn, kind.__name__, None)
@@ -138,9 +137,7 @@ def _why_left(module: torch.nn.Module) -> str:
         return "quantized: its input is not a floating tensor"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "parametrized: its class is made by torch.nn.utils.parametrize; replace before parametrizing"
-    if kind in _KNOWN:
-        return "not swapped yet; trinorm.nn has it"
-    if isinstance(module, _KNOWN):
+    if isinstance(module, tuple(_REPLACEMENTS)):
         return "a subclass of torch's norm, whose forward may compute something else"
     if isinstance(module, _TORCH_NORMS):
         return "trinorm has no kernel for this norm yet"

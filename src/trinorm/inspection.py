@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import subprocess
@@ -170,14 +171,20 @@ def _kind(mnemonic: str, kinds: Mapping[str, str]) -> str:
 
 def _read_cuda(asm: dict[str, Any]) -> tuple[int, int, list[Instruction]]:
     """Registers, spills and code."""
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(asm["cubin"])
-        command = [tool, "--dump-resource-usage", "--dump-sass", str(cubin)]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    text = _listing(asm["cubin"])
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return used["REG"], used["STACK"] + used["LOCAL"], sass(text)
+
+
+@functools.lru_cache(maxsize=256)
+def _listing(cubin: bytes) -> str:
+    """Kept, as cuobjdump takes .5 to .9 s to start, and different calls come to the same kernel."""
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [tool, "--dump-resource-usage", "--dump-sass", str(path)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def sass(text: str) -> list[Instruction]:

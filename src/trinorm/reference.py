@@ -129,8 +129,8 @@ def _policy_is_fp32(op: str, device: str) -> bool:
 
 @functools.cache
 def _asked_policy_is_fp32(op: str, device: str) -> bool:
-    # Asked of torch itself, once, out of sight of who records what is called: CUDA's list has layer_norm and group_norm, and in
-    # 2.13 rms_norm; the CPU's has none.
+    # Asked of torch itself, once, out of sight of who records what is called: CUDA's list has layer_norm and group_norm,
+    # and in 2.13 rms_norm; the CPU's has none.
     with _disable_current_modes(), torch.autocast(device, dtype=torch.bfloat16):
         x = torch.ones(1, 1, 2, dtype=torch.bfloat16, device=device)
         y = getattr(F, op)(x, *_ARGUMENTS[op])
@@ -299,7 +299,7 @@ def _plain(spec: RowNorm, x: Tensor, shape: list[int], weight: Tensor | None, bi
 
 
 class _LayerNorm(torch.autograd.Function):
-    """torch's own op and backward, but for the backward's own derivatives: torch's third ones are wrong, silently (2.13)."""
+    """torch's own op and backward, but for the backward's own derivatives: torch's third are wrong, silently (2.13)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int], eps: float) -> Tensor:

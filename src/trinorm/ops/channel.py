@@ -12,7 +12,7 @@ from .. import channel_reference as reference
 from ..channel_reference import Averages, Given
 from ..reference import autocasts_to_fp32, in_fp32
 from ..spec import Activation, ChannelNorm
-from . import road
+from . import channel_library, road
 from .layout import channels_readable, dense
 from .row import are_plain
 
@@ -51,6 +51,8 @@ def channel_norm(
 ) -> Tensor:
     """The norm of checked arguments: by the kernels, or, where they do not serve, by the composite."""
     statistics = given or (averages[:2] if averages is not None else ())
+    if given is None and road.takes_op(x, weight, bias, whole=False) and not road.are_distributed(x, weight, bias):
+        return channel_library.norm(spec, x, num_groups, weight, bias, eps, activation, averages)
     if not road.kernels_serve(spec.name, x, weight, bias) or any(type(t) not in road.PLAIN for t in statistics):
         return reference.composite(spec, x, num_groups, weight, bias, eps, given, averages, activation)
     if x.dtype != torch.float64 and autocasts_to_fp32(spec.name, x.device.type):

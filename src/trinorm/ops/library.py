@@ -15,18 +15,17 @@ for second derivatives, which are those of the closed form. Defaults and better 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from .. import reference
 from ..spec import CASTS, ROW_NORMS, Cast, RowNorm
 from . import road
+from .registering import Op, any_requires_grad, batched, know_distributed, one_by_one, out_of_autocast, register
 from .row import CALLS, RowCall, Turns, prepared
 
 if TYPE_CHECKING:
@@ -43,49 +42,15 @@ def norm(
     batch_invariant: bool,
 ) -> Tensor:
     """y, by the registered op."""
-    _know_distributed(x, weight, bias)
+    know_distributed(x, weight, bias)
     parameters = (weight, bias) if spec.center else (weight,)
     with reference.keeping_dtype(x.device.type):
         return getattr(torch.ops.trinorm, spec.name)(x, normalized_shape, *parameters, eps, batch_invariant, spec.cast)[0]
 
 
-class _Op:
-    """An op, called as torch.ops has it. What each of torch's layers does with a call is in the methods that bear its name.
-
-    compute: of tensors with storage. composite: the same in ATen's ops, differentiable. fake: results without values.
-    """
-
-    name: str
-    schema: str
-
-    def __init__(self, spec: RowNorm) -> None:
-        self._spec = spec
-
-    def __call__(self, *args: Any) -> Results:
-        return self.overload(*args)
-
-    def kernel(self, keyset: Any, *args: Any) -> Results:
-        """The call as a node of autograd's."""
-        _know_distributed(*args)
-        # Each transform of torch.func calls this for its own level, and asks for no more than that one.
-        with enable_single_level_autograd_function():
-            return _apply(self, torch.is_grad_enabled(), keyset, *args)
-
-    def save(self, ctx: Any, results: Results, *args: Any) -> None:
-        """Keep what ``differentiate`` needs."""
-
-    def differentiate(self, ctx: Any, *gradients: Tensor | None) -> Results:
-        """The gradients of the arguments, of the results' gradients."""
-        raise NotImplementedError
-
-    @property
-    def overload(self) -> Any:
-        return getattr(torch.ops.trinorm, self.name).default
-
-
-class _Forward(_Op):
+class _Forward(Op):
     def __init__(self, spec: RowNorm, backward: _Backward) -> None:
-        super().__init__(spec)
+        self._spec = spec
         bias, mean = ("Tensor? bias, ", "Tensor, ") if spec.center else ("", "")
         self.name = spec.name
         self.schema = (
@@ -99,13 +64,13 @@ class _Forward(_Op):
         *parameters, eps, batch_invariant, cast = rest
         if x.dtype != torch.float64 and reference.autocast_to_fp32(self._spec.with_cast(cast), x.device.type):
             x, *parameters = reference.in_fp32(x, *parameters)
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+        with out_of_autocast(key):
             return self(x, shape, *parameters, eps, batch_invariant, cast)
 
     def vmap(self, info: Any, dims: Sequence[Any], x: Tensor, *rest: Any) -> tuple[Results, Sequence[int | None]]:
         if any(isinstance(dim, int) for dim in dims[1:]):
-            return _one_by_one(self, info, dims, x, *rest)
-        return _batched(self(x.movedim(dims[0], 0), *rest))
+            return one_by_one(self, info, dims, x, *rest)
+        return batched(self(x.movedim(dims[0], 0), *rest))
 
     def autograd(self, keyset: Any, *args: Any) -> Results:
         return self.composite(*args) if forward_ad._current_level >= 0 else self.kernel(keyset, *args)
@@ -166,28 +131,28 @@ class _Forward(_Op):
         return (y, mean, rstd) if self._spec.center else (y, rstd)
 
 
-class _Backward(_Op):
+class _Backward(Op):
     schema = (
         "(Tensor dy, Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? mean, Tensor rstd, float eps, "
         "bool dx, bool dw, ScalarType? db, bool batch_invariant, str cast) -> (Tensor, Tensor, Tensor)"
     )
 
     def __init__(self, spec: RowNorm) -> None:
-        super().__init__(spec)
+        self._spec = spec
         self.name = f"{spec.name}_backward"
 
     def vmap(self, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Results, Sequence[int | None]]:
         dy, x, shape, weight, mean, rstd, eps, dx, dw, db, *how = args
         if isinstance(dims[3], int) or dw or db is not None:
-            return _one_by_one(self, info, dims, *args)  # each has a weight, or sums over rows, of its own
+            return one_by_one(self, info, dims, *args)  # each has a weight, or sums over rows, of its own
         dy, x, mean, rstd = (
             t if t is None else t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
             for t, dim in ((dy, dims[0]), (x, dims[1]), (mean, dims[4]), (rstd, dims[5]))
         )
-        return _batched(self(dy, x, shape, weight, mean, rstd, eps, dx, dw, db, *how))
+        return batched(self(dy, x, shape, weight, mean, rstd, eps, dx, dw, db, *how))
 
     def autograd(self, keyset: Any, *args: Any) -> Results:
-        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _any_requires_grad(*args)):
+        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any_requires_grad(*args)):
             return self.composite(*args)
         return self.kernel(keyset, *args)
 
@@ -244,40 +209,6 @@ class _Backward(_Op):
         )
 
 
-class _Kernel(torch.autograd.Function):
-    """An op's call below autograd. It has no forward mode: there torch raises, where the tangent would else be dropped."""
-
-    @staticmethod
-    def forward(ctx: Any, op: _Op, grad_mode: bool, keyset: Any, *args: Any) -> Results:
-        # Below are also the transforms of torch.func around this one, which do not know that a Function stops gradients.
-        with torch.set_grad_enabled(grad_mode), torch._C._AutoDispatchBelowAutograd():
-            results = op.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-        ctx.op = op
-        ctx.set_materialize_grads(False)
-        op.save(ctx, results, *args)
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Results:
-        if gradients[0] is None:
-            return (None,) * len(ctx.needs_input_grad)
-        return None, None, None, *ctx.op.differentiate(ctx, *gradients)
-
-
-# Function.apply less its Python part, which would hand the whole to torch.func once more.
-_apply = super(torch.autograd.Function, _Kernel).apply
-
-
-def _know_distributed(*args: Any) -> None:
-    """Have the rules for DTensors registered where one of these is distributed: earlier, it would take DTensor's import."""
-    if road.are_distributed(*args):
-        from . import sharding  # noqa: F401
-
-
-def _any_requires_grad(*args: Any) -> bool:
-    return any(isinstance(a, Tensor) and a.requires_grad for a in args)
-
-
 def _check(op: str, cast: str, x: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> None:
     """That the kernels read nothing but these tensors, in a way that there is."""
     torch._check(cast in CASTS, lambda: f"trinorm::{op}: cast is {cast!r}; it must be one of {', '.join(CASTS)}")
@@ -289,39 +220,14 @@ def _check(op: str, cast: str, x: Tensor, shape: Sequence[int], *parameters: Ten
     torch._check_not_implemented(known, lambda: f"trinorm::{op}: a dtype other than {road.KERNEL_DTYPES}")
 
 
-def _batched(results: Results) -> tuple[Results, Sequence[int | None]]:
-    return results, tuple(None if r is None else 0 for r in results)
-
-
-def _one_by_one(op: _Op, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Results, Sequence[int | None]]:
-    """A call for each element of the mapped dims, the results stacked."""
-    each = [
-        op(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    return _batched(tuple(None if of[0] is None else torch.stack(of) for of in zip(*each, strict=True)))
-
-
 # The manner of a registered op's calls, which no caller of functional can name.
 _REGISTERED = object()
-
-_LIBRARY = torch.library.Library("trinorm", "DEF")
 
 
 def _register(spec: RowNorm) -> None:
     backward = _Backward(spec)
-    forward = _Forward(spec, backward)
-    ops: tuple[_Forward | _Backward, ...] = forward, backward
-    for op in ops:
-        # Any strides do, so that Inductor need not keep those that it traced: compute reads them as they are, or copies.
-        _LIBRARY.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-        _LIBRARY.impl(op.name, op.compute, "CompositeExplicitAutograd")
-        _LIBRARY.impl(op.name, op.autograd, "Autograd", with_keyset=True)
-        # Fake tensors take it too. torch.library.register_fake also notes its source line, which takes 6 ms of an import.
-        _LIBRARY.impl(op.name, op.fake, "Meta")
-        torch.library.register_vmap(f"trinorm::{op.name}", op.vmap, lib=_LIBRARY)
-    for key in ("AutocastCPU", "AutocastCUDA"):
-        _LIBRARY.impl(forward.name, functools.partial(forward.autocast, key), key)
+    register(_Forward(spec, backward))
+    register(backward)
 
 
 for _spec in ROW_NORMS:

@@ -1,0 +1,139 @@
+"""Registering an op: what torch's dispatcher, autograd, autocast, torch.func and fake tensors do with its calls."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+
+from . import road
+
+if TYPE_CHECKING:
+    from ..replay import Results
+
+
+class Op:
+    """An op, called as torch.ops has it. What each of torch's layers does with a call is in the methods that bear its name.
+
+    compute: of tensors with storage. composite: the same in ATen's ops, differentiable. fake: results without values.
+    """
+
+    name: str
+    schema: str
+
+    # Whether results lie in memory as the input does, so that Inductor has to keep the strides that it traced. Otherwise
+    # any do: compute reads them as they are, or copies.
+    strided: bool = False
+
+    def __call__(self, *args: Any) -> Results:
+        return self.overload(*args)
+
+    def kernel(self, keyset: Any, *args: Any) -> Results:
+        """The call as a node of autograd's."""
+        know_distributed(*args)
+        # Each transform of torch.func calls this for its own level, and asks for no more than that one.
+        with enable_single_level_autograd_function():
+            return _apply(self, torch.is_grad_enabled(), keyset, *args)
+
+    def save(self, ctx: Any, results: Results, *args: Any) -> None:
+        """Keep what ``differentiate`` needs."""
+
+    def differentiate(self, ctx: Any, *gradients: Tensor | None) -> Results:
+        """The gradients of the arguments, of the results' gradients."""
+        raise NotImplementedError
+
+    @property
+    def overload(self) -> Any:
+        return getattr(torch.ops.trinorm, self.name).default
+
+    def compute(self, *args: Any) -> Results:
+        raise NotImplementedError
+
+    def composite(self, *args: Any) -> Results:
+        raise NotImplementedError
+
+    def fake(self, *args: Any) -> Results:
+        raise NotImplementedError
+
+    def vmap(self, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Results, Sequence[int | None]]:
+        return one_by_one(self, info, dims, *args)
+
+    def autograd(self, keyset: Any, *args: Any) -> Results:
+        raise NotImplementedError
+
+    # Where autocast has a say: what is called under its dispatch key of that name.
+    autocast: Callable[..., Results] | None = None
+
+
+class _Kernel(torch.autograd.Function):
+    """An op's call below autograd. It has no forward mode: there torch raises, where the tangent would else be dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, grad_mode: bool, keyset: Any, *args: Any) -> Results:
+        # Below are also the transforms of torch.func around this one, which do not know that a Function stops gradients.
+        with torch.set_grad_enabled(grad_mode), torch._C._AutoDispatchBelowAutograd():
+            results = op.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        ctx.op = op
+        ctx.set_materialize_grads(False)
+        op.save(ctx, results, *args)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Results:
+        if gradients[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return None, None, None, *ctx.op.differentiate(ctx, *gradients)
+
+
+# Function.apply less its Python part, which would hand the whole to torch.func once more.
+_apply = super(torch.autograd.Function, _Kernel).apply
+
+
+def know_distributed(*args: Any) -> None:
+    """Have the rules for DTensors registered where one of these is distributed: earlier, it would take DTensor's import."""
+    if road.are_distributed(*args):
+        from . import sharding  # noqa: F401
+
+
+def any_requires_grad(*args: Any) -> bool:
+    return any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def batched(results: Results) -> tuple[Results, Sequence[int | None]]:
+    return results, tuple(None if r is None else 0 for r in results)
+
+
+def one_by_one(op: Op, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Results, Sequence[int | None]]:
+    """A call for each element of the mapped dims, the results stacked."""
+    each = [
+        op(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    return batched(tuple(None if of[0] is None else torch.stack(of) for of in zip(*each, strict=True)))
+
+
+def out_of_autocast(key: str) -> contextlib.AbstractContextManager[Any]:
+    """Where an op calls itself once autocast, whose dispatch key this is, has had its say."""
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)))
+
+
+_LIBRARY = torch.library.Library("trinorm", "DEF")
+
+
+def register(op: Op) -> None:
+    """Make it ``torch.ops.trinorm.<name>``."""
+    strides = torch.Tag.needs_exact_strides if op.strided else torch.Tag.flexible_layout
+    _LIBRARY.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag, strides))
+    _LIBRARY.impl(op.name, op.compute, "CompositeExplicitAutograd")
+    _LIBRARY.impl(op.name, op.autograd, "Autograd", with_keyset=True)
+    # Fake tensors take it too. torch.library.register_fake also notes its source line, which takes 6 ms of an import.
+    _LIBRARY.impl(op.name, op.fake, "Meta")
+    torch.library.register_vmap(f"trinorm::{op.name}", op.vmap, lib=_LIBRARY)
+    if op.autocast is not None:
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            _LIBRARY.impl(op.name, functools.partial(op.autocast, key), key)

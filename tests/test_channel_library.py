@@ -1,0 +1,158 @@
+"""The channel norms as registered ops: what torch.compile and torch.export record, and their derivatives."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch.library import opcheck
+
+from test_channels import draw, groups_of, norm
+from trinorm import nn, options
+from trinorm.spec import BATCH_NORM, CHANNEL_NORMS, GROUP_NORM, ChannelNorm
+
+SHAPE = (2, 12, 5, 6)
+
+
+@pytest.fixture(params=CHANNEL_NORMS, ids=lambda spec: spec.name)
+def spec(request: pytest.FixtureRequest) -> ChannelNorm:
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["first", "last"])
+def last(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+def call(spec: ChannelNorm, **how: Any) -> Callable[..., Tensor]:
+    return lambda x, *parameters: norm(spec, x, groups_of(spec, x.shape, 4), *(parameters or (None, None)), **how)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_opcheck(last: bool, activation: str | None, device: torch.device) -> None:
+    (x, weight, bias), _ = draw(SHAPE, torch.float32, torch.float32, last, device)
+    opcheck(torch.ops.trinorm.group_norm.default, (x, 4, weight, bias, 1e-5, activation))
+    opcheck(torch.ops.trinorm.batch_norm.default, (x, weight, None, 1e-5, activation))
+    of_samples = [torch.randn(SHAPE[:2], device=device, requires_grad=True) for _ in range(2)]
+    opcheck(torch.ops.trinorm.group_norm.default, (x, 12, *of_samples, 1e-5, activation))
+    wanted = True, True, torch.float32
+    with torch.no_grad():
+        for op, groups in (("group_norm", (4,)), ("batch_norm", ())):
+            y, mean, rstd = getattr(torch.ops.trinorm, op)(x, *groups, weight, bias, 1e-5, activation)
+            args = y, x.detach(), groups[0] if groups else 12, weight.detach(), bias.detach(), mean, rstd, 1e-5, activation
+            opcheck(getattr(torch.ops.trinorm, f"{op}_backward").default, (*args, *wanted))
+
+
+@pytest.mark.parametrize("how", [{}, dict(activation="gelu")], ids=str)
+def test_compiled_once_for_any_number_of_samples(
+    spec: ChannelNorm, last: bool, how: dict[str, Any], device: torch.device
+) -> None:
+    """With an eager call's bits and order of memory, forward and backward, and one node each."""
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    run = torch.compile(call(spec, **how), fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=compiler))
+    for samples in (2, 3, 7):
+        drawn, dy = draw((samples, *SHAPE[1:]), torch.float32, torch.float32, last, device)
+        found, expected = ([y, *torch.autograd.grad(y, drawn, dy)] for y in (f(*drawn) for f in (run, call(spec, **how))))
+        assert found[0].stride() == expected[0].stride()
+        assert all(torch.equal(got, want) for got, want in zip(found, expected, strict=True))
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    name = BATCH_NORM.name if spec.over_samples else GROUP_NORM.name
+    assert targets.count(f"trinorm.{name}.default") == targets.count(f"trinorm.{name}_backward.default") == 1
+
+
+def test_left_to_inductor(device: torch.device) -> None:
+    torch._dynamo.reset()
+    (x, weight, bias), _ = draw(SHAPE, torch.float32, torch.float32, False, device)
+    with options(inductor_fuses=True):
+        run = torch.compile(call(GROUP_NORM), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(run(x, weight, bias), call(GROUP_NORM)(x, weight, bias), rtol=1e-4, atol=1e-5)
+
+
+def test_each_samples_scale_compiled(device: torch.device) -> None:
+    torch._dynamo.reset()
+    (x, weight, bias), dy = draw(SHAPE, torch.float32, torch.float32, False, device)
+    scale, shift = (torch.randn(SHAPE[:2], device=device, requires_grad=True) for _ in range(2))
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return norm(GROUP_NORM, x, 4, weight, bias, activation="silu", scale=scale, shift=shift)
+
+    drawn = x, weight, bias, scale, shift
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    found, expected = ([y, *torch.autograd.grad(y, drawn, dy)] for y in (compiled(*drawn), run(*drawn)))
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_compiled(momentum: float | None, device: torch.device) -> None:
+    torch._dynamo.reset()
+    ours, theirs = (kind(12, momentum=momentum).to(device) for kind in (nn.BatchNorm2d, torch.nn.BatchNorm2d))
+    compiled = torch.compile(ours, fullgraph=momentum is not None, backend="aot_eager")
+    for step in range(4):
+        if step == 3:
+            ours.eval(), theirs.eval()
+        x = torch.randn(SHAPE, device=device) + 3
+        torch.testing.assert_close(compiled(x), theirs(x), rtol=1e-5, atol=1e-5)
+    for (name, got), want in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_exported_and_loaded(spec: ChannelNorm, device: torch.device) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return call(spec, activation="silu")(x)
+
+    x = torch.randn(SHAPE, device=device)
+    samples = torch.export.Dim("samples", min=2, max=64)
+    saved = io.BytesIO()
+    torch.export.save(torch.export.export(Model(), (x,), dynamic_shapes=({0: samples},)), saved)
+    saved.seek(0)
+    loaded = torch.export.load(saved).module()
+    x = torch.randn(5, *SHAPE[1:], device=device)
+    assert torch.equal(loaded(x), Model()(x))
+
+
+@pytest.mark.parametrize(("op", "groups"), [("group_norm", (2,)), ("batch_norm", ())])
+def test_derivatives(op: str, groups: tuple[int, ...], device: torch.device) -> None:
+    drawn, _ = draw((2, 4, 2), torch.float64, torch.float64, False, device)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return getattr(torch.ops.trinorm, op)(x, *groups, weight, bias, 1e-5, "silu")[0]
+
+    torch.autograd.gradcheck(run, drawn)
+    torch.autograd.gradgradcheck(run, drawn)
+    x, *parameters = (t.detach() for t in drawn)
+    got = torch.func.grad(lambda x: run(x, *parameters).sin().sum())(x)
+    (want,) = torch.autograd.grad(run(drawn[0], *parameters).sin().sum(), drawn[0])
+    torch.testing.assert_close(got, want)
+    many = torch.stack([x, 2 * x])
+    one_by_one = torch.stack([run(t, *parameters) for t in many])
+    torch.testing.assert_close(torch.func.vmap(lambda x: run(x, *parameters))(many), one_by_one)
+    direction = torch.randn_like(x)
+    _, tangent = torch.func.jvp(lambda x: run(x, *parameters), (x,), (direction,))
+    rows = torch.func.jacrev(lambda x: run(x, *parameters))(x)
+    torch.testing.assert_close(tangent, torch.tensordot(rows, direction, 3))
+
+
+def test_bad_input(device: torch.device) -> None:
+    x, w = torch.ones(2, 6, 4, device=device), torch.ones(6, device=device)
+    for args in ((x, 4, w, w, 1e-5, None), (x, 2, w[:3], None, 1e-5, None), (x, 2, w, None, 1e-5, "tanh")):
+        with pytest.raises(RuntimeError, match=r"trinorm::group_norm"):
+            torch.ops.trinorm.group_norm(*args)
+    with pytest.raises(NotImplementedError, match=r"trinorm::group_norm: a dtype"):
+        torch.ops.trinorm.group_norm(x.long(), 2, None, None, 1e-5, None)
+    stats = torch.ones(4, device=device)
+    with pytest.raises(RuntimeError, match="dy, mean or rstd"):
+        torch.ops.trinorm.group_norm_backward(x[:1], x, 2, w, w, stats, stats, 1e-5, None, True, True, None)
