@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import trinorm
 from trinorm.compare import assert_no_worse
-from trinorm.ops import rows
+from trinorm.ops import channels, rows
 from trinorm.reference import oracle, oracle_gradients
 from trinorm.spec import RMS_NORM
 
@@ -32,7 +33,8 @@ def launches(monkeypatch):
         count[kernel.__name__] += 1
         start(kernel, *arguments)
 
-    monkeypatch.setattr(rows, "launch", launch)
+    for host in (rows, channels):
+        monkeypatch.setattr(host, "launch", launch)
     return count
 
 
@@ -129,3 +131,74 @@ def test_training_writes_its_curves_and_the_same_bits_twice(tmp_path):
         written.append(json.loads(curves.read_text()))
     assert written[0] == written[1]
     assert {name: len(curve) for name, curve in written[0]["losses"].items()} == {"torch": 2, "trinorm": 2, "exact": 2}
+
+
+# The one kernel of each call that writes y, and of each backward that writes dx.
+WRITE_Y = ("held_forward", "channel_forward", "channel_apply")
+WRITE_DX = ("held_backward", "channel_backward", "channel_apply_backward")
+
+
+@pytest.fixture
+def digits(monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    # What main sets for its process.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+    yield importlib.import_module("train_digits")
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("norm", ["BatchNorm", "GroupNorm", "InstanceNorm"])
+def test_digits_are_read_as_with_torchs_norms(norm, wrong, digits, launches, device, tmp_path, monkeypatch):
+    if wrong:
+        start = channels.launch
+
+        def launch(kernel, grid, device, arguments, options):
+            start(kernel, grid, device, arguments, options)
+            if kernel.__name__ in WRITE_Y:  # every sample gets the result of the one before it
+                arguments[0].copy_(arguments[0].roll(1, dims=0))
+
+        monkeypatch.setattr(channels, "launch", launch)
+    monkeypatch.setattr(digits, "NORMS", {norm: digits.NORMS[norm]})
+    few = ["--steps=3", "--channels=16", "--batch=8", "--lr=0.01", "--images=24", "--least=0.3", "--seed=3"]
+    written = tmp_path / "digits.json"
+    status = digits.main(["--json", str(written), *(few if device.type == "cpu" else [])])
+    record = json.loads(written.read_text())
+    steps = record["config"]["steps"]
+    assert [len(trained["losses"]) for trained in record["norms"][norm].values()] == [steps, steps]
+    assert record["norms"][norm]["torch"]["right"] >= record["config"]["least"] * record["config"]["images"]
+    assert status == wrong, record["norms"]
+    assert sum(launches[kernel] for kernel in WRITE_Y) == 2 * (steps + 1)
+    assert sum(launches[kernel] for kernel in WRITE_DX) == 2 * steps
+
+
+def test_digits_outcome_has_its_limits(digits):
+    def ok(right_by_torch, right, losses=(2.0, 1.0)):
+        by_torch, ours = digits.Trained(torch.ones(2), right_by_torch), digits.Trained(torch.tensor(losses), right)
+        outcome = digits.Outcome("BatchNorm", by_torch, ours, digits.TEST_IMAGES, digits.LEAST_ACCURACY)
+        assert ("FAILED" in str(outcome)) != outcome.ok
+        return outcome.ok
+
+    assert ok(345, 342)
+    assert ok(345, 348)
+    assert not ok(345, 349)
+    assert not ok(346, 342)
+    assert not ok(342, 341)
+    assert not ok(341, 342)
+    assert not ok(350, 350, (2.0, float("nan")))
+
+
+def test_digits_networks_start_alike(digits):
+    """From one seed, whatever the norms: the same weights by each library, and by each norm the same convolutions."""
+    weights = []
+    for make in digits.NORMS.values():
+        for library in (torch.nn, trinorm.nn):
+            torch.manual_seed(0)
+            model = digits.Net(8, lambda channels, make=make, library=library: make(library, channels))
+            norms = [module for module in model.features if "Norm" in type(module).__name__]
+            assert [type(module).__module__ == "trinorm.nn" for module in norms] == [library is trinorm.nn] * 2
+            weights.append(dict(model.named_parameters()))
+    assert all(weights[0].keys() == other.keys() for other in weights)
+    assert all(torch.equal(weights[0][name], other[name]) for other in weights for name in other)
