@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -62,6 +64,30 @@ def test_hooks_and_training_mode_survive(device: torch.device) -> None:
     assert not norm.training
 
 
+def test_every_norm_that_there_is_is_swapped(device: torch.device) -> None:
+    """With its buffers, and what it computes in training and in evaluation."""
+    shapes = {1: (4, 8, 10), 2: (4, 8, 5, 6), 3: (2, 8, 3, 4, 5)}
+    kinds: list[tuple[torch.nn.Module, int]] = [
+        (torch.nn.GroupNorm(2, 8), 2),
+        (torch.nn.LayerNorm(6), 2),
+        (torch.nn.RMSNorm(6), 2),
+    ]
+    for dims in shapes:
+        kinds += [
+            (getattr(torch.nn, f"BatchNorm{dims}d")(8), dims),
+            (getattr(torch.nn, f"InstanceNorm{dims}d")(8, affine=True, track_running_stats=True), dims),
+        ]
+    for theirs, dims in kinds:
+        theirs = theirs.to(device)
+        ours = copy.deepcopy(theirs)
+        assert len(trinorm.replace(ours).replaced) == 1
+        assert type(ours).__module__ == "trinorm.nn"
+        for training in (True, False):
+            x = torch.randn(shapes[dims], device=device)
+            torch.testing.assert_close(ours.train(training)(x), theirs.train(training)(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-6)
+
+
 class HouseNorm(torch.nn.Module):
     """A norm that only its name betrays."""
 
@@ -96,9 +122,7 @@ def _parametrized() -> torch.nn.Module:
 
 
 LEFT = {
-    "group norm": (lambda: torch.nn.GroupNorm(2, 8), "not swapped yet; trinorm.nn has it"),
-    "batch norm": (lambda: torch.nn.BatchNorm2d(8), "not swapped yet; trinorm.nn has it"),
-    "instance norm": (lambda: torch.nn.InstanceNorm1d(8), "not swapped yet; trinorm.nn has it"),
+    "synchronized": (lambda: torch.nn.SyncBatchNorm(8), "no kernel for this norm yet"),
     "of trinorm's": (lambda: nn.BatchNorm2d(8), "already trinorm's"),
     "local response": (lambda: torch.nn.LocalResponseNorm(2), "no kernel for this norm yet"),
     "lazy": (lambda: torch.nn.LazyBatchNorm1d(), "lazy"),

@@ -75,6 +75,14 @@ def empty(size: tuple[int | Count, ...] | Tensor, dtype: torch.dtype, device: to
     return made
 
 
+def empty_like(t: Tensor) -> Tensor:
+    """Memory for a launch of t's size, dtype and order, on its device."""
+    made = torch.empty_like(t)
+    if _watch.watched is not None:
+        _watch.watched.made.append(Made(made, tuple(made.shape)))
+    return made
+
+
 def launch(
     kernel: Any, grid: tuple[int | Count, ...], device: torch.device, args: tuple[Any, ...], options: dict[str, Any]
 ) -> None:

@@ -13,7 +13,7 @@ from ..kernels.channel import channel_apply, channel_combine, channel_moments
 from ..kernels.channel_backward import channel_apply_backward, channel_combine_backward, channel_sums
 from ..kernels.channel_held import held_backward, held_forward
 from ..kernels.channel_whole import channel_backward, channel_forward
-from ..launch import Device, describe, launch
+from ..launch import Device, describe, empty, empty_like, launch
 from ..spec import Activation, ChannelNorm
 from ..tuning import ChannelHeld, ChannelWalk, ChannelWhole, choose_apply, choose_combine, choose_sums, choose_whole
 from .layout import in_order_of, is_channels_last
@@ -78,17 +78,17 @@ def forward(
     device, channels = x.device, x.shape[1]
     sets = channels if spec.over_samples else x.shape[0] * num_groups
     stats = accumulator_dtype(x, weight, bias)
-    mean, rstd = (torch.empty(sets, dtype=stats, device=device) for _ in range(2))
+    mean, rstd = (empty((sets,), stats, device) for _ in range(2))
     if x.numel() == 0:
         return Normalized(torch.empty_like(x), mean, rstd)
     averaged = running is not None and not spec.over_samples
-    var = torch.empty_like(rstd, dtype=torch.float64) if averaged else None
+    var = empty((sets,), torch.float64, device) if averaged else None
     in_place = (running.mean, running.var) if running is not None and not averaged else (None, None)
     statistics = mean, rstd, var, *in_place
     momentum = 0.0 if running is None else running.momentum
 
     if (whole := _whole(problem, x, stats, 1)) is not None:
-        y = torch.empty_like(x)
+        y = empty_like(x)
         args = y, *statistics, x, weight, bias, *whole.shape, problem.eps, momentum
         options = whole.options | dict(RESCUE=stats == torch.float32)
         options.update(PER_SAMPLE=_is_of_samples(weight, bias), ACTIVATION=problem.activation)
@@ -118,7 +118,7 @@ def _take_statistics(
         view, d = View(view.samples, problem.num_groups, view.s * d, False).one_sample(), 1
     plan = choose_sums(*view[:3], widest(x.dtype, stats), 1, view.last, spec.over_samples, size)
     teams, blocks, slabs = plan.programs(*view[:3])
-    means, squares = (torch.empty(teams * slabs, view.width, dtype=torch.float64, device=device) for _ in range(2))
+    means, squares = (empty((teams * slabs, view.width), torch.float64, device) for _ in range(2))
     args: tuple[Any, ...] = (means, squares, x, *view[:3], plan.slab, slabs, problem.eps)
     options = _walked(view, plan, stats, size) | dict(SAMPLES=plan.samples, RESCUE=stats == torch.float32)
     launch(channel_moments, (teams * blocks * slabs,), device, args, options)
@@ -134,7 +134,7 @@ def _take_statistics(
 
 def apply(problem: Problem, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
     """y of these statistics."""
-    y = torch.empty_like(x)
+    y = empty_like(x)
     if x.numel() == 0:
         return y
     view, size = view_of(problem.spec, x).one_sample(), describe(x.device)
@@ -164,12 +164,14 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dw, db): dx where asked for, in x's order; dw and db in the dtype asked for. bias: for the activation."""
     dy = in_order_of(x, dy)
-    empty = x.numel() == 0
-    make = torch.zeros if empty else torch.empty
-    dx_out = torch.empty_like(x) if dx else None
-    of_parameters = x.shape[:2] if _is_of_samples(weight, bias) else x.shape[1:2]
-    dw_out, db_out = (None if t is None else make(of_parameters, dtype=t, device=x.device) for t in (dw, db))
-    if empty or not (dx or dw or db):
+    dx_out = empty_like(x) if dx else None
+    of_parameters = tuple(x.shape[:2] if _is_of_samples(weight, bias) else x.shape[1:2])
+    dw_out, db_out = (None if t is None else empty(of_parameters, t, x.device) for t in (dw, db))
+    if x.numel() == 0:
+        for t in (dw_out, db_out):
+            if t is not None:
+                t.zero_()
+    if x.numel() == 0 or not (dx or dw or db):
         return dx_out, dw_out, db_out
     if problem.activation is None:
         bias = None
@@ -179,7 +181,7 @@ def backward(
     if taken and (whole := _whole(problem, x, stats, 2)) is not None:
         _backward_of_whole(problem, whole, (dx_out, dw_out, db_out), *tensors)
         return dx_out, dw_out, db_out
-    c1, c2 = (torch.empty_like(rstd) if taken else None for _ in range(2))
+    c1, c2 = (empty_like(rstd) if taken else None for _ in range(2))
     if taken or dw or db:
         _sum(problem, (dw_out, db_out, c1, c2), *tensors, stats)
     if dx_out is not None:
@@ -215,7 +217,7 @@ def _sum(
     plan = choose_sums(*view[:3], widest(x.dtype, stats), 2, view.last, across and not of_samples, size)
     teams, blocks, slabs = plan.programs(*view[:3])
     dy_xhat, dy_sum = (
-        torch.empty(teams * slabs, view.width, dtype=stats, device=device) if c1 is not None or asked is not None else None
+        empty((teams * slabs, view.width), stats, device) if c1 is not None or asked is not None else None
         for asked in (dw, db)
     )
     d = channels // problem.num_groups
@@ -295,7 +297,7 @@ def _backward_of_whole(
     if not over_samples:
         make = [out is not None and (not of_samples or out.dtype != rstd.dtype) for out in (dw, db)]
         of_runs = [
-            torch.empty(x.shape[:2], dtype=rstd.dtype, device=device) if apart else out
+            empty(tuple(x.shape[:2]), rstd.dtype, device) if apart else out
             for apart, out in zip(make, (dw, db), strict=True)
         ]
     args: tuple[Any, ...] = (dx, *of_statistics, *of_runs, dy, x, mean, rstd, weight, bias, *whole.shape)

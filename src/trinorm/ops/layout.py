@@ -84,4 +84,7 @@ def in_order_of(x: Tensor, t: Tensor) -> Tensor:
     """t, of x's shape, in the order of memory that x has; itself where it is in that order."""
     if t.is_neg():
         t = t.resolve_neg()
-    return t.contiguous() if x.is_contiguous() else t.movedim(1, -1).contiguous().movedim(-1, 1)
+    if x.is_contiguous():
+        return t.contiguous()
+    last = t.movedim(1, -1)
+    return t if last.is_contiguous() else last.contiguous().movedim(-1, 1)

@@ -1,0 +1,98 @@
+"""What the channel norms pass to the CUDA driver, by the ordinary road and by a repeated call; as launched.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from norms import Roles, assert_same
+from stub_driver import Launch, Stub
+from torch import Tensor
+
+from trinorm import functional
+from trinorm.launch import describe
+from trinorm.ops import channel, channels
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "describe", lambda device: describe(torch.device("meta")))
+    monkeypatch.setattr(channel, "RECORDED_FROM", 1)
+    for kept in (channel._REPETITIONS, channel._MET):
+        kept.clear()
+
+
+def group(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
+    return functional.group_norm(x, 4, w, b, activation="silu")
+
+
+def instance(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
+    return functional.instance_norm(x, None, None, w, b)
+
+
+def batch(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
+    return functional.batch_norm(x, *running, w, b, True)
+
+
+def evaluated(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
+    return functional.batch_norm(x, *running, w, b, False)
+
+
+# Shapes whose statistics are held, read again by a program, and made in slabs.
+SHAPES = [(64, 32, 8, 8), (64, 64, 48, 48), (1, 16, 40, 40)]
+
+
+@pytest.mark.parametrize("norm", [group, instance, batch, evaluated], ids=lambda norm: norm.__name__)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_repeated_call_passes_what_the_ordinary_road_passes(
+    norm: Any, shape: tuple[int, ...], order: torch.memory_format, stub: Stub, ordinary: list[str]
+) -> None:
+    def run() -> tuple[list[list[Launch]], list[Roles], list[Tensor]]:
+        """What a forward and a backward launch, what is where in each, and the tensors, to keep their addresses taken."""
+        x, dy = (torch.randn(shape).bfloat16().contiguous(memory_format=order) for _ in range(2))
+        parameters = [torch.randn(shape[1]).requires_grad_() for _ in range(2)]
+        running = [torch.zeros(shape[1]), torch.ones(shape[1])]
+        drawn = [x.requires_grad_(), *parameters]
+        y = norm(*drawn, *running)
+        assert y.stride() == x.stride()
+        forward = stub.launches()
+        gradients = torch.autograd.grad(y, drawn, dy)
+        tensors = [y, *drawn, *running, dy, *gradients]
+        roles = [{t.data_ptr(): f"tensor {i}" for i, t in enumerate(part)} for part in (tensors[:-4], tensors[1:])]
+        return [forward, stub.launches()], roles, tensors
+
+    first, of_first, first_held = run()
+    assert ordinary == [launch.kernel for launches in first for launch in launches]
+    ordinary.clear()
+    second, of_second, second_held = run()
+    assert ordinary == []
+    assert [t.stride() for t in first_held] == [t.stride() for t in second_held]
+    for launches in zip(first, second, of_first, of_second, strict=True):
+        assert_same(*launches)
+
+
+def test_what_differs_is_kept_apart(stub: Stub, ordinary: list[str]) -> None:
+    """By size, order, dtype, absence, activation, eps, and momentum: each is new once."""
+    x, w, running = torch.randn(64, 32, 8, 8), torch.ones(32), [torch.zeros(32), torch.ones(32)]
+    calls = [
+        lambda: functional.group_norm(x, 4, w),
+        lambda: functional.group_norm(x, 8, w),
+        lambda: functional.group_norm(x, 4, w, w),
+        lambda: functional.group_norm(x, 4, w, activation="relu"),
+        lambda: functional.group_norm(x, 4, w, eps=1e-3),
+        lambda: functional.group_norm(x.bfloat16(), 4, w),
+        lambda: functional.group_norm(x[:32], 4, w),
+        lambda: functional.group_norm(x.contiguous(memory_format=torch.channels_last), 4, w),
+        lambda: functional.batch_norm(x, *running, training=True),
+        lambda: functional.batch_norm(x, *running, training=True, momentum=0.2),
+        lambda: functional.batch_norm(x, *running),
+        lambda: functional.batch_norm(x, None, None, training=True),
+    ]
+    for again in (False, True):
+        for call in calls:
+            ordinary.clear()
+            call()
+            assert bool(ordinary) != again
+            stub.launches()
