@@ -44,10 +44,12 @@ def _nothing_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Within one, the first of two calls is ordinary, and the second its repetition where that is possible.
     """
-    from trinorm.ops import CALLS, row
+    from trinorm.ops import CALLS, channel, row
 
     CALLS.clear()
-    monkeypatch.setattr(row, "RECORDED_FROM", 1)
+    channel.CALLS.clear()
+    for family in (row, channel):
+        monkeypatch.setattr(family, "RECORDED_FROM", 1)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks
 from .channel_reference import Averages, Given
-from .ops.channel import channel_norm
+from .ops.channel import CALLS, channel_norm
 from .spec import ACTIVATIONS, BATCH_NORM, GROUP_NORM, INSTANCE_NORM, Activation
 
 
@@ -63,6 +63,11 @@ def group_norm(
     if has_torch_function_variadic(*(all_tensors := (input, weight, bias, scale, shift))):
         given: dict[str, Any] = dict(weight=weight, bias=bias, eps=eps, activation=activation, scale=scale, shift=shift)
         return handle_torch_function(group_norm, all_tensors, input, num_groups, **given)
+    asked = (num_groups, eps, activation) if type(eps) is float and type(num_groups) is int else None
+    if asked is not None and scale is None and shift is None:
+        call = CALLS.recall(("group_norm", asked), input, weight, bias, None, None)
+        if call is not None:
+            return call(input, weight, bias, None, None)
     try:
         num_groups = operator.index(num_groups)
     except TypeError:
@@ -78,7 +83,9 @@ def group_norm(
             f"group_norm(): expected more than 1 value per group when training, got input size {tuple(input.shape)}"
         )
     weight, bias = _of_samples("group_norm", input, weight, bias, scale, shift)
-    return channel_norm(GROUP_NORM, input, num_groups, weight, bias, eps, activation)
+    if scale is not None or shift is not None:
+        asked = None
+    return channel_norm(GROUP_NORM, input, num_groups, weight, bias, eps, activation, asked=asked)
 
 
 def instance_norm(
@@ -126,6 +133,11 @@ def instance_norm(
         arguments |= dict(use_input_stats=use_input_stats, momentum=momentum, eps=eps)
         arguments |= dict(activation=activation, scale=scale, shift=shift)
         return handle_torch_function(instance_norm, all_tensors, input, **arguments)
+    asked = (use_input_stats, momentum, eps, activation) if type(eps) is type(momentum) is float else None
+    if asked is not None and scale is None and shift is None:
+        call = CALLS.recall(("instance_norm", asked), input, weight, bias, running_mean, running_var)
+        if call is not None:
+            return call(input, weight, bias, running_mean, running_var)
     op = "instance_norm"
     tensors = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     eps = _check(op, input, eps, activation, **tensors)
@@ -133,7 +145,9 @@ def instance_norm(
         raise ValueError(f"{op}(): expected more than 1 spatial element when training, got input size {tuple(input.shape)}")
     given, averages = _statistics(op, running_mean, running_var, use_input_stats, momentum)
     weight, bias = _of_samples(op, input, weight, bias, scale, shift)
-    return channel_norm(INSTANCE_NORM, input, input.shape[1], weight, bias, eps, activation, given, averages)
+    if scale is not None or shift is not None:
+        asked = None
+    return channel_norm(INSTANCE_NORM, input, input.shape[1], weight, bias, eps, activation, given, averages, asked)
 
 
 def batch_norm(
@@ -176,6 +190,11 @@ def batch_norm(
         rest: dict[str, Any] = dict(weight=weight, bias=bias, training=training, momentum=momentum, eps=eps)
         rest |= dict(activation=activation)
         return handle_torch_function(batch_norm, all_tensors, input, running_mean, running_var, **rest)
+    asked = (training, momentum, eps, activation) if type(eps) is type(momentum) is float else None
+    if asked is not None:
+        call = CALLS.recall(("batch_norm", asked), input, weight, bias, running_mean, running_var)
+        if call is not None:
+            return call(input, weight, bias, running_mean, running_var)
     op = "batch_norm"
     tensors = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     eps = _check(op, input, eps, activation, **tensors)
@@ -184,7 +203,7 @@ def batch_norm(
             f"{op}(): expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
         )
     given, averages = _statistics(op, running_mean, running_var, training, momentum)
-    return channel_norm(BATCH_NORM, input, input.shape[1], weight, bias, eps, activation, given, averages)
+    return channel_norm(BATCH_NORM, input, input.shape[1], weight, bias, eps, activation, given, averages, asked)
 
 
 def _statistics(

@@ -19,8 +19,7 @@ from trinorm.ops import channel, channels
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "describe", lambda device: describe(torch.device("meta")))
     monkeypatch.setattr(channel, "RECORDED_FROM", 1)
-    for kept in (channel._REPETITIONS, channel._MET):
-        kept.clear()
+    channel.CALLS.clear()
 
 
 def group(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
@@ -75,11 +74,12 @@ def test_a_repeated_call_passes_what_the_ordinary_road_passes(
 
 def test_what_differs_is_kept_apart(stub: Stub, ordinary: list[str]) -> None:
     """By size, order, dtype, absence, activation, eps, and momentum: each is new once."""
-    x, w, running = torch.randn(64, 32, 8, 8), torch.ones(32), [torch.zeros(32), torch.ones(32)]
+    x, w, b = torch.randn(64, 32, 8, 8), torch.ones(32), torch.ones(32)
+    running = [torch.zeros(32), torch.ones(32)]
     calls = [
         lambda: functional.group_norm(x, 4, w),
         lambda: functional.group_norm(x, 8, w),
-        lambda: functional.group_norm(x, 4, w, w),
+        lambda: functional.group_norm(x, 4, w, b),
         lambda: functional.group_norm(x, 4, w, activation="relu"),
         lambda: functional.group_norm(x, 4, w, eps=1e-3),
         lambda: functional.group_norm(x.bfloat16(), 4, w),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,32 +13,15 @@ from .. import channel_reference as reference
 from ..channel_reference import Averages, Given
 from ..reference import autocasts_to_fp32, in_fp32
 from ..spec import Activation, ChannelNorm
+from ..switches import when_set
 from . import channel_library, road
-from .calls import Bounded
+from .calls import Bounded, Known
 from .layout import channels_readable, dense, in_order_of
 from .row import RECORDED_FROM, are_plain
 
 if TYPE_CHECKING:
     from ..replay import Function, Results
-    from .channels import Normalized, Problem
-
-
-class Call(NamedTuple):
-    """What a norm is told besides its tensors. bias_dtype: db's."""
-
-    spec: ChannelNorm
-    num_groups: int
-    eps: float
-    activation: Activation | None
-    given: Given | None
-    averages: Averages | None
-    bias_dtype: torch.dtype | None
-
-    @property
-    def problem(self) -> Problem:
-        from .channels import Problem
-
-        return Problem(*self[:4], self.given is not None)
+    from .channels import Problem
 
 
 def channel_norm(
@@ -51,115 +34,176 @@ def channel_norm(
     activation: Activation | None = None,
     given: Given | None = None,
     averages: Averages | None = None,
+    asked: Hashable = None,
 ) -> Tensor:
-    """The norm of checked arguments: by the kernels, or, where they do not serve, by the composite."""
-    statistics = given or (averages[:2] if averages is not None else ())
+    """The norm of checked arguments: by the kernels, or, where they do not serve, by the composite.
+
+    asked: what the caller was asked for besides tensors, by which the next call is recalled; None if it shall not be.
+    """
+    running = given or (None if averages is None else averages[:2]) or (None, None)
     if given is None and road.takes_op(x, weight, bias, whole=False) and not road.are_distributed(x, weight, bias):
         return channel_library.norm(spec, x, num_groups, weight, bias, eps, activation, averages)
-    if not road.kernels_serve(spec.name, x, weight, bias) or any(type(t) not in road.PLAIN for t in statistics):
+    served = road.kernels_serve(spec.name, x, weight, bias)
+    if not served or any(type(t) not in road.PLAIN_OR_NONE for t in running):
         return reference.composite(spec, x, num_groups, weight, bias, eps, given, averages, activation)
+    found = x, weight, bias, *running
     if x.dtype != torch.float64 and autocasts_to_fp32(spec.name, x.device.type):
         x, weight, bias = in_fp32(x, weight, bias)
     x = channels_readable(x)
-    weight, bias = (None if t is None else dense(t) for t in (weight, bias))
-    call = Call(spec, num_groups, eps, activation, given, averages, None if bias is None else bias.dtype)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _ChannelNorm.apply(x, weight, bias, call)
-    return _forward(call, x, weight, bias).y
+    inputs: Any = x, *(None if t is None else dense(t) for t in (weight, bias, *running))
+    kept = asked is not None and all(now is before for now, before in zip(inputs, found, strict=True))
+    from .channels import Problem
+
+    problem = Problem(spec, num_groups, eps, activation, given is not None)
+    call = ChannelCall(
+        problem,
+        None if averages is None else averages.momentum,
+        None if bias is None else bias.dtype,
+        kept=kept,
+        differentiated=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:3]),
+    )
+    if kept:
+        CALLS.keep((spec.name, asked), call, *inputs)
+    y = call(*inputs)
+    if averages is not None:
+        for t, now in zip(averages[:2], inputs[3:], strict=True):
+            if t is not now and now is not None:
+                t.copy_(now)
+    return y
 
 
-def _forward(call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Normalized:
-    from . import channels
+class ChannelCall:
+    """The norm, and its gradients, of arguments that differ from those of one call in their values alone.
 
-    problem, given, averages = call.problem, call.given, call.averages
-    if given is not None:
-        mean, var = (dense(t) for t in given)
+    momentum: of running statistics to be kept up, None where there are none. bias_dtype: db's. kept: others will come that
+    are like these, so launches are recorded (replay.py). differentiated: a backward will ask for statistics.
+    """
 
-        def apply(*inputs: Tensor | None) -> Results:
-            return (channels.apply(problem, *inputs),)  # type: ignore[arg-type]
+    __slots__ = ("_again", "_bias_dtype", "_differentiated", "_gradients", "_kept", "_met", "_momentum", "_problem")
 
-        (y,) = _repeated(("apply", problem), apply, x, weight, bias, mean, var)
-        return channels.Normalized(y, mean, var)  # type: ignore[arg-type]
-    momentum = None if averages is None else averages.momentum
+    def __init__(
+        self,
+        problem: Problem,
+        momentum: float | None,
+        bias_dtype: torch.dtype | None,
+        *,
+        kept: bool,
+        differentiated: bool,
+    ) -> None:
+        self._problem, self._momentum, self._bias_dtype = problem, momentum, bias_dtype
+        self._kept, self._differentiated = kept, differentiated
+        self._again: Function | None = None
+        self._gradients: Bounded[Function] = Bounded(8)
+        self._met: Bounded[int] = Bounded(16)
 
-    def forward(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None = None, var: Tensor | None = None
+    def __call__(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None
+    ) -> Tensor:
+        """mean, var: given statistics, or running ones, or None."""
+        if self._differentiated:
+            return _apply(x, weight, bias, mean, var, self)
+        return self._results(x, weight, bias, mean, var)[0]  # type: ignore[return-value]
+
+    def _results(self, *inputs: Tensor | None) -> Results:
+        """(y, mean, rstd); of given statistics y alone."""
+        results = (self._again or self._forward)(*inputs)
+        if self._momentum is not None:
+            increment_version([t for t in inputs[3:] if t is not None])  # a kernel wrote them, which autograd is to know
+        return results
+
+    def _forward(self, *inputs: Tensor | None) -> Results:
+        from . import channels
+
+        problem, momentum = self._problem, self._momentum
+
+        def forward(
+            x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None
+        ) -> Results:
+            if problem.given:
+                return (channels.apply(problem, x, weight, bias, mean, var),)  # type: ignore[arg-type]
+            running = None if mean is None or var is None or momentum is None else Averages(mean, var, momentum)
+            return channels.forward(problem, x, weight, bias, running=running)
+
+        # Over samples (InstanceNorm) running statistics are averaged in ATen's ops, which would not be repeated.
+        averaged = momentum is not None and not problem.spec.over_samples
+        results, self._again = self._record(None if averaged else "forward", forward, *inputs)
+        return results
+
+    def _backward(
+        self,
+        wanted: tuple[bool, ...],
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
     ) -> Results:
-        running = None if mean is None or var is None or momentum is None else Averages(mean, var, momentum)
-        return channels.forward(problem, x, weight, bias, running=running)
+        """(dx, dw, db), those that are wanted. What was saved may come back in another layout or dtype, from a hook."""
+        problem, (dx, dw, db) = self._problem, wanted
+        if torch.is_grad_enabled() or not are_plain(dy, x, weight, mean, rstd) or road.observer() is not None:
+            # Someone differentiates this backward, to whom a kernel's result would silently be a constant, or maps over it.
+            statistics = Given(mean, rstd) if problem.given else None
+            how = self._bias_dtype, problem.eps, dy, statistics, problem.activation
+            return reference.composite_gradients(problem.spec, x, problem.num_groups, weight, bias, *how)
+        x = channels_readable(x)
+        inputs = in_order_of(x, dy), x, weight, bias, mean, rstd
+        key = wanted, *[None if t is None else (t.dtype, t.stride()) for t in inputs]
+        if (again := self._gradients.get(key)) is not None:
+            return again(*inputs)
+        from . import channels
 
-    if averages is None:
-        return channels.Normalized(*_repeated(("forward", problem), forward, x, weight, bias))  # type: ignore[arg-type]
-    running = Averages(dense(averages.mean), dense(averages.var), averages.momentum)
-    inputs = x, weight, bias, *running[:2]
-    # Over samples (InstanceNorm) they are averaged in ATen's ops, which would not be repeated.
-    how = ("forward", problem, momentum) if call.spec.over_samples else None
-    found = channels.Normalized(*_repeated(how, forward, *inputs))  # type: ignore[arg-type]
-    for t, now in ((averages.mean, running.mean), (averages.var, running.var)):
-        if t is not now:
-            t.copy_(now)
-        else:
-            increment_version(t)  # a kernel wrote it, which autograd is to know
-    return found
+        def gradients(*inputs: Tensor | None) -> Results:
+            dw_dtype = weight.dtype if dw and weight is not None else None
+            return channels.backward(problem, *inputs, dx=dx, dw=dw_dtype, db=self._bias_dtype if db else None)  # type: ignore[arg-type]
+
+        results, again = self._record(key, gradients, *inputs)
+        if again is not None:
+            self._gradients[key] = again
+        return results
+
+    def _record(
+        self, what: Hashable, function: Callable[..., Results], *inputs: Tensor | None
+    ) -> tuple[Results, Function | None]:
+        """``function(*inputs)``, and its repetition from the RECORDED_FROM-th such call on. what: None if it has none.
+
+        Nothing is repeated past someone who put a launch of his own in channels' place, to see them all.
+        """
+        from .. import launch, replay
+        from . import channels
+
+        self._met[what] = met = self._met.get(what, 0) + 1
+        if what is None or not self._kept or met < RECORDED_FROM or channels.launch is not launch.launch:
+            return function(*inputs), None
+        return replay.record(function, *inputs)
 
 
 class _ChannelNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> Tensor:
-        y, mean, rstd = _forward(call, x, weight, bias)
-        if call.given is not None:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        call: ChannelCall,
+    ) -> Tensor | None:
+        y, *statistics = call._results(x, weight, bias, mean, var)
+        if call._problem.given:
             # The running ones may go on running before the backward, which is of what they were.
-            mean, rstd = mean.clone(), rstd.clone()
-        ctx.save_for_backward(x, weight, None if call.activation is None else bias, mean, rstd)
+            statistics = [t.clone() for t in (mean, var) if t is not None]
+        ctx.save_for_backward(x, weight, None if call._problem.activation is None else bias, *statistics)
         ctx.call = call
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        call: Call = ctx.call
-        if torch.is_grad_enabled() or not are_plain(dy, x, weight, mean, rstd) or road.observer() is not None:
-            # Someone differentiates this backward, to whom a kernel's result would silently be a constant, or maps over it.
-            statistics = None if call.given is None else Given(mean, rstd)
-            how = call.bias_dtype, call.eps, dy, statistics, call.activation
-            return *reference.composite_gradients(call.spec, x, call.num_groups, weight, bias, *how), None
-        from . import channels
-
-        dx, dw, db, _ = ctx.needs_input_grad
-        problem, wanted = call.problem, dict(dx=dx, dw=weight.dtype if dw else None, db=call.bias_dtype if db else None)
-
-        def gradients(*inputs: Tensor | None) -> Results:
-            return channels.backward(problem, *inputs, **wanted)  # type: ignore[arg-type]
-
-        x = channels_readable(x)
-        key = "backward", problem, *wanted.values()
-        return *_repeated(key, gradients, in_order_of(x, dy), x, weight, bias, mean, rstd), None
+        return *ctx.call._backward(ctx.needs_input_grad[:3], dy, *ctx.saved_tensors), None, None, None
 
 
-def _repeated(how: tuple[Any, ...] | None, function: Callable[..., Results], x: Tensor, *others: Tensor | None) -> Results:
-    """``function(x, *others)``, from the second time on by its repetition (replay.py).
+# As row._apply: without the Python part, which looks for torch.func.
+_apply = super(torch.autograd.Function, _ChannelNorm).apply
 
-    how: what the function does to inputs of these sizes, strides, dtypes and device, where it only makes memory and
-    launches; else None.
-    """
-    inputs = x, *others
-    if how is None:
-        return function(*inputs)
-    seen = [None if t is None else (t.dtype, t.shape, t.stride()) for t in inputs]
-    key = *how, x.device, *seen
-    if (again := _REPETITIONS.get(key)) is not None:
-        return again(*inputs)
-    from .. import launch, replay
-    from . import channels
-
-    _MET[key] = met = _MET.get(key, 0) + 1
-    if met < RECORDED_FROM or channels.launch is not launch.launch:
-        return function(*inputs)
-    results, again = replay.record(function, *inputs)
-    if again is not None:
-        _REPETITIONS[key] = again
-    return results
-
-
-_REPETITIONS: Bounded[Function] = Bounded(1024)
-_MET: Bounded[int] = Bounded(4096)
+CALLS: Known[ChannelCall] = Known(1024)
+when_set(CALLS.clear)
