@@ -117,13 +117,14 @@ def channel_layer_forward(
         b = load_or(B, channels, there, NO_BIAS, False)
         store_y(Y, first + channels * stride, xs[i], mean, rstd, w, b, live & there, 0.0, False, ACC, False)
     if RESCUE:
+        STEP: tl.constexpr = CHUNK // 4 if CHUNK >= 4 else 1  # for few registers beside the common path's
         bad = live & ~trusted(power + eps)
         if tl.max(bad.to(tl.int32)) == 1:
             # A mask that leaves them out above would part the accesses of their neighbours: they are written over.
             tl.debug_barrier()
-            mean, rstd = rescued_stats(X + first, eps, C, True, ACC, CHUNK, live, stride)
+            mean, rstd = rescued_stats(X + first, eps, C, True, ACC, STEP, live, stride)
             store_stats(MEAN, RSTD, positions, mean, rstd, bad, True)
-            store_y_streamed(Y, X, W, B, first, stride, mean, rstd, live, bad, C, ACC, CHUNK)
+            store_y_streamed(Y, X, W, B, first, stride, mean, rstd, live, bad, C, ACC, STEP)
 
 
 @triton.jit(do_not_specialize=["M", "S"])

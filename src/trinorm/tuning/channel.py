@@ -66,12 +66,14 @@ _COMBINED = 1024
 _RUN = 64
 
 # LayerNorm over channels: by the tensors that are read, elements of a tile of 2-byte numbers, while it has more positions
-# than it must; bytes that a program holds at the most; and those of a thread from which it gets more of them.
-_LAYER = {1: (8192, 64 << 10, 64), 2: (4096, 144 << 10, 96)}
+# than it should; bytes of a channel's positions that it must have; bytes that a program holds at the most; and those of a
+# thread from which there are more warps (bf16 that compile without a spill, sm_90: 48 elements of a thread forward at 122
+# registers, 24 backward at 128).
+_LAYER = {1: (8192, 32, 64 << 10, 64), 2: (4096, 16, 72 << 10, 80)}
 
-# Bytes of a channel's positions that a tile should have, and has at least; the most positions, where channels are few.
+# Bytes of a channel's positions that a tile should have, also where there are few; most positions, where channels are few.
 _LAYER_RUN = 64
-_LEAST_LAYER_RUN = 32
+_LAYER_RUN_OF_FEW = 32
 _MOST_LAYER_ROWS = 1024
 _MOST_LAYER_WARPS = 16
 
@@ -189,10 +191,12 @@ def choose_layer_backward(m: int, c: int, unit: int, itemsize: int, device: Devi
 
 def _layer(m: int, c: int, unit: int, itemsize: int, tensors: int, held: int, device: Device) -> ChannelLayer:
     """held: bytes that an element takes of a thread."""
-    elements, most, of_thread = _LAYER[tensors]
-    least, fewest = _LAYER_RUN // itemsize, _LEAST_LAYER_RUN // itemsize
+    elements, run, most, of_thread = _LAYER[tensors]
+    least = _LAYER_RUN // itemsize
     rows = min(_MOST_LAYER_ROWS, max(least, _power_of_two(elements * 2 // itemsize // c + 1) // 2))
-    while rows > fewest and (rows * c * held > most or -(-m // rows) < device.multiprocessors):
+    while rows * itemsize > _LAYER_RUN_OF_FEW and -(-m // rows) < device.multiprocessors:
+        rows //= 2
+    while rows * itemsize > run and rows * c * held > most:
         rows //= 2
     if rows * c * held > most:
         elements, warps, stages, per_sm = _LAYER_STREAMED
