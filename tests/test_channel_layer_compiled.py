@@ -26,6 +26,8 @@ for shape in ((32, 96, 56, 56), (64, 768, 16, 16), (4, 4500, 32, 32)):
     _, mean, rstd = channel_layers.forward(x, w, w, 1e-6, save=True)
     channel_layers.backward(torch.empty_like(x), x, w, mean, rstd, dx=True, dw=w.dtype, db=w.dtype)
 for kernel, args, options in calls:
+    if kernel.fn.__name__ == "sum_partials":  # the row family's
+        continue
     found = compile_call(kernel, args, options, target)
     print(json.dumps(dict(
         kernel=found.kernel, spills=found.spills, loads=max(found.loads), stores=max(found.stores)
@@ -40,9 +42,9 @@ def test_compiled(target: str) -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT, target], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     found: list[dict[str, Any]] = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert len(found) == 3 + 3 + 4
+    assert len(found) == 2 + 2 + 3
     for kernel in found:
         assert not kernel["spills"], kernel
         assert kernel["loads"] == 128, kernel
-        if kernel["kernel"] not in ("channel_layer_moments", "sum_partials"):  # few numbers
+        if kernel["kernel"] != "channel_layer_moments":  # few numbers
             assert kernel["stores"] == 128, kernel

@@ -75,14 +75,13 @@ _LAYER = {1: (8192, 32, 64 << 10, 64), 2: (4096, 16, 72 << 10, 80)}
 _LAYER_RUN = 64
 _LAYER_RUN_OF_FEW = 32
 _MOST_LAYER_ROWS = 1024
-_MOST_LAYER_WARPS = 16
+_MOST_LAYER_THREADS = 512
 
 # Where all channels are too many: elements of a tile of 2-byte numbers, its warps, and a backward's stages and programs.
 _LAYER_STREAMED = (2048, 4, 3, 4)
 
-# Warps on a multiprocessor that a backward's registers leave room for, and what it shares besides its stages.
+# Warps on a multiprocessor that a backward's registers leave room for.
 _LAYER_WARPS = 16
-_LAYER_SHARED = 16 << 10
 
 # Bytes of a thread's widest access.
 _WIDE = 16
@@ -183,9 +182,10 @@ def choose_layer_backward(m: int, c: int, unit: int, itemsize: int, device: Devi
     plan = _layer(m, c, unit, itemsize, 2, 2 * itemsize + sums, device)
     if not plan.held:
         return plan
-    # What the next tile takes is on its way while this one is computed, two tiles ahead where there is room.
-    per_sm = max(1, _LAYER_WARPS // plan.tile.warps)
-    ahead = (device.shared // per_sm - _LAYER_SHARED) // (2 * plan.tile.rows * c * itemsize)
+    # Two tiles are on their way while one is computed, where there is room beside what the loop shares at the most.
+    per_sm, chunk = max(1, _LAYER_WARPS // plan.tile.warps), plan.tile.rows * plan.tile.chunk
+    shared = device.shared // per_sm - device.shared_reserved - 2 * chunk * max(4, itemsize)
+    ahead = shared // (2 * -(-c // plan.tile.chunk) * chunk * itemsize)
     return replace(plan, stages=1 + max(0, min(2, ahead)), per_sm=per_sm)
 
 
@@ -202,9 +202,10 @@ def _layer(m: int, c: int, unit: int, itemsize: int, tensors: int, held: int, de
         elements, warps, stages, per_sm = _LAYER_STREAMED
         tile = Tile(least, elements * 2 // itemsize // least, warps)
         return ChannelLayer(tile, False, min(unit, _WIDE // itemsize), stages, per_sm)
-    warps = max(1, min(_MOST_LAYER_WARPS, _power_of_two(rows * c * held // (32 * of_thread) + 1) // 2))
-    chunk = max(1, min(_power_of_two(c), warps * 32 * _WIDE // itemsize // rows))
-    return ChannelLayer(Tile(rows, chunk, warps), True, min(unit, _WIDE // itemsize))
+    lanes = 32 if device.programs_wait else 64  # AMD's
+    threads = max(lanes, min(_MOST_LAYER_THREADS, _power_of_two(rows * c * held // of_thread + 1) // 2))
+    chunk = max(1, min(_power_of_two(c), threads * _WIDE // itemsize // rows))
+    return ChannelLayer(Tile(rows, chunk, threads // lanes), True, min(unit, _WIDE // itemsize))
 
 
 @functools.lru_cache(maxsize=1024)
