@@ -3,7 +3,7 @@
 import torch
 
 from trinorm.forced import forced
-from trinorm.ops import channels, rows
+from trinorm.ops import channel_layers, channels, rows
 from trinorm.spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
 from trinorm.tuning import (
     RowBackward,
@@ -45,9 +45,26 @@ IMAGES = (
 )
 
 
+# LayerNorm over channels: one position a run, more tiles than programs, more channels than a program holds.
+LAYERS = ((3, 13, 7, 7), (2, 96, 640, 321), (3, 4500, 8, 8))
+
+
 def main() -> None:
     row_norms()
     channel_norms()
+    channel_layer_norms()
+
+
+def channel_layer_norms() -> None:
+    for shape in LAYERS:
+        x, dy = (torch.randn(shape, device="cuda").bfloat16() for _ in range(2))
+        x[0] *= 1e30
+        weight = torch.randn(shape[1], device="cuda").bfloat16()
+        _, mean, rstd = channel_layers.forward(x, weight, weight, 1e-6, save=True)
+        assert mean is not None and rstd is not None
+        channel_layers.backward(dy, x, weight, mean, rstd, dx=True, dw=weight.dtype, db=weight.dtype)
+        torch.cuda.synchronize()
+        print("channel_layer_norm", *shape, flush=True)
 
 
 def channel_norms() -> None:

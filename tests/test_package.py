@@ -114,10 +114,18 @@ def test_types_are_published() -> None:
 
 def test_public_names_are_there_and_documented() -> None:
     assert trinorm.__all__ == ["Report", "functional", "nn", "options", "replace"]
-    assert trinorm.functional.__all__ == ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+    assert trinorm.functional.__all__ == [
+        "batch_norm",
+        "channel_layer_norm",
+        "group_norm",
+        "instance_norm",
+        "layer_norm",
+        "rms_norm",
+    ]
     for owner, name in (
         *((trinorm, name) for name in trinorm.__all__),
         *((trinorm.functional, name) for name in trinorm.functional.__all__),
+        (trinorm.nn, "ChannelLayerNorm"),
         (trinorm.nn, "LayerNorm"),
         (trinorm.nn, "RMSNorm"),
     ):

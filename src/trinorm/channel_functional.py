@@ -72,7 +72,7 @@ def group_norm(
         num_groups = operator.index(num_groups)
     except TypeError:
         raise TypeError(f"group_norm(): num_groups must be an int, not {num_groups!r}") from None
-    eps = _check("group_norm", input, eps, activation, weight=weight, bias=bias)
+    eps = check_channels("group_norm", input, eps, activation, weight=weight, bias=bias)
     channels = input.shape[1]
     if num_groups <= 0 or channels % num_groups:
         raise RuntimeError(
@@ -140,7 +140,7 @@ def instance_norm(
             return call(input, weight, bias, running_mean, running_var)
     op = "instance_norm"
     tensors = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    eps = _check(op, input, eps, activation, **tensors)
+    eps = check_channels(op, input, eps, activation, **tensors)
     if use_input_stats and math.prod(input.shape[2:]) == 1:
         raise ValueError(f"{op}(): expected more than 1 spatial element when training, got input size {tuple(input.shape)}")
     given, averages = _statistics(op, running_mean, running_var, use_input_stats, momentum)
@@ -197,7 +197,7 @@ def batch_norm(
             return call(input, weight, bias, running_mean, running_var)
     op = "batch_norm"
     tensors = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    eps = _check(op, input, eps, activation, **tensors)
+    eps = check_channels(op, input, eps, activation, **tensors)
     if training and input.shape[0] * math.prod(input.shape[2:]) == 1:
         raise ValueError(
             f"{op}(): expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
@@ -255,7 +255,7 @@ def _of_samples(
     return factor if weight is None else factor * weight, of_shift if bias is None else bias * factor + of_shift
 
 
-def _check(op: str, x: Tensor, eps: float, activation: str | None, **parameters: Tensor | None) -> float:
+def check_channels(op: str, x: Tensor, eps: float, activation: str | None, **parameters: Tensor | None) -> float:
     """eps as a float, or torch's own class of error, with the argument named."""
     checks.tensor(op, "input", x)
     checks.strided(op, "input", x)

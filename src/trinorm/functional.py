@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import checks
-from .channel_functional import batch_norm, group_norm, instance_norm
+from . import checks, ops
+from .channel_functional import batch_norm, check_channels, group_norm, instance_norm
 from .ops import CALLS, jagged, row_norm
 from .spec import CASTS, LAYER_NORM, RMS_NORM, Cast
 from .switches import options
 
-__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+__all__ = ["batch_norm", "channel_layer_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 # What is kept for the backward.
 Save = Literal["input", "output"]
@@ -154,6 +154,46 @@ def rms_norm(
         eps = 2.220446049250313e-16 if double else 1.1920928955078125e-07
     shape, eps, invariant = _check("rms_norm", input, normalized_shape, weight, None, eps, save, cast, batch_invariant)
     return row_norm(RMS_NORM.with_cast(cast), input, shape, weight, None, eps, asked, save, invariant)
+
+
+def channel_layer_norm(
+    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    r"""Layer normalization over the channels, at each position of each sample: ConvNeXt's of channels-first tensors, and
+    SAM's LayerNorm2d.
+
+    .. math::
+        y_{n,c,p} = \frac{x_{n,c,p} - \mathrm{E}_c[x_{n,c,p}]}{\sqrt{\mathrm{Var}_c[x_{n,c,p}] + \epsilon}} \cdot w_c + b_c
+
+    with the biased variance. Nothing is transposed: channels-first memory is read and written as it is, and of
+    channels-last memory this is :func:`layer_norm`.
+
+    Args:
+        input: ``(N, C, *)``; float16, bfloat16, float32 or float64. Contiguous and channels-last memory are read as they
+            are, any other is copied once.
+        weight: ``(C,)``, any of the dtypes above, not necessarily the input's; None is 1.
+        bias: as weight; None is 0.
+        eps: added to the variance, so in the input's units squared; >= 0.
+
+    Returns:
+        A tensor of the input's shape, dtype and memory order (fp32 where autocast makes :func:`layer_norm` return that).
+        Statistics, products and sums are fp32, fp64 as soon as one of the tensors is.
+
+    Raises:
+        RuntimeError: the input has fewer than 2 dims, weight or bias does not fit, or the tensors are on different devices.
+        ValueError: eps is negative or NaN.
+        NotImplementedError: a dtype other than the four.
+        TypeError: an argument of the wrong kind.
+
+    Source: Liu, Mao, Wu, Feichtenhofer, Darrell, Xie, "A ConvNet for the 2020s", arXiv:2201.03545.
+    """
+    if has_torch_function_variadic(*(all_tensors := (input, weight, bias))):
+        return handle_torch_function(channel_layer_norm, all_tensors, input, weight=weight, bias=bias, eps=eps)
+    eps = check_channels("channel_layer_norm", input, eps, None, weight=weight, bias=bias)
+    rows = input.movedim(1, -1)
+    if rows.is_contiguous():
+        return layer_norm(rows, rows.shape[-1:], weight, bias, eps).movedim(-1, 1)
+    return ops.channel_layer_norm(input, weight, bias, eps)
 
 
 # What begins a manner that is not the plain one, so that no argument of one call looks like several of another.

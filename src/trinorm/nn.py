@@ -1,9 +1,9 @@
-"""Modules: torch.nn's own norms, computed by trinorm.
+"""Modules: torch.nn's own norms, computed by trinorm, and ChannelLayerNorm, which torch.nn has not.
 
-Each is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so checkpoints load both
-ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input" unless it is set),
-``cast`` ("output") and ``batch_invariant`` (None) are the functions' arguments of these names. With ``cast`` "gemma" the
-weight is its distance from 1, where a fresh one is 1: it is to be loaded, or zeroed, as that model's is.
+Each of the others is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so checkpoints
+load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input" unless it is
+set), ``cast`` ("output") and ``batch_invariant`` (None) are the functions' arguments of these names. With ``cast`` "gemma"
+the weight is its distance from 1, where a fresh one is 1: it is to be loaded, or zeroed, as that model's is.
 """
 
 from __future__ import annotations
@@ -80,6 +80,54 @@ class GroupNorm(torch.nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class ChannelLayerNorm(torch.nn.Module):
+    r"""Layer normalization over the channels of ``(N, C, *)``, at each position of each sample; see
+    :func:`trinorm.functional.channel_layer_norm` for the formula, shapes, dtypes and errors.
+
+    ``state_dict`` has what that of the LayerNorm2d of SAM and timm has, and of ConvNeXt's channels-first LayerNorm.
+
+    Args:
+        num_channels: C.
+        eps: added to the variance; >= 0.
+        affine: has a weight, ones at first; and, unless ``bias`` is False, a bias, zeros at first.
+        bias: see ``affine``.
+        device, dtype: of both.
+
+    Source: Liu, Mao, Wu, Feichtenhofer, Darrell, Xie, "A ConvNet for the 2020s", arXiv:2201.03545.
+    """
+
+    weight: torch.nn.Parameter | None
+    bias: torch.nn.Parameter | None
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-6,
+        affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_channels, self.eps, self.affine = num_channels, eps, affine
+        for name, wanted in (("weight", affine), ("bias", affine and bias)):
+            empty = torch.nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype)) if wanted else None
+            self.register_parameter(name, empty)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            torch.nn.init.ones_(self.weight)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.channel_layer_norm(input, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}, eps={self.eps}, affine={self.affine}"
 
 
 class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):

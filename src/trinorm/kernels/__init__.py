@@ -9,5 +9,6 @@ Two launched families over small jit helpers:
 - ``row_backward``, ``row_backward_wide``  the launched backward kernels
 - ``row_split``  both, of rows that several programs share
 - ``channel``, ``channel_backward``  the launched kernels of channel norms; ``channel_tiles``  what their programs own
+- ``channel_layer``  the launched kernels of LayerNorm over channels that are first in memory
 - ``overlap`` what lets a kernel be put on the device before the one ahead of it ends
 """

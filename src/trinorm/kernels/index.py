@@ -93,16 +93,17 @@ def load_or(POINTER, columns, mask, absent: tl.constexpr, STREAM: tl.constexpr):
 
 
 @triton.jit
-def load_row(pointers, live, N: tl.constexpr, CHUNK: tl.constexpr, STREAM: tl.constexpr):
+def load_row(pointers, live, N: tl.constexpr, CHUNK: tl.constexpr, STREAM: tl.constexpr, stride=1):
     """A tile of whole rows as a tuple of ``cdiv(N, CHUNK)`` chunks in their storage dtype.
 
-    Held as stored and converted at each use: fewer registers than holding fp32, and no waste on a power of two.
+    Held as stored and converted at each use: fewer registers than holding fp32, and no waste on a power of two. stride:
+    from a column to the next.
     """
     chunks = ()
     for start in tl.static_range(0, N, CHUNK):
         columns = chunk_columns(start, CHUNK)
         mask = live & columns_live(columns, start + CHUNK, N)
-        chunks = chunks + (load_once(pointers + columns, mask, STREAM),)
+        chunks = chunks + (load_once(pointers + columns * stride, mask, STREAM),)
     return chunks
 
 

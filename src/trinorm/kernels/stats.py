@@ -111,19 +111,22 @@ def held_moments(xs, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def streamed_moments(row, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr):
-    """(mean, power), each ``[1, 1]``, in one reading of the row at the pointer ``row``.
+def streamed_moments(
+    row, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr, exists=True, stride=1
+):
+    """(mean, power), each ``[ROWS, 1]``, in one reading of the rows at the pointers ``row``.
 
+    exists: which of them there are. stride: from a column to the next.
     With CENTER each lane runs Welford's recurrence over its own columns, and the lanes are merged once at the end by
     Chan's rule: no statistic crosses lanes inside the loop.
     """
-    mean = tl.zeros([1, CHUNK], ACC)
-    squares = tl.zeros([1, CHUNK], ACC)
+    mean = tl.zeros([row.shape[0], CHUNK], ACC)
+    squares = tl.zeros([row.shape[0], CHUNK], ACC)
     step = tl.zeros([1, 1], ACC)
     for start in tl.range(0, N, CHUNK):
         columns = chunk_columns(start, CHUNK)
         live = columns_live(columns, rounded_up(N, CHUNK), N)
-        x = widened(load(row + columns, live), ACC)
+        x = widened(load(row + columns * stride, live & exists), ACC)
         if CENTER:
             step += 1.0
             delta = x - mean
@@ -138,24 +141,25 @@ def streamed_moments(row, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constex
     if CENTER and tl.float64 == ACC:
         # The recurrence makes NaN of Inf. In fp32 the row is not trusted and its statistics are taken again anyway.
         if tl.max((row_mean != row_mean).to(tl.int32)) == 1:
-            row_mean = streamed_mean(row, 1.0, N, ACC, CHUNK)
+            row_mean = tl.where(row_mean == row_mean, row_mean, streamed_mean(row, 1.0, N, ACC, CHUNK, exists, stride))
     return row_mean, power
 
 
 @triton.jit
-def streamed_mean(row, scale, N: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr):
-    """The mean of ``scale * x``, ``[1, 1]``, of the row at the pointer ``row``: a plain sum, infinite where x is."""
-    total = tl.zeros([1, CHUNK], ACC)
+def streamed_mean(row, scale, N: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr, exists=True, stride=1):
+    """The mean of ``scale * x`` of the rows at the pointers ``row``: a plain sum, infinite where x is."""
+    total = tl.zeros([row.shape[0], CHUNK], ACC)
     for start in tl.range(0, N, CHUNK):
         columns = chunk_columns(start, CHUNK)
-        total += widened(load(row + columns, columns_live(columns, rounded_up(N, CHUNK), N)), ACC) * scale
+        live = columns_live(columns, rounded_up(N, CHUNK), N)
+        total += widened(load(row + columns * stride, live & exists), ACC) * scale
     return mean_of(row_sum(total), N)
 
 
 @triton.jit
 def merged_lanes(mean, squares, count, N: tl.constexpr, CENTER: tl.constexpr):
     """Chan's rule over lanes: (mean, power) of a whole row from each lane's mean, sum of squares and count."""
-    row_mean = tl.zeros([1, 1], mean.dtype)
+    row_mean = tl.zeros([mean.shape[0], 1], mean.dtype)
     if CENTER:
         row_mean = mean_of(row_sum(mean * count), N)
         # What rounding left in row_mean is the weighted mean of the lanes' distances from it.
@@ -166,35 +170,37 @@ def merged_lanes(mean, squares, count, N: tl.constexpr, CENTER: tl.constexpr):
 
 
 @triton.jit
-def largest_of(row, N: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr):
-    """max |x|, ``[1, 1]``, of the row at the pointer ``row``."""
-    largest = tl.zeros([1, CHUNK], ACC)
+def largest_of(row, N: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr, exists=True, stride=1):
+    """max |x| of the rows at the pointers ``row``."""
+    largest = tl.zeros([row.shape[0], CHUNK], ACC)
     for start in tl.range(0, N, CHUNK):
         columns = chunk_columns(start, CHUNK)
         live = columns_live(columns, rounded_up(N, CHUNK), N)
-        largest = tl.maximum(largest, tl.abs(widened(load(row + columns, live), ACC)))
+        largest = tl.maximum(largest, tl.abs(widened(load(row + columns * stride, live & exists), ACC)))
     return tl.max(largest, axis=1, keep_dims=True)
 
 
 @triton.jit
-def rescued_stats(row, eps, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr):
-    """(mean, rstd) of a row whose squares leave fp32's range: of the row scaled by a power of two, scaled back.
+def rescued_stats(
+    row, eps, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr, exists=True, stride=1
+):
+    """(mean, rstd) of rows whose squares leave fp32's range: of a row scaled by a power of two, scaled back.
 
     eps has a say in the scale, so that it stays within the range too.
 
     It is rare, so it takes three plain readings: the largest element, the mean, the squares.
     """
-    unit = power_of_two_below(tl.maximum(largest_of(row, N, ACC, CHUNK), tl.sqrt(eps)))
+    unit = power_of_two_below(tl.maximum(largest_of(row, N, ACC, CHUNK, exists, stride), tl.sqrt(eps)))
     scale = 1.0 / unit
-    mean = tl.zeros([1, 1], ACC)
+    mean = tl.zeros([row.shape[0], 1], ACC)
     if CENTER:
-        mean = streamed_mean(row, scale, N, ACC, CHUNK)
-    squares = tl.zeros([1, CHUNK], ACC)
-    drift = tl.zeros([1, CHUNK], ACC)
+        mean = streamed_mean(row, scale, N, ACC, CHUNK, exists, stride)
+    squares = tl.zeros([row.shape[0], CHUNK], ACC)
+    drift = tl.zeros([row.shape[0], CHUNK], ACC)
     for start in tl.range(0, N, CHUNK):
         columns = chunk_columns(start, CHUNK)
         live = columns_live(columns, rounded_up(N, CHUNK), N)
-        x = tl.where(live, widened(load(row + columns, live), ACC) * scale - mean, 0.0)
+        x = tl.where(live, widened(load(row + columns * stride, live & exists), ACC) * scale - mean, 0.0)
         squares += x * x
         drift += x
     power = mean_of(row_sum(squares), N)

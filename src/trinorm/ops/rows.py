@@ -11,7 +11,7 @@ from ..kernels.row import row_forward, row_forward_streamed
 from ..kernels.row_backward import row_backward, row_backward_few, sum_partials
 from ..kernels.row_backward_wide import row_backward_apply, row_backward_moments
 from ..kernels.row_split import forget_words, row_backward_split, row_forward_split
-from ..launch import describe, empty, launch, of_rows
+from ..launch import Count, describe, empty, launch, of_rows
 from ..spec import RowNorm
 from ..tuning import (
     FORGET,
@@ -139,7 +139,9 @@ def backward(
 
     partials_of = plan.partials
     programs = of_rows(m, lambda m: partials_of(m, n, size))
-    partials = tuple(None if out is None else empty((programs, n), rstd.dtype, device) for out in (dw_out, db_out))
+    partials = dw_partials, db_partials = tuple(
+        None if out is None else empty((programs, n), rstd.dtype, device) for out in (dw_out, db_out)
+    )
     if isinstance(plan, RowBackward):
         args = (dx_out, *partials, *operands, of_rows(m), *layout)
         tiled.update(ROWS=plan.tile.rows, TILES=plan.tiles, STAGES=plan.stages, STREAM=plan.stream)
@@ -161,12 +163,28 @@ def backward(
         args = (dx_out, *partials, *operands, c1, c2, of_rows(m), *layout)
         chunks = -(-n // plan.tile.chunk)
         launch(row_backward_apply, (programs, chunks), device, args, tiled | dict(STAGES=plan.stages))
-    if dw or db:
-        args = (dw_out, db_out, *partials, programs)
-        total = choose_total(plan.most_partials(n, size))
-        options.update(ROWS=total.rows, CHUNK=total.chunk, **started_by(total, size))
-        launch(sum_partials, (-(-n // total.chunk), 2 if dw and db else 1), device, args, options)
+    add_up(dw_out, db_out, dw_partials, db_partials, programs, plan.most_partials(n, size), rstd.dtype)
     return dx_out, dw_out, db_out
+
+
+def add_up(
+    dw: Tensor | None,
+    db: Tensor | None,
+    dw_partials: Tensor | None,
+    db_partials: Tensor | None,
+    programs: int | Count,
+    most: int,
+    stats: torch.dtype,
+) -> None:
+    """dw and db, each or not, from the partials of so many programs, as a rule at most ``most``."""
+    summed = [t for t in (dw, db) if t is not None]
+    if not summed:
+        return
+    n, device = summed[0].numel(), summed[0].device
+    size, total = describe(device), choose_total(most)
+    options = dict(N=n, ACC=ACCUMULATOR[stats], ROWS=total.rows, CHUNK=total.chunk, **started_by(total, size))
+    args = (dw, db, dw_partials, db_partials, programs)
+    launch(sum_partials, (-(-n // total.chunk), len(summed)), device, args, options)
 
 
 def _variant(spec: RowNorm, x: Tensor, weight: Tensor | None, stats: torch.dtype) -> dict[str, Any]:

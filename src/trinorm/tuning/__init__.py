@@ -1,9 +1,17 @@
 """How fast: which launch each problem gets, as ordered tables with the measurement beside each row."""
 
-from .channel import choose_apply, choose_combine, choose_sums, choose_whole
+from .channel import (
+    choose_apply,
+    choose_combine,
+    choose_layer_backward,
+    choose_layer_forward,
+    choose_sums,
+    choose_whole,
+)
 from .kinds import (
     ChannelCombine,
     ChannelHeld,
+    ChannelLayer,
     ChannelWalk,
     ChannelWhole,
     RowBackward,
@@ -21,6 +29,7 @@ __all__ = [
     "FORGET",
     "ChannelCombine",
     "ChannelHeld",
+    "ChannelLayer",
     "ChannelWalk",
     "ChannelWhole",
     "RowBackward",
@@ -36,6 +45,8 @@ __all__ = [
     "choose_backward",
     "choose_combine",
     "choose_forward",
+    "choose_layer_backward",
+    "choose_layer_forward",
     "choose_sums",
     "choose_total",
     "choose_whole",

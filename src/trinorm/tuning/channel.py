@@ -10,7 +10,7 @@ import functools
 from dataclasses import replace
 
 from ..launch import Device
-from .kinds import ChannelCombine, ChannelHeld, ChannelWalk, ChannelWhole, Tile
+from .kinds import ChannelCombine, ChannelHeld, ChannelLayer, ChannelWalk, ChannelWhole, Tile
 
 # Of a pass that walks: elements of a tile of 2-byte numbers, its warps, its stages, the programs that a multiprocessor is
 # to have before one takes more than a tile, and registers. By whether channels are last, and how many tensors are read.
@@ -68,6 +68,27 @@ _COMBINED = 1024
 
 # Positions that lie together in a tile, at least: 128 bytes of 2-byte numbers.
 _RUN = 64
+
+# LayerNorm over channels: by the tensors that are read, elements of a tile of 2-byte numbers, while it has more positions
+# than it should; bytes of a channel's positions that it must have; bytes that a program holds at the most; and those of a
+# thread from which there are more warps (bf16 that compile without a spill, sm_90: 48 elements of a thread forward at 122
+# registers, 24 backward at 128).
+_LAYER = {1: (8192, 32, 64 << 10, 64), 2: (4096, 16, 72 << 10, 80)}
+
+# Bytes of a channel's positions that a tile should have, also where there are few; most positions, where channels are few.
+_LAYER_RUN = 64
+_LAYER_RUN_OF_FEW = 32
+_MOST_LAYER_ROWS = 1024
+_MOST_LAYER_THREADS = 512
+
+# Where all channels are too many: elements of a tile of 2-byte numbers, its warps, and a backward's stages and programs.
+_LAYER_STREAMED = (2048, 4, 3, 4)
+
+# Warps on a multiprocessor that a backward's registers leave room for.
+_LAYER_WARPS = 16
+
+# Bytes of a thread's widest access.
+_WIDE = 16
 
 
 def choose_apply(samples: int, width: int, s: int, itemsize: int, tensors: int, last: bool, device: Device) -> ChannelWalk:
@@ -151,6 +172,45 @@ def choose_combine(d: int, parts: int) -> ChannelCombine:
     k, sets = (_power_of_two(parts), 8) if d == 1 else (_power_of_two(parts), 1)
     k = max(_LEAST_COMBINED // sets, min(k, _COMBINED // sets))
     return ChannelCombine(k, sets, 4)
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_layer_forward(m: int, c: int, unit: int, itemsize: int, device: Device) -> ChannelLayer:
+    """The launch of LayerNorm over c channels at m positions. unit: how many of those surely lie together, up to 16."""
+    return _layer(m, c, unit, itemsize, 1, itemsize, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_layer_backward(m: int, c: int, unit: int, itemsize: int, device: Device) -> ChannelLayer:
+    """The same of its backward."""
+    sums = 2 * max(4, itemsize) // min(unit, _WIDE // itemsize)
+    plan = _layer(m, c, unit, itemsize, 2, 2 * itemsize + sums, device)
+    if not plan.held:
+        return plan
+    # Two tiles are on their way while one is computed, where there is room beside what the loop shares at the most.
+    per_sm, chunk = max(1, _LAYER_WARPS // plan.tile.warps), plan.tile.rows * plan.tile.chunk
+    shared = device.shared // per_sm - device.shared_reserved - 2 * chunk * max(4, itemsize)
+    ahead = shared // (2 * -(-c // plan.tile.chunk) * chunk * itemsize)
+    return replace(plan, stages=1 + max(0, min(2, ahead)), per_sm=per_sm)
+
+
+def _layer(m: int, c: int, unit: int, itemsize: int, tensors: int, held: int, device: Device) -> ChannelLayer:
+    """held: bytes that an element takes of a thread."""
+    elements, run, most, of_thread = _LAYER[tensors]
+    least = _LAYER_RUN // itemsize
+    rows = min(_MOST_LAYER_ROWS, max(least, _power_of_two(elements * 2 // itemsize // c + 1) // 2))
+    while rows * itemsize > _LAYER_RUN_OF_FEW and -(-m // rows) < device.multiprocessors:
+        rows //= 2
+    while rows * itemsize > run and rows * c * held > most:
+        rows //= 2
+    if rows * c * held > most:
+        elements, warps, stages, per_sm = _LAYER_STREAMED
+        tile = Tile(least, elements * 2 // itemsize // least, warps)
+        return ChannelLayer(tile, False, min(unit, _WIDE // itemsize), stages, per_sm)
+    lanes = 32 if device.programs_wait else 64  # AMD's
+    threads = max(lanes, min(_MOST_LAYER_THREADS, _power_of_two(rows * c * held // of_thread + 1) // 2))
+    chunk = max(1, min(_power_of_two(c), threads * _WIDE // itemsize // rows))
+    return ChannelLayer(Tile(rows, chunk, threads // lanes), True, min(unit, _WIDE // itemsize))
 
 
 @functools.lru_cache(maxsize=1024)

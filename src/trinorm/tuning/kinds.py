@@ -194,6 +194,33 @@ class ChannelCombine:
     warps: int
 
 
+@dataclass(frozen=True)
+class ChannelLayer:
+    """A program has ``tile.rows`` positions at a time, ``tile.chunk`` channels by ``tile.chunk``. held: it holds them all;
+    else they are read twice. run: positions that a thread has beside each other. A backward's programs are persistent,
+    ``per_sm`` on each multiprocessor, and walk ``stages`` deep.
+    """
+
+    tile: Tile
+    held: bool
+    run: int
+    stages: int = 1
+    per_sm: int = 1
+
+    def tiles(self, m: int) -> int:
+        """How many are those of m positions."""
+        return -(-m // self.tile.rows)
+
+    def most_partials(self, c: int, device: Device) -> int:
+        """At most how many programs are at work at once on the same channels, each with its partial of dw and db."""
+        chunks = 1 if self.held else -(-c // self.tile.chunk)
+        return max(1, self.per_sm * device.multiprocessors // chunks)
+
+    def partials(self, m: int, c: int, device: Device) -> int:
+        """How many programs share m positions."""
+        return _sharing(self.tiles(m), self.most_partials(c, device), device)
+
+
 # An fp32 sum of more rows than this, one after the other, is divided: with 1024 rows to a team LayerNorm's dw was 1.5 times
 # (16384x32768) and 2.5 times (8192x65536) as far from float64 as torch's, and that grows as their square root.
 _SUMMED_ROWS = 128
@@ -201,5 +228,5 @@ _SUMMED_ROWS = 128
 
 def _sharing(m: int, at_once: int, device: Device) -> int:
     """How many share m rows: ``at_once``, or as many again and again so that none sums too many; scratch has an end."""
-    times = min(-(-m // (_SUMMED_ROWS * at_once)), 4 * device.multiprocessors // at_once)
+    times = max(1, min(-(-m // (_SUMMED_ROWS * at_once)), 4 * device.multiprocessors // at_once))
     return min(m, times * at_once)
