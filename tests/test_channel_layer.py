@@ -29,11 +29,11 @@ SHAPES = [
     (2, 3, 16, 24),
     (7, 64, 4, 4),
     (3, 96, 7, 7),
-    (2, 257, 13),
-    (1, 768, 2, 3, 4),
-    (2, 1500, 4),
+    (2, 257, 13) if ON_GPU else (1, 257, 5),
+    (1, 768, 2, 3, 4) if ON_GPU else (1, 768, 2, 3),
+    (2, 1500, 4) if ON_GPU else (1, 1500, 3),
     *(
-        [(16, 96, 56, 56), (32, 768, 7, 7), (8, 257, 97, 3), (2, 256, 64, 64), (1, 3, 700, 1024), (4, 1500, 14, 14)]
+        [(16, 96, 56, 56), (32, 768, 7, 7), (8, 257, 97, 3), (2, 256, 64, 64), (1, 30, 700, 102), (4, 1500, 14, 14)]
         if ON_GPU
         else ()
     ),
@@ -118,7 +118,7 @@ def test_shapes(shape: tuple[int, ...], last: bool, dtype: torch.dtype, device: 
         assert all(a == b for a, b, size in zip(t.stride(), x.stride(), x.shape, strict=True) if size > 1)
 
 
-@pytest.mark.parametrize("shape", [(3, 96, 7, 7), (2, 300, 8), *([(4, 1500, 14, 14)] if ON_GPU else ())], ids=str)
+@pytest.mark.parametrize("shape", [(2, 300, 8), *([(3, 96, 7, 7), (4, 1500, 14, 14)] if ON_GPU else ())], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_either_way(shape: tuple[int, ...], dtype: torch.dtype, by: str, kernels: list[str], device: torch.device) -> None:
     drawn, dy = drawn_for(shape, dtype, dtype, device)
@@ -133,7 +133,7 @@ def test_dtypes(dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -
     check(*drawn_for((2, 40, 4, 6), *dtypes, device))
 
 
-@pytest.mark.parametrize("shape", [(5, 6, 64), (3, 40, 7, 11)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 6, 64), (3, 40, 7, 11) if ON_GPU else (2, 20, 3, 5)], ids=str)
 def test_programs_that_walk(
     shape: tuple[int, ...], by: str, kernels: list[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,8 +272,8 @@ def test_nothing(shape: tuple[int, ...], device: torch.device) -> None:
 @pytest.mark.filterwarnings("ignore:trinorm:UserWarning")
 def test_derivatives(by: str, device: torch.device) -> None:
     drawn, _ = drawn_for((2, 4, 3), torch.float64, torch.float64, device)
-    torch.autograd.gradcheck(channel_layer_norm, drawn)
-    torch.autograd.gradgradcheck(channel_layer_norm, drawn)
+    torch.autograd.gradcheck(channel_layer_norm, drawn, fast_mode=not ON_GPU)
+    torch.autograd.gradgradcheck(channel_layer_norm, drawn, fast_mode=not ON_GPU)
     y = channel_layer_norm(*drawn)
     batched = torch.randn(3, *y.shape, device=device, dtype=torch.float64)
     at_once = torch.autograd.grad(y, drawn, batched, is_grads_batched=True, retain_graph=True)

@@ -30,9 +30,9 @@ SHAPES = [
     ((5, 64), 16),
     ((2, 9, 13), 3),
     ((1, 4, 3, 4, 5), 4),
-    ((4, 70, 6, 6), 10),
-    ((2, 8, 33, 67), 2),
-    ((7, 32, 7, 7), 8),
+    ((2, 70, 3, 3), 10),
+    ((2, 8, 33, 67) if ON_GPU else (1, 4, 33, 67), 2),
+    *([((4, 70, 6, 6), 10), ((7, 32, 7, 7), 8)] if ON_GPU else ()),
     *([((16, 320, 64, 64), 32), ((2, 96, 301, 17), 3), ((1, 32, 1024, 700), 2), ((300, 1024), 32)] if ON_GPU else ()),
 ]
 
@@ -308,10 +308,10 @@ def test_one_groups_nan_leaves_the_others(spec: ChannelNorm, value: float, last:
 
 
 def test_the_same_bits_on_every_run(spec: ChannelNorm, device: torch.device) -> None:
-    drawn, dy = draw((4, 24, 19, 23), torch.bfloat16, torch.float32, True, device)
+    drawn, dy = draw((4, 24, 19, 23) if ON_GPU else (2, 12, 9, 11), torch.bfloat16, torch.float32, True, device)
     runs = []
-    for _ in range(3):
-        y = norm(spec, drawn[0], groups_of(spec, (4, 24), 4), *drawn[1:])
+    for _ in range(3 if ON_GPU else 2):
+        y = norm(spec, drawn[0], groups_of(spec, drawn[0].shape, 4), *drawn[1:])
         runs.append((y.detach(), *torch.autograd.grad(y, drawn, dy)))
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
@@ -348,7 +348,9 @@ def test_nothing(spec: ChannelNorm, shape: tuple[int, ...], device: torch.device
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize(
-    ("shape", "groups"), [((9, 12, 7, 7), 4), ((2, 6, 70, 61), 3), ((130 if ON_GPU else 34, 16), 4)], ids=str
+    ("shape", "groups"),
+    [((9, 12, 7, 7), 4), ((2, 6, 70, 61) if ON_GPU else (2, 3, 30, 31), 3), ((130 if ON_GPU else 34, 16), 4)],
+    ids=str,
 )
 def test_programs_that_walk(
     spec: ChannelNorm,

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from machine import ON_GPU
 from test_channels import check, draw, groups_of, norm
 from trinorm import functional, nn
 from trinorm.channel_reference import Given
@@ -154,19 +155,20 @@ def test_negative_bits(spec: ChannelNorm, device: torch.device) -> None:
 
 @pytest.mark.filterwarnings("ignore:trinorm:UserWarning")
 def test_derivatives(spec: ChannelNorm, device: torch.device) -> None:
-    shape = (2, 4, 3)
+    shape = (2, 4, 2)
     groups = groups_of(spec, shape, 2)
     drawn, _ = draw(shape, torch.float64, torch.float64, False, device)
     given = (
         None if spec is GROUP_NORM else Given(*(torch.rand(4, device=device, dtype=torch.float64) + 0.5 for _ in range(2)))
     )
-    for statistics, activation in ((None, None), (None, "silu"), (None, "gelu"), *([(given, "silu")] if given else ())):
+    # The activations' own second derivatives do not depend on the norm before them.
+    for statistics, activation in ((None, None), (None, "silu") if given is None else (given, "gelu")):
 
         def run(*t: torch.Tensor, s: Given | None = statistics, f: Any = activation) -> torch.Tensor:
             return norm(spec, t[0], groups, *t[1:], s, activation=f)
 
-        torch.autograd.gradcheck(run, drawn)
-        torch.autograd.gradgradcheck(run, drawn)
+        torch.autograd.gradcheck(run, drawn, fast_mode=not ON_GPU)
+        torch.autograd.gradgradcheck(run, drawn, fast_mode=not ON_GPU)
     expected = torch.autograd.grad(norm(spec, drawn[0], groups, *drawn[1:]).sin().sum(), drawn)
     batched = torch.randn(3, *shape, device=device, dtype=torch.float64)
     y = norm(spec, drawn[0], groups, *drawn[1:])

@@ -194,6 +194,9 @@ def test_a_real_call_is_counted(pass_: str) -> None:
     assert kernels[0].name == ("row_forward" if pass_ == "forward" else "row_backward")
     for kernel in (ceiling, kernels[0]):
         assert None not in vars(kernel).values()
-        # From cold caches, everything is read once and nothing much more; what is written may stay in L2.
-        assert 1 <= kernel.bytes_read / case.bytes_read < 1.2  # type: ignore[operator]
+        # From cold caches, everything is read once and nothing much more; what is written may stay in L2. torch.add, whose
+        # time is the ceiling, does not read the weight, and was seen 8 sectors short of x and dy.
+        assert kernel.bytes_read is not None
+        assert kernel.bytes_read > case.bytes_read - 2 * case.n * case.weight_dtype.itemsize
+        assert kernel.bytes_read < 1.2 * case.bytes_read
         assert kernel.stalls

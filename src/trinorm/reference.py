@@ -323,6 +323,8 @@ def _differentiates(*tensors: Tensor | None) -> bool:
     """Whether autograd is on for these plain tensors, and nobody records what is called."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or not torch.is_grad_enabled():
         return False
+    if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality):
+        return False  # a registered op computes, whose derivatives are its own
     given = [t for t in tensors if t is not None]
     return any(t.requires_grad for t in given) and all(type(t) in (Tensor, torch.nn.Parameter) for t in given)
 
