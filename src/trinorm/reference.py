@@ -122,9 +122,12 @@ def in_fp32(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
     return x.float(), *(None if t is None else t.float() for t in parameters)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _policy_is_fp32(op: str, device: str) -> bool:
     return _asked_policy_is_fp32(op, device)
+
+
+# As torch.compiler.assume_constant_result marks it (2.11 to 2.13), which would import Dynamo, and with it Triton.
+_policy_is_fp32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
