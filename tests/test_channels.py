@@ -366,8 +366,8 @@ def test_programs_that_walk(
     # Slabs, and as few programs as there are tiles of channels: of one multiprocessor's tenth.
     monkeypatch.setattr(tuning, "_LEAST_SHARE", 0)
     for table in (tuning._SUMS, tuning._APPLY):
-        for key, (_, warps, stages, _, registers) in table.items():
-            monkeypatch.setitem(table, key, (256, warps, max(2, stages), 0.1 / describe(device).multiprocessors, registers))
+        for key, (_, warps, stages, _) in table.items():
+            monkeypatch.setitem(table, key, (256, warps, max(2, stages), 0.1 / describe(device).multiprocessors))
     _forget_choices()
     walked: list[Any] = []
     for name in ("choose_sums", "choose_apply"):

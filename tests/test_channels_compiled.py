@@ -46,7 +46,6 @@ for (problem, shape), (last, whole) in itertools.product(problems, ways):
         if sys.argv[1] != "sm_90":
             options.pop("launch_pdl")
             options["PDL"] = False
-            options.pop("maxnreg", None)
         found = compile_call(kernel, args, options, sys.argv[1])
         print(json.dumps(dict(
             kernel=found.kernel, spills=found.spills, loads=max(found.loads), stores=max(found.stores)

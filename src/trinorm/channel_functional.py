@@ -63,8 +63,9 @@ def group_norm(
     if has_torch_function_variadic(*(all_tensors := (input, weight, bias, scale, shift))):
         given: dict[str, Any] = dict(weight=weight, bias=bias, eps=eps, activation=activation, scale=scale, shift=shift)
         return handle_torch_function(group_norm, all_tensors, input, num_groups, **given)
-    asked = (num_groups, eps, activation) if type(eps) is float and type(num_groups) is int else None
-    if asked is not None and scale is None and shift is None:
+    plain = scale is None and shift is None and type(eps) is float and type(num_groups) is int
+    asked = (num_groups, eps, activation) if plain else None
+    if asked is not None:
         call = CALLS.recall(("group_norm", asked), input, weight, bias, None, None)
         if call is not None:
             return call(input, weight, bias, None, None)
@@ -83,8 +84,6 @@ def group_norm(
             f"group_norm(): expected more than 1 value per group when training, got input size {tuple(input.shape)}"
         )
     weight, bias = _of_samples("group_norm", input, weight, bias, scale, shift)
-    if scale is not None or shift is not None:
-        asked = None
     return channel_norm(GROUP_NORM, input, num_groups, weight, bias, eps, activation, asked=asked)
 
 
@@ -133,8 +132,9 @@ def instance_norm(
         arguments |= dict(use_input_stats=use_input_stats, momentum=momentum, eps=eps)
         arguments |= dict(activation=activation, scale=scale, shift=shift)
         return handle_torch_function(instance_norm, all_tensors, input, **arguments)
-    asked = (use_input_stats, momentum, eps, activation) if type(eps) is type(momentum) is float else None
-    if asked is not None and scale is None and shift is None:
+    plain = scale is None and shift is None and type(eps) is type(momentum) is float
+    asked = (use_input_stats, momentum, eps, activation) if plain else None
+    if asked is not None:
         call = CALLS.recall(("instance_norm", asked), input, weight, bias, running_mean, running_var)
         if call is not None:
             return call(input, weight, bias, running_mean, running_var)
@@ -145,8 +145,6 @@ def instance_norm(
         raise ValueError(f"{op}(): expected more than 1 spatial element when training, got input size {tuple(input.shape)}")
     given, averages = _statistics(op, running_mean, running_var, use_input_stats, momentum)
     weight, bias = _of_samples(op, input, weight, bias, scale, shift)
-    if scale is not None or shift is not None:
-        asked = None
     return channel_norm(INSTANCE_NORM, input, input.shape[1], weight, bias, eps, activation, given, averages, asked)
 
 

@@ -336,7 +336,5 @@ def _of_channels(problem: Problem, weight: Tensor | None, bias: Tensor | None) -
 def _walked(view: View, plan: ChannelWalk, stats: torch.dtype, device: Device) -> dict[str, Any]:
     """What a walking kernel is told of its tiles."""
     tile = dict(ROWS=plan.tile.rows, POSITIONS=plan.tile.chunk, STAGES=plan.stages, **started_by(plan.tile, device))
-    if plan.registers is not None and device.programs_wait:  # an option of NVIDIA's
-        tile.update(maxnreg=plan.registers)
     even = view.width % plan.tile.rows == 0 and view.s % plan.tile.chunk == 0
     return dict(LAST=view.last, UNIT=view.unit, EVEN=even, ACC=ACCUMULATOR[stats], **tile)

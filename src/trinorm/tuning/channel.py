@@ -13,19 +13,19 @@ from ..launch import Device
 from .kinds import ChannelCombine, ChannelHeld, ChannelLayer, ChannelWalk, ChannelWhole, Tile
 
 # Of a pass that walks: elements of a tile of 2-byte numbers, its warps, its stages, the programs that a multiprocessor is
-# to have before one takes more than a tile, and registers. By whether channels are last, and how many tensors are read.
-_Pass = tuple[int, int, int, int, int | None]
+# to have before one takes more than a tile. By whether channels are last, and how many tensors are read.
+_Pass = tuple[int, int, int, int]
 _SUMS: dict[tuple[bool, int], _Pass] = {
-    (False, 1): (2048, 4, 3, 16, None),
-    (False, 2): (4096, 4, 3, 16, None),
-    (True, 1): (4096, 4, 4, 2, None),
-    (True, 2): (4096, 4, 4, 2, None),
+    (False, 1): (2048, 4, 3, 16),
+    (False, 2): (4096, 4, 3, 16),
+    (True, 1): (4096, 4, 4, 2),
+    (True, 2): (4096, 4, 4, 2),
 }
 _APPLY: dict[tuple[bool, int], _Pass] = {
-    (False, 1): (4096, 4, 1, 1 << 20, None),
-    (False, 2): (4096, 4, 1, 1 << 20, None),
-    (True, 1): (4096, 4, 4, 8, None),
-    (True, 2): (4096, 4, 4, 8, None),
+    (False, 1): (4096, 4, 1, 1 << 20),
+    (False, 2): (4096, 4, 1, 1 << 20),
+    (True, 1): (4096, 4, 4, 8),
+    (True, 2): (4096, 4, 4, 8),
 }
 
 # Positions of a tile, channels first: no more than these, as what is ragged at a channel's end is idle.
@@ -107,18 +107,18 @@ def choose_sums(
 def _walk(
     how: _Pass, samples: int, width: int, s: int, itemsize: int, last: bool, over_samples: bool, device: Device
 ) -> ChannelWalk:
-    elements, warps, stages, per_sm, registers = how
+    elements, warps, stages, per_sm = how
     tile = _tile(width, s, itemsize, last, elements, warps)
     columns = -(-s // tile.chunk)
     blocks = samples * -(-width // tile.rows)
     programs = per_sm * device.multiprocessors
     if over_samples and columns == 1:
         together = min(samples, _MOST_TILES, max(1, int(blocks // programs)))
-        return ChannelWalk(tile, tile.chunk, together, stages if together > 1 else 1, registers)
+        return ChannelWalk(tile, tile.chunk, together, stages if together > 1 else 1)
     # As many programs as are at work at once, if each has a tile, with shares as equal as they can be.
     slabs = min(columns, max(-(-columns // _MOST_TILES), int(programs // blocks)))
     steps = -(-columns // slabs)
-    return ChannelWalk(tile, tile.chunk * steps, 1, stages if steps > 1 else 1, registers)
+    return ChannelWalk(tile, tile.chunk * steps, 1, stages if steps > 1 else 1)
 
 
 @functools.lru_cache(maxsize=1024)

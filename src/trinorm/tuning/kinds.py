@@ -137,14 +137,13 @@ class RowBackwardWide:
 @dataclass(frozen=True)
 class ChannelWalk:
     """A program walks tiles of channels × positions, ``stages`` deep: ``slab`` positions of one sample, or all of those of
-    ``samples``. registers: at most so many of a thread; None leaves it to the compiler.
+    ``samples``.
     """
 
     tile: Tile
     slab: int
     samples: int
     stages: int
-    registers: int | None = None
 
     def programs(self, samples: int, width: int, s: int) -> tuple[int, int, int]:
         """How many (teams of samples, blocks of channels, slabs of positions) make up the grid."""
