@@ -285,10 +285,10 @@ def test_derivatives(by: str, device: torch.device) -> None:
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-def test_compiled_by_torch(last: bool, device: torch.device) -> None:
+def test_compiled_with_channels_last(device: torch.device) -> None:
+    """As layer_norm; test_channel_library.py has the op of those that are first."""
     torch._dynamo.reset()
-    drawn, dy = drawn_for((2, 12, 5, 6), torch.float32, torch.float32, device, last)
+    drawn, dy = drawn_for((2, 12, 5, 6), torch.float32, torch.float32, device, last=True)
     run = torch.compile(channel_layer_norm, backend="aot_eager", fullgraph=True)
     found, expected = ([y, *torch.autograd.grad(y, drawn, dy)] for y in (run(*drawn), channel_layer_norm(*drawn)))
     for got, want in zip(found, expected, strict=True):
@@ -304,11 +304,12 @@ def test_by_torch_where_kernels_do_not_serve(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_autocast(device: torch.device) -> None:
-    """As layer_norm: of the two orders of memory alike."""
+    """As layer_norm: of the two orders of memory alike, and registered."""
     x = torch.randn(2, 12, 5, 6, device=device).bfloat16()
     with torch.autocast(device.type, dtype=torch.bfloat16):
         first, last = channel_layer_norm(x), channel_layer_norm(x.contiguous(memory_format=torch.channels_last))
-        assert first.dtype == last.dtype == functional.layer_norm(x, (6,)).dtype
+        registered, *_ = torch.ops.trinorm.channel_layer_norm(x, None, None, 1e-6)
+        assert first.dtype == last.dtype == registered.dtype == functional.layer_norm(x, (6,)).dtype
 
 
 def test_bad_input(device: torch.device) -> None:

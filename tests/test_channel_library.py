@@ -16,12 +16,12 @@ from torch.library import opcheck
 from machine import ON_GPU
 from test_channels import draw, groups_of, norm
 from trinorm import nn, options
-from trinorm.spec import BATCH_NORM, CHANNEL_NORMS, GROUP_NORM, ChannelNorm
+from trinorm.spec import CHANNEL_LAYER_NORM, CHANNEL_NORMS, GROUP_NORM, INSTANCE_NORM, ChannelNorm
 
 SHAPE = (2, 12, 5, 6)
 
 
-@pytest.fixture(params=CHANNEL_NORMS, ids=lambda spec: spec.name)
+@pytest.fixture(params=(*CHANNEL_NORMS, CHANNEL_LAYER_NORM), ids=lambda spec: spec.name)
 def spec(request: pytest.FixtureRequest) -> ChannelNorm:
     return request.param
 
@@ -35,19 +35,31 @@ def call(spec: ChannelNorm, **how: Any) -> Callable[..., Tensor]:
     return lambda x, *parameters: norm(spec, x, groups_of(spec, x.shape, 4), *(parameters or (None, None)), **how)
 
 
-@pytest.mark.parametrize("activation", [None, "silu"])
-def test_opcheck(last: bool, activation: str | None, device: torch.device) -> None:
+# (an op, its arguments between the input and the weight, and after eps).
+OPS: list[tuple[str, tuple[int, ...], tuple[str | None, ...]]] = [
+    ("group_norm", (4,), (None,)),
+    ("group_norm", (4,), ("silu",)),
+    ("batch_norm", (), (None,)),
+    ("batch_norm", (), ("silu",)),
+    ("channel_layer_norm", (), ()),
+]
+
+
+@pytest.mark.parametrize(("op", "groups", "activation"), OPS)
+def test_opcheck(
+    op: str, groups: tuple[int, ...], activation: tuple[str | None, ...], last: bool, device: torch.device
+) -> None:
     (x, weight, bias), _ = draw(SHAPE, torch.float32, torch.float32, last, device)
-    opcheck(torch.ops.trinorm.group_norm.default, (x, 4, weight, bias, 1e-5, activation))
-    opcheck(torch.ops.trinorm.batch_norm.default, (x, weight, None, 1e-5, activation))
-    of_samples = [torch.randn(SHAPE[:2], device=device, requires_grad=True) for _ in range(2)]
-    opcheck(torch.ops.trinorm.group_norm.default, (x, 12, *of_samples, 1e-5, activation))
-    wanted = True, True, torch.float32
+    forward, backward = (getattr(torch.ops.trinorm, name).default for name in (op, f"{op}_backward"))
+    opcheck(forward, (x, *groups, weight, bias if groups else None, 1e-5, *activation))
+    if groups:
+        of_samples = [torch.randn(SHAPE[:2], device=device, requires_grad=True) for _ in range(2)]
+        opcheck(forward, (x, 12, *of_samples, 1e-5, *activation))
     with torch.no_grad():
-        for op, groups in (("group_norm", (4,)), ("batch_norm", ())):
-            y, mean, rstd = getattr(torch.ops.trinorm, op)(x, *groups, weight, bias, 1e-5, activation)
-            args = y, x.detach(), groups[0] if groups else 12, weight.detach(), bias.detach(), mean, rstd, 1e-5, activation
-            opcheck(getattr(torch.ops.trinorm, f"{op}_backward").default, (*args, *wanted))
+        y, mean, rstd = forward(x, *groups, weight, bias, 1e-5, *activation)
+        parameters = [t.detach() for t in (weight, bias)[: 2 if activation else 1]]
+        args = y, x.detach(), *groups, *parameters, mean, rstd, 1e-5, *activation
+        opcheck(backward, (*args, True, True, torch.float32))
 
 
 @pytest.mark.parametrize("how", [{}, dict(activation="gelu")], ids=str)
@@ -55,6 +67,8 @@ def test_compiled_once_for_any_number_of_samples(
     spec: ChannelNorm, last: bool, how: dict[str, Any], device: torch.device
 ) -> None:
     """With an eager call's bits and order of memory, forward and backward, and one node each."""
+    if spec.of_positions and (last or how):
+        pytest.skip("of channels that are last this is layer_norm; there is no activation")
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
 
@@ -69,7 +83,7 @@ def test_compiled_once_for_any_number_of_samples(
         assert found[0].stride() == expected[0].stride()
         assert all(torch.equal(got, want) for got, want in zip(found, expected, strict=True))
     targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
-    name = BATCH_NORM.name if spec.over_samples else GROUP_NORM.name
+    name = GROUP_NORM.name if spec is INSTANCE_NORM else spec.name
     assert targets.count(f"trinorm.{name}.default") == targets.count(f"trinorm.{name}_backward.default") == 1
 
 
@@ -113,7 +127,7 @@ def test_running_statistics_compiled(momentum: float | None, device: torch.devic
 def test_exported_and_loaded(spec: ChannelNorm, device: torch.device) -> None:
     class Model(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return call(spec, activation="silu")(x)
+            return call(spec, **({} if spec.of_positions else dict(activation="silu")))(x)
 
     x = torch.randn(SHAPE, device=device)
     samples = torch.export.Dim("samples", min=2, max=64)
@@ -125,12 +139,15 @@ def test_exported_and_loaded(spec: ChannelNorm, device: torch.device) -> None:
     assert torch.equal(loaded(x), Model()(x))
 
 
-@pytest.mark.parametrize(("op", "groups"), [("group_norm", (2,)), ("batch_norm", ())])
-def test_derivatives(op: str, groups: tuple[int, ...], device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("op", "groups", "activation"),
+    [("group_norm", (2,), ("silu",)), ("batch_norm", (), ("silu",)), ("channel_layer_norm", (), ())],
+)
+def test_derivatives(op: str, groups: tuple[int, ...], activation: tuple[str | None, ...], device: torch.device) -> None:
     drawn, _ = draw((2, 4, 2), torch.float64, torch.float64, False, device)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return getattr(torch.ops.trinorm, op)(x, *groups, weight, bias, 1e-5, "silu")[0]
+        return getattr(torch.ops.trinorm, op)(x, *groups, weight, bias, 1e-5, *activation)[0]
 
     torch.autograd.gradcheck(run, drawn, fast_mode=not ON_GPU)
     torch.autograd.gradgradcheck(run, drawn, fast_mode=not ON_GPU)
@@ -154,6 +171,8 @@ def test_bad_input(device: torch.device) -> None:
             torch.ops.trinorm.group_norm(*args)
     with pytest.raises(NotImplementedError, match=r"trinorm::group_norm: a dtype"):
         torch.ops.trinorm.group_norm(x.long(), 2, None, None, 1e-5, None)
-    stats = torch.ones(4, device=device)
+    with pytest.raises(RuntimeError, match=r"trinorm::channel_layer_norm"):
+        torch.ops.trinorm.channel_layer_norm(x, w[:3], None, 1e-5)
+    stats = torch.ones(2, 2, device=device)
     with pytest.raises(RuntimeError, match="dy, mean or rstd"):
         torch.ops.trinorm.group_norm_backward(x[:1], x, 2, w, w, stats, stats, 1e-5, None, True, True, None)

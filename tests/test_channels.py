@@ -68,6 +68,8 @@ def norm(
 ) -> Tensor:
     if spec is GROUP_NORM:
         return functional.group_norm(x, num_groups, weight, bias, **how)
+    if spec.of_positions:
+        return functional.channel_layer_norm(x, weight, bias, **how)
     mean, var = given or (None, None)
     if spec is INSTANCE_NORM:
         return functional.instance_norm(x, mean, var, weight, bias, given is None, **how)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import reference
 from .reference import Exact, Gradients, autocasts_to_fp32, in_dtypes_of, in_fp32, keeping_dtype, precise
-from .spec import GROUP_NORM, Activation, ChannelNorm
+from .spec import GROUP_NORM, LAYER_NORM, Activation, ChannelNorm
 
 
 class Given(NamedTuple):
@@ -41,7 +42,7 @@ def oracle(
     activation: Activation | None = None,
 ) -> Exact:
     """The definition: ``rstd = (var + eps)^-1/2``, ``y = (x - mean) * rstd * weight + bias``, in the precision of
-    reference.oracle. Statistics come flat: of each group of a sample, or of each channel.
+    reference.oracle. Statistics come flat: of each group, or each position, of a sample, or of each channel.
     """
     lift, lower, quiet = precise(x, weight, bias)
     with quiet:
@@ -91,8 +92,11 @@ def composite(
     """The norm as torch's own op, differentiable any number of times and in either mode.
 
     torch's op where it takes the dtypes given; else the same op in fp32 or fp64 with one rounding at the end. Parameters
-    that are each sample's own come after torch's op without any.
+    that are each sample's own come after torch's op without any. Of positions it is LayerNorm's.
     """
+    if spec.of_positions:
+        y = reference.composite(LAYER_NORM, x.movedim(1, -1), x.shape[1:2], weight, bias, eps).movedim(-1, 1)
+        return activated(y.contiguous(), activation)
     if any(t is not None and t.dim() == 2 for t in (weight, bias)):
         y = composite(spec, x, num_groups, None, None, eps, given, averages)
         w, b = (None if t is None else t.reshape(*t.shape, *[1] * (x.dim() - 2)) for t in (weight, bias))
@@ -143,7 +147,7 @@ def composite_gradients(
 
 
 def statistics(spec: ChannelNorm, x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """(mean, rstd) in ATen's ops, flat and float64: of each group of a sample, or of each channel."""
+    """(mean, rstd) in ATen's ops, flat and float64: of each group, or each position, of a sample, or of each channel."""
     mean, rstd, _ = _normalized(spec, x.double(), num_groups, eps, None)
     return mean.flatten(), rstd.flatten()
 
@@ -159,7 +163,7 @@ def _seen(x: Any, num_groups: int) -> Any:
 
 def _of_channels(t: Any, num_groups: int) -> Any:
     """A parameter, a channel's or each sample's own, beside what _seen gives."""
-    return t.reshape((t.shape[0] if t.ndim == 2 else 1, num_groups, -1, 1))
+    return t.reshape((t.shape[0] if t.ndim == 2 else 1, num_groups, t.shape[-1] // num_groups, 1))
 
 
 def _affine(xhat: Any, w: Any | None, b: Any | None) -> Any:
@@ -199,7 +203,7 @@ def _normalized(spec: ChannelNorm, x: Any, num_groups: int, eps: float, given: A
 
 def _axes(spec: ChannelNorm) -> tuple[int, ...]:
     """The dims that share statistics. (A channel of BatchNorm is its own group.)"""
-    return (0, 2, 3) if spec.over_samples else (2, 3)
+    return (0, 2, 3) if spec.over_samples else (2,) if spec.of_positions else (2, 3)
 
 
 def _gradients(spec: ChannelNorm, xhat: Any, rstd: Any, weight: Any | None, dy: Any, taken: bool) -> tuple[Any, Any, Any]:

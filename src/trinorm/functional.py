@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import checks, ops
+from . import checks
 from .channel_functional import batch_norm, check_channels, group_norm, instance_norm
-from .ops import CALLS, jagged, row_norm
-from .spec import CASTS, LAYER_NORM, RMS_NORM, Cast
+from .ops import CALLS, channel, jagged, row_norm
+from .spec import CASTS, CHANNEL_LAYER_NORM, LAYER_NORM, RMS_NORM, Cast
 from .switches import options
 
 __all__ = ["batch_norm", "channel_layer_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
@@ -189,11 +189,16 @@ def channel_layer_norm(
     """
     if has_torch_function_variadic(*(all_tensors := (input, weight, bias))):
         return handle_torch_function(channel_layer_norm, all_tensors, input, weight=weight, bias=bias, eps=eps)
+    asked = (eps,) if type(eps) is float else None
+    if asked is not None:
+        call = channel.CALLS.recall(("channel_layer_norm", asked), input, weight, bias, None, None)
+        if call is not None:
+            return call(input, weight, bias, None, None)
     eps = check_channels("channel_layer_norm", input, eps, None, weight=weight, bias=bias)
     rows = input.movedim(1, -1)
     if rows.is_contiguous():
         return layer_norm(rows, rows.shape[-1:], weight, bias, eps).movedim(-1, 1)
-    return ops.channel_layer_norm(input, weight, bias, eps)
+    return channel.channel_norm(CHANNEL_LAYER_NORM, input, 1, weight, bias, eps, asked=asked)
 
 
 # What begins a manner that is not the plain one, so that no argument of one call looks like several of another.

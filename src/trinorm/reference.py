@@ -136,13 +136,17 @@ def _asked_policy_is_fp32(op: str, device: str) -> bool:
     # and in 2.13 rms_norm; the CPU's has none.
     with _disable_current_modes(), torch.autocast(device, dtype=torch.bfloat16):
         x = torch.ones(1, 1, 2, dtype=torch.bfloat16, device=device)
-        y = getattr(F, op)(x, *_ARGUMENTS[op])
+        y = getattr(F, _TORCHS.get(op, op))(x, *_ARGUMENTS[op])
     return bool(y.dtype == torch.float32)
 
+
+# Where torch has the op by another name.
+_TORCHS = {"channel_layer_norm": "layer_norm"}
 
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "layer_norm": ((2,),),
     "rms_norm": ((2,),),
+    "channel_layer_norm": ((2,),),
     "group_norm": (1,),
     "instance_norm": (),
     "batch_norm": (None, None, None, None, True),

@@ -54,16 +54,21 @@ _IN_CAST = {(spec.name, cast): replace(spec, cast=cast) for spec in ROW_NORMS fo
 class ChannelNorm:
     """A norm over x seen as samples × channels × positions, whose weight and bias are a channel's.
 
-    over_samples: statistics run over the samples too, and are a channel's (BatchNorm); otherwise they are those of a group
+    over_samples: statistics run over the samples too, and are a channel's (BatchNorm). of_positions: they run over the
+    channels alone, and are those of a position of one sample (LayerNorm over channels). Otherwise they are those of a group
     of channels of one sample (GroupNorm; InstanceNorm, whose groups are single channels).
     """
 
     name: str
-    over_samples: bool
+    over_samples: bool = False
+    of_positions: bool = False
 
 
-GROUP_NORM = ChannelNorm("group_norm", over_samples=False)
-INSTANCE_NORM = ChannelNorm("instance_norm", over_samples=False)
+GROUP_NORM = ChannelNorm("group_norm")
+INSTANCE_NORM = ChannelNorm("instance_norm")
 BATCH_NORM = ChannelNorm("batch_norm", over_samples=True)
+
+# Kept apart: its kernels are of the row family, and know no activation.
+CHANNEL_LAYER_NORM = ChannelNorm("channel_layer_norm", of_positions=True)
 
 CHANNEL_NORMS = (GROUP_NORM, INSTANCE_NORM, BATCH_NORM)

@@ -1,7 +1,6 @@
 """How torch sees the kernels: the guard that picks the road, the calls seen before, autograd, and the registered ops."""
 
-from .channel_layer import channel_layer_norm
 from .norm import row_norm
 from .row import CALLS
 
-__all__ = ["CALLS", "channel_layer_norm", "row_norm"]
+__all__ = ["CALLS", "row_norm"]

@@ -122,7 +122,7 @@ class ChannelCall:
             if problem.given:
                 return (channels.apply(problem, x, weight, bias, mean, var),)  # type: ignore[arg-type]
             running = None if mean is None or var is None or momentum is None else Averages(mean, var, momentum)
-            return channels.forward(problem, x, weight, bias, running=running)
+            return channels.forward(problem, x, weight, bias, running=running, save=self._differentiated)
 
         # Over samples (InstanceNorm) running statistics are averaged in ATen's ops, which would not be repeated.
         averaged = momentum is not None and not problem.spec.over_samples
@@ -167,15 +167,26 @@ class ChannelCall:
     ) -> tuple[Results, Function | None]:
         """``function(*inputs)``, and its repetition from the RECORDED_FROM-th such call on. what: None if it has none.
 
-        Nothing is repeated past someone who put a launch of his own in channels' place, to see them all.
+        Nothing is repeated past someone who put a launch of his own in the host's place, to see them all.
         """
-        from .. import launch, replay
-        from . import channels
+        from .. import replay
 
         self._met[what] = met = self._met.get(what, 0) + 1
-        if what is None or not self._kept or met < RECORDED_FROM or channels.launch is not launch.launch:
+        if what is None or not self._kept or met < RECORDED_FROM or _is_watched(self._problem.spec):
             return function(*inputs), None
         return replay.record(function, *inputs)
+
+
+def _is_watched(spec: ChannelNorm) -> bool:
+    from .. import launch
+
+    if spec.of_positions:
+        from . import channel_layers, rows
+
+        return not (channel_layers.launch is rows.launch is launch.launch)
+    from . import channels
+
+    return channels.launch is not launch.launch
 
 
 class _ChannelNorm(torch.autograd.Function):

@@ -15,21 +15,23 @@ from ..kernels.channel_layer import (
     channel_layer_forward_streamed,
     channel_layer_moments,
 )
-from ..launch import describe, launch
+from ..launch import describe, empty, empty_like, launch
 from ..tuning import ChannelLayer, choose_layer_backward, choose_layer_forward
+from .layout import dense
 from .road import accumulator_dtype
 from .rows import Normalized, add_up
 from .start import ACCUMULATOR, started_by, widest
 
 
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, save: bool) -> Normalized:
-    """Normalize the channels of x, which is contiguous. mean and rstd are of each position of each sample, where a backward
-    will ask for them (``save``).
+    """Normalize the channels of x, read as contiguous, as y is. mean and rstd are of each position of each sample, where a
+    backward will ask for them (``save``).
     """
-    y, device = torch.empty_like(x), x.device
+    x, device = dense(x), x.device
+    y = empty_like(x)
     stats = accumulator_dtype(x, weight, bias)
     m, c, s = _sizes(x)
-    mean, rstd = (torch.empty(m, dtype=stats, device=device) if save else None for _ in range(2))
+    mean, rstd = (empty((m,), stats, device) if save else None for _ in range(2))
     if x.numel() == 0:
         return Normalized(y, mean, rstd)
     plan = choose_layer_forward(m, c, _unit(s), widest(x.dtype, stats), describe(device))
@@ -53,21 +55,23 @@ def backward(
     dw: torch.dtype | None,
     db: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dw, db) for dy and x, both contiguous: dx where asked for, dw and db in the dtype asked for."""
+    """(dx, dw, db) for dy and x, read as contiguous, as dx is: it where asked for, dw and db in the dtype asked for."""
+    dy, x = dense(dy), dense(x)
     device, stats = x.device, rstd.dtype
     m, c, s = _sizes(x)
-    dx_out = torch.empty_like(x) if dx else None
-    make = torch.empty if x.numel() else torch.zeros
-    dw_out, db_out = (None if dtype is None else make(c, dtype=dtype, device=device) for dtype in (dw, db))
+    dx_out = empty_like(x) if dx else None
+    dw_out, db_out = (None if dtype is None else empty((c,), dtype, device) for dtype in (dw, db))
+    if x.numel() == 0:
+        for t in (dw_out, db_out):
+            if t is not None:
+                t.zero_()
     if x.numel() == 0 or not (dx or dw or db):
         return dx_out, dw_out, db_out
 
     size = describe(device)
     plan = choose_layer_backward(m, c, _unit(s), widest(x.dtype, stats), size)
     programs = plan.partials(m, c, size)
-    dw_partials, db_partials = (
-        None if out is None else torch.empty(programs, c, dtype=stats, device=device) for out in (dw_out, db_out)
-    )
+    dw_partials, db_partials = (None if out is None else empty((programs, c), stats, device) for out in (dw_out, db_out))
     operands = dy, x, weight, mean, rstd
     tiled = _tiled(plan, c, s, stats, device)
     walked = tiled | dict(RUN=plan.run, STAGES=plan.stages)
@@ -75,7 +79,7 @@ def backward(
     if plan.held:
         launch(channel_layer_backward, (programs,), device, (*args, m, s), walked)
     else:
-        c1, c2 = (torch.empty_like(rstd) if dx else None for _ in range(2))
+        c1, c2 = (empty_like(rstd) if dx else None for _ in range(2))
         if dx:
             launch(channel_layer_moments, (plan.tiles(m),), device, (c1, c2, *operands, m, s), tiled)
         chunks = -(-c // plan.tile.chunk)

@@ -2,18 +2,21 @@
 
     group_norm(input, num_groups, weight?, bias?, eps, activation?) -> (y, mean, rstd)
     batch_norm(input, weight?, bias?, eps, activation?) -> (y, mean, rstd)
+    channel_layer_norm(input, weight?, bias?, eps) -> (y, mean, rstd)
     <norm>_backward(
-        dy, input, num_groups, weight?, bias?, mean, rstd, eps, activation?, dx, dw, db?
+        dy, input, <num_groups,> weight?, <bias?,> mean, rstd, eps, <activation?,> dx, dw, db?
     ) -> (dx, dw, db)
 
 InstanceNorm is a GroupNorm with a group for each channel. Statistics are those of the input: a norm of given ones is
-pointwise, and left to Inductor. They are flat, of the accumulator's dtype, and carry no gradients; running ones are kept up
-in ATen's ops, of the few numbers that they are. weight and bias: a channel's, or each sample's, both.
+pointwise, and left to Inductor. They have the input's dims that they are told apart by (samples and groups; channels;
+samples and positions) and the accumulator's dtype, and carry no gradients; running ones are kept up in ATen's ops, of the
+few numbers that they are. weight and bias: a channel's, or each sample's, both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +25,10 @@ from torch.autograd import forward_ad
 
 from .. import channel_reference as reference
 from ..reference import autocasts_to_fp32, in_fp32, keeping_dtype
-from ..spec import ACTIVATIONS, BATCH_NORM, GROUP_NORM, ChannelNorm
+from ..spec import ACTIVATIONS, BATCH_NORM, CHANNEL_LAYER_NORM, GROUP_NORM, INSTANCE_NORM, ChannelNorm
 from . import road
 from .layout import channels_readable, dense, in_order_of
-from .registering import Op, any_requires_grad, out_of_autocast, register
+from .registering import Op, any_requires_grad, know_distributed, out_of_autocast, register
 
 if TYPE_CHECKING:
     from ..channel_reference import Averages
@@ -44,38 +47,87 @@ def norm(
     averages: Averages | None,
 ) -> Tensor:
     """y, by the registered op."""
-    groups = () if spec.over_samples else (num_groups,)
-    name = BATCH_NORM.name if spec.over_samples else GROUP_NORM.name
+    know_distributed(x, weight, bias)
+    name = GROUP_NORM.name if spec.name == INSTANCE_NORM.name else spec.name
     if spec.name != name and x.dtype != torch.float64 and autocasts_to_fp32(spec.name, x.device.type):
         x, weight, bias = in_fp32(x, weight, bias)
     with keeping_dtype(x.device.type) if spec.name == name else torch.autocast(x.device.type, enabled=False):
-        y, mean, rstd = getattr(torch.ops.trinorm, name)(x, *groups, weight, bias, eps, activation)
+        if spec.of_positions:
+            y, mean, rstd = torch.ops.trinorm.channel_layer_norm(x, weight, bias, eps)
+        elif spec.over_samples:
+            y, mean, rstd = torch.ops.trinorm.batch_norm(x, weight, bias, eps, activation)
+        else:
+            y, mean, rstd = torch.ops.trinorm.group_norm(x, num_groups, weight, bias, eps, activation)
     if averages is not None:
         n = x.numel() // mean.numel()
         var = (rstd.detach().double() ** -2 - eps).clamp(min=0) * (n / (n - 1))
         for kept, now in ((averages.mean, mean), (averages.var, var)):
-            of_channel = now.detach().double().view(-1, x.shape[1]).mean(0)
+            of_channel = now.detach().double() if spec.over_samples else now.detach().double().mean(0)
             kept.copy_(torch.lerp(kept.double(), of_channel, averages.momentum))
     return y
 
 
-class _Forward(Op):
+class _ChannelOp(Op):
+    """An op of one spec: of the arguments, those that the spec leaves open."""
+
     strided = True
+    arguments: str
+
+    def __init__(self, spec: ChannelNorm, *settled: str) -> None:
+        self._spec = spec
+        if spec.name != GROUP_NORM.name:
+            settled += ("num_groups",)
+        if spec.of_positions:
+            settled += ("activation",)
+        arguments = self.arguments.split(", ")
+        names = [argument.split()[1] for argument in arguments]
+        self._input, self._groups = names.index("input"), names.index("num_groups")
+        self._open = [name not in settled for name in names]
+        self.schema = f"({', '.join(self._given(*arguments))}) -> (Tensor, Tensor, Tensor)"
+
+    def _given(self, *of_all: Any) -> list[Any]:
+        """Of something for each argument, what is for those that the op has."""
+        return list(compress(of_all, self._open))
+
+    def _all(self, of_given: Sequence[Any]) -> list[Any]:
+        """The reverse, with None for the others."""
+        found = iter(of_given)
+        return [next(found) if is_open else None for is_open in self._open]
+
+    def _named(self, *args: Any) -> list[Any]:
+        """All the arguments."""
+        named = self._all(args)
+        if named[self._groups] is None:
+            named[self._groups] = named[self._input].shape[1] if self._spec.over_samples else 1
+        return named
+
+    def _statistics_shape(self, x: Tensor, num_groups: int) -> tuple[int, ...]:
+        if self._spec.over_samples:
+            return tuple(x.shape[1:2])
+        return (x.shape[0], *x.shape[2:]) if self._spec.of_positions else (x.shape[0], num_groups)
+
+    def _like(self, x: Tensor) -> Tensor:
+        """A tensor as x, in the order of memory that the kernels write: x's where it is one of those that they read."""
+        last = x.movedim(1, -1)
+        if self._spec.of_positions or x.is_contiguous() or not last.is_contiguous():
+            return x.new_empty(x.shape)
+        return last.new_empty(last.shape).movedim(-1, 1)
+
+
+class _Forward(_ChannelOp):
+    arguments = "Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, float eps, str? activation"
 
     def __init__(self, spec: ChannelNorm, backward: _Backward) -> None:
-        self._spec, self.name, self._backward = spec, spec.name, backward
-        groups = "" if spec.over_samples else "SymInt num_groups, "
-        self.schema = (
-            f"(Tensor input, {groups}Tensor? weight, Tensor? bias, float eps, str? activation) -> (Tensor, Tensor, Tensor)"
-        )
+        super().__init__(spec)
+        self.name, self._backward = spec.name, backward
 
-    def autocast(self, key: str, x: Tensor, *rest: Any) -> Results:
+    def autocast(self, key: str, *args: Any) -> Results:
         """In fp32 where torch's own op is."""
-        x, num_groups, weight, bias, *how = self._named(x, *rest)
+        x, num_groups, weight, bias, *how = self._named(*args)
         if x.dtype != torch.float64 and autocasts_to_fp32(self.name, x.device.type):
             x, weight, bias = in_fp32(x, weight, bias)
         with out_of_autocast(key):
-            return self(x, *(() if self._spec.over_samples else (num_groups,)), weight, bias, *how)
+            return self(*self._given(x, num_groups, weight, bias, *how))
 
     def autograd(self, keyset: Any, *args: Any) -> Results:
         return self.composite(*args) if forward_ad._current_level >= 0 else self.kernel(keyset, *args)
@@ -89,19 +141,19 @@ class _Forward(Op):
 
     def differentiate(self, ctx: Any, *gradients: Tensor | None) -> Results:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        _, _, _, dx, *_, dw, db, _, _ = ctx.needs_input_grad
-        found = self._backward(
-            gradients[0], x, ctx.num_groups, weight, bias, mean, rstd, *ctx.how, dx, dw, ctx.bias_dtype if db else None
-        )
-        return found[0], *(() if self._spec.over_samples else (None,)), *found[1:], None, None
+        dx, _, dw, db, *_ = self._all(ctx.needs_input_grad[3:])
+        wanted = dx, dw, ctx.bias_dtype if db else None
+        args = gradients[0], x, ctx.num_groups, weight, bias, mean, rstd, *ctx.how, *wanted
+        dx, dw, db = self._backward(*self._backward._given(*args))
+        return tuple(self._given(dx, None, dw, db, None, None))
 
     def composite(self, *args: Any) -> Results:
         x, num_groups, weight, bias, eps, activation = self._named(*args)
         _check(self.name, x, num_groups, weight, bias, activation)
         y = reference.composite(self._spec, x, num_groups, weight, bias, eps, None, None, activation)
         mean, rstd = reference.statistics(self._spec, x, num_groups, eps)
-        stats = road.accumulator_dtype(x, weight, bias)
-        return in_order_of(_like(x), y), mean.detach().to(stats), rstd.detach().to(stats)
+        stats, shape = road.accumulator_dtype(x, weight, bias), self._statistics_shape(x, num_groups)
+        return in_order_of(self._like(x), y), *(t.detach().to(stats).view(shape) for t in (mean, rstd))
 
     def compute(self, *args: Any) -> Results:
         x, num_groups, weight, bias, eps, activation = self._named(*args)
@@ -115,29 +167,26 @@ class _Forward(Op):
 
         weight, bias = (None if t is None else dense(t) for t in (weight, bias))
         problem = channels.Problem(self._spec, num_groups, eps, activation)
-        return tuple(channels.forward(problem, channels_readable(x), weight, bias))
+        y, *statistics = channels.forward(problem, channels_readable(x), weight, bias)
+        shape = self._statistics_shape(x, num_groups)
+        return y, *(None if t is None else t.view(shape) for t in statistics)
 
     def fake(self, *args: Any) -> Results:
         x, num_groups, weight, bias, _, activation = self._named(*args)
         _check(self.name, x, num_groups, weight, bias, activation)
-        stats = road.accumulator_dtype(x, weight, bias)
-        sets = x.shape[1] if self._spec.over_samples else x.shape[0] * num_groups
-        return _like(x), *(x.new_empty(sets, dtype=stats) for _ in range(2))
-
-    def _named(self, x: Tensor, *rest: Any) -> tuple[Any, ...]:
-        """The arguments as (x, num_groups, weight, bias, eps, activation)."""
-        return (x, x.shape[1], *rest) if self._spec.over_samples else (x, *rest)
+        stats, shape = road.accumulator_dtype(x, weight, bias), self._statistics_shape(x, num_groups)
+        return self._like(x), *(x.new_empty(shape, dtype=stats) for _ in range(2))
 
 
-class _Backward(Op):
-    strided = True
-    schema = (
-        "(Tensor dy, Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, float eps, "
-        "str? activation, bool dx, bool dw, ScalarType? db) -> (Tensor, Tensor, Tensor)"
+class _Backward(_ChannelOp):
+    arguments = (
+        "Tensor dy, Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, float eps, "
+        "str? activation, bool dx, bool dw, ScalarType? db"
     )
 
     def __init__(self, spec: ChannelNorm) -> None:
-        self._spec, self.name = spec, f"{spec.name}_backward"
+        super().__init__(spec, *["bias"] * spec.of_positions)  # which is for the activation
+        self.name = f"{spec.name}_backward"
 
     def autograd(self, keyset: Any, *args: Any) -> Results:
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any_requires_grad(*args)):
@@ -145,15 +194,15 @@ class _Backward(Op):
         return self.kernel(keyset, *args)
 
     def composite(self, *args: Any) -> Results:
-        dy, x, num_groups, weight, bias, _, _, eps, activation, dx, dw, db = args
+        dy, x, num_groups, weight, bias, _, _, eps, activation, dx, dw, db = self._named(*args)
         found: Any = reference.composite_gradients(self._spec, x, num_groups, weight, bias, db, eps, dy, None, activation)
-        return in_order_of(_like(x), found.dx) if dx else None, found.dw if dw else None, found.db
+        return in_order_of(self._like(x), found.dx) if dx else None, found.dw if dw else None, found.db
 
     def compute(self, *args: Any) -> Results:
-        dy, x, num_groups, weight, bias, mean, rstd, eps, activation, dx, dw, db = args
+        dy, x, num_groups, weight, bias, mean, rstd, eps, activation, dx, dw, db = self._named(*args)
         _check(self.name, x, num_groups, weight, bias, activation)
-        sets = x.shape[1] if self._spec.over_samples else x.shape[0] * num_groups
-        fits = dy.shape == x.shape and all(t.shape == (sets,) and t.device == x.device for t in (mean, rstd))
+        shape = self._statistics_shape(x, num_groups)
+        fits = dy.shape == x.shape and all(t.shape == shape and t.device == x.device for t in (mean, rstd))
         fits = fits and dy.device == x.device and dy.dtype in road.KERNEL_DTYPES and not (dw and weight is None)
         fits = fits and mean.dtype == rstd.dtype and rstd.dtype in (torch.float32, torch.float64)
         torch._check(fits, lambda: f"trinorm::{self.name}: dy, mean or rstd is not as the forward gives it")
@@ -167,22 +216,14 @@ class _Backward(Op):
         return channels.backward(problem, dy, channels_readable(x), weight, bias, dense(mean), dense(rstd), **wanted)
 
     def fake(self, *args: Any) -> Results:
-        _, x, _, weight, bias, _, _, _, _, dx, dw, db = args
+        _, x, _, weight, bias, _, _, _, _, dx, dw, db = self._named(*args)
         of_samples = any(t is not None and t.dim() == 2 for t in (weight, bias))
         parameters = x.shape[:2] if of_samples else x.shape[1:2]
         return (
-            _like(x) if dx else None,
+            self._like(x) if dx else None,
             weight.new_empty(parameters) if dw else None,
             None if db is None else x.new_empty(parameters, dtype=db),
         )
-
-
-def _like(x: Tensor) -> Tensor:
-    """A tensor as x, in the order of memory that the kernels write: x's where it is one of the two that they read."""
-    if x.is_contiguous():
-        return x.new_empty(x.shape)
-    last = x.movedim(1, -1)
-    return last.new_empty(last.shape).movedim(-1, 1) if last.is_contiguous() else x.new_empty(x.shape)
 
 
 def _check(op: str, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, activation: str | None) -> None:
@@ -198,7 +239,7 @@ def _check(op: str, x: Tensor, num_groups: int, weight: Tensor | None, bias: Ten
     torch._check_not_implemented(known, lambda: f"trinorm::{op}: a dtype other than {road.KERNEL_DTYPES}")
 
 
-for _spec in (GROUP_NORM, BATCH_NORM):
+for _spec in (GROUP_NORM, BATCH_NORM, CHANNEL_LAYER_NORM):
     _backward = _Backward(_spec)
     register(_Forward(_spec, _backward))
     register(_backward)

@@ -22,8 +22,8 @@ from .start import ACCUMULATOR, started_by, widest
 
 
 class Problem(NamedTuple):
-    """What is computed of the tensors. num_groups: 1 to a channel but for GroupNorm. given: statistics are given and not
-    taken: each channel's, and for rstd there is a variance.
+    """What is computed of the tensors. num_groups: 1 to a channel but for GroupNorm, and for a position, which is 1.
+    given: statistics are given and not taken: each channel's, and for rstd there is a variance.
     """
 
     spec: ChannelNorm
@@ -34,11 +34,11 @@ class Problem(NamedTuple):
 
 
 class Normalized(NamedTuple):
-    """y, and the statistics that it was made with: those of each group of a sample, or of each channel."""
+    """y, and the statistics that it was made with: of each group or position of a sample, or of each channel."""
 
     y: Tensor
-    mean: Tensor
-    rstd: Tensor
+    mean: Tensor | None
+    rstd: Tensor | None
 
 
 class View(NamedTuple):
@@ -71,10 +71,23 @@ def view_of(spec: ChannelNorm, x: Tensor) -> View:
 
 
 def forward(
-    problem: Problem, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, running: Averages | None = None
+    problem: Problem,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    running: Averages | None = None,
+    save: bool = True,
 ) -> Normalized:
-    """Normalize x, which is in one of the two orders, as y then is. weight and bias: ``(C,)``, or ``(N, C)`` both."""
+    """Normalize x, which is in one of the two orders, as y then is. weight and bias: ``(C,)``, or ``(N, C)`` both.
+
+    save: a backward will ask for statistics; positions, which are many, have none otherwise.
+    """
     spec, num_groups = problem[:2]
+    if spec.of_positions:
+        from . import channel_layers
+
+        return Normalized(*channel_layers.forward(x, weight, bias, problem.eps, save=save))
     device, channels = x.device, x.shape[1]
     sets = channels if spec.over_samples else x.shape[0] * num_groups
     stats = accumulator_dtype(x, weight, bias)
@@ -163,6 +176,10 @@ def backward(
     db: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dw, db): dx where asked for, in x's order; dw and db in the dtype asked for. bias: for the activation."""
+    if problem.spec.of_positions:
+        from . import channel_layers
+
+        return channel_layers.backward(dy, x, weight, mean, rstd, dx=dx, dw=dw, db=db)
     dy = in_order_of(x, dy)
     dx_out = empty_like(x) if dx else None
     of_parameters = tuple(x.shape[:2] if _is_of_samples(weight, bias) else x.shape[1:2])
