@@ -1,18 +1,17 @@
 """ops/sharding.py, and torch.distributed over the modules: two ranks, beside one process that has it all.
 
-Over gloo on a CPU, where the kernels run through the interpreter; over NCCL where there are two GPUs. Everything is
-float64, and close as torch.testing says.
+Over gloo on a CPU, where the kernels run through the interpreter, and once more as if there were none; over NCCL where
+there are two GPUs. Everything is float64, and close as torch.testing says.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import datetime
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,27 @@ from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from machine import ON_GPU
+from test_channels import norm as channel_norm
 from trinorm import functional, nn
-from trinorm.ops import CALLS, rows
-from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
-
-SHAPE = 4, 4, 8
+from trinorm.channel_reference import Given
+from trinorm.ops import road
+from trinorm.spec import (
+    BATCH_NORM,
+    CHANNEL_LAYER_NORM,
+    CHANNEL_NORMS,
+    GROUP_NORM,
+    INSTANCE_NORM,
+    LAYER_NORM,
+    ROW_NORMS,
+    ChannelNorm,
+    RowNorm,
+)
+from two_ranks import SHAPE, Spec, assert_same, by_kernels, lay, lay_all, norm, results, tensors
 
 
 @pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="two ranks over NCCL need two GPUs")
@@ -49,60 +59,13 @@ def run(rank: int, rendezvous: Path) -> None:
     dist.init_process_group("nccl" if ON_GPU else "gloo", init_method=f"file://{rendezvous}", **options)
     mesh = init_device_mesh(device, (2,))
     rules_come_with_the_first_distributed_tensor(mesh)
-    for check, spec in itertools.product(CHECKS, (LAYER_NORM, RMS_NORM)):
-        torch.manual_seed(0)
-        check(spec, mesh)
+    for kernels in (True,) if ON_GPU else (True, False):
+        road.INTERPRETED = road.INTERPRETED and kernels
+        for check, (specs, interpreted) in CHECKS.items():
+            for spec in specs if ON_GPU or not kernels else interpreted:
+                torch.manual_seed(0)
+                check(spec, mesh)
     dist.destroy_process_group()
-
-
-def norm(spec: RowNorm, shape: tuple[int, ...] = (8,)) -> Callable[..., Tensor]:
-    return lambda x, *parameters: getattr(functional, spec.name)(x, shape, *parameters, eps=1e-5)
-
-
-def tensors(spec: RowNorm, mesh: DeviceMesh, shape: tuple[int, ...] = (8,)) -> tuple[Tensor, list[Tensor]]:
-    """(dy, [x, weight, bias where there is one]), the same on each rank."""
-    shapes = SHAPE, SHAPE, shape, *[shape] * spec.center
-    dy, *inputs = (torch.randn(shape, dtype=torch.float64).to(mesh.device_type) for shape in shapes)
-    return dy, inputs
-
-
-def lay(t: Tensor, mesh: DeviceMesh, placement: Placement) -> Tensor:
-    """t on the mesh. Partial: each rank has half of it."""
-    if isinstance(placement, Partial):
-        return DTensor.from_local(t / 2, mesh, [placement])
-    return distribute_tensor(t, mesh, [placement])
-
-
-def lay_all(inputs: list[Tensor], mesh: DeviceMesh, of_x: Placement, of_parameters: Placement) -> list[Tensor]:
-    return [lay(t, mesh, of_parameters if i else of_x) for i, t in enumerate(inputs)]
-
-
-def results(
-    f: Callable[..., Tensor], dy: Tensor, inputs: list[Tensor], wanted: tuple[bool, ...] = (True,) * 3
-) -> list[Any]:
-    """f's value and the gradients that are wanted."""
-    inputs = [t.detach().requires_grad_(is_wanted) for t, is_wanted in zip(inputs, wanted, strict=False)]
-    y = f(*inputs)
-    return [y.detach(), *torch.autograd.grad(y, [t for t in inputs if t.requires_grad], dy)]
-
-
-def assert_same(found: list[Any], expected: list[Any]) -> None:
-    whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in found]
-    torch.testing.assert_close(whole, expected)
-
-
-@contextlib.contextmanager
-def by_kernels() -> Iterator[None]:
-    """That kernels of both directions are launched on this rank."""
-    CALLS.clear()  # what other shards had recorded would be repeated, past who looks at launches here
-    names: set[str] = set()
-    actual = rows.launch
-    rows.launch = lambda kernel, *args: (names.add(kernel.__name__), actual(kernel, *args))[1]
-    try:
-        yield
-    finally:
-        rows.launch = actual
-    assert all(any(name.startswith(f"row_{direction}") for name in names) for direction in ("forward", "backward"))
 
 
 # DTensors, and what else torch.distributed wraps.
@@ -119,8 +82,11 @@ def rules_come_with_the_first_distributed_tensor(mesh: DeviceMesh) -> None:
             functional.rms_norm(x, (8,))
 
 
-LAYOUTS: list[tuple[tuple[int, ...], tuple[Placement, ...], tuple[Placement, ...]]] = [
-    # normalized_shape; how x, the parameters and dy lie; how y, dx and the parameters' gradients do.
+Layouts = list[tuple[tuple[int, ...], tuple[Placement, ...], tuple[Placement, ...] | None]]
+
+# normalized_shape, of the row norms; how x, the parameters and dy lie; how y, dx and the parameters' gradients do: None
+# where DTensor is free to choose.
+OF_ROWS: Layouts = [
     ((8,), (Shard(0), Replicate(), Shard(0)), (Shard(0), Shard(0), Partial())),
     ((8,), (Shard(1), Replicate(), Shard(1)), (Shard(1), Shard(1), Partial())),
     ((4, 8), (Shard(0), Replicate(), Shard(0)), (Shard(0), Shard(0), Partial())),
@@ -138,20 +104,106 @@ LAYOUTS: list[tuple[tuple[int, ...], tuple[Placement, ...], tuple[Placement, ...
 ]
 
 
-def every_layout(spec: RowNorm, mesh: DeviceMesh) -> None:
-    for shape, (of_x, of_parameters, of_dy), laid in LAYOUTS:
+OF_ANY_CHANNELS: Layouts = [
+    ((), (Replicate(), Replicate(), Replicate()), (Replicate(), Replicate(), Replicate())),
+    ((), (Partial(), Replicate(), Shard(0)), None),
+    ((), (Shard(0), Replicate(), Partial()), None),
+    ((), (Shard(1), Replicate(), Replicate()), None),
+    ((), (Shard(2), Shard(0), Shard(0)), None),
+]
+OF_SAMPLES: Layouts = [
+    ((), (Shard(0), Replicate(), Shard(0)), (Shard(0), Shard(0), Partial())),
+    ((), (Shard(0), Shard(0), Shard(0)), (Shard(0), Shard(0), Partial())),
+]
+LAYOUTS: dict[Spec, Layouts] = {
+    **dict.fromkeys(ROW_NORMS, OF_ROWS),
+    **dict.fromkeys((GROUP_NORM, INSTANCE_NORM), OF_ANY_CHANNELS + OF_SAMPLES),
+    BATCH_NORM: [
+        *OF_ANY_CHANNELS,
+        ((), (Shard(0), Replicate(), Shard(0)), (Replicate(), Replicate(), Replicate())),
+        ((), (Shard(1), Replicate(), Shard(1)), (Shard(1), Shard(1), Shard(0))),
+        ((), (Shard(1), Shard(0), Shard(1)), (Shard(1), Shard(1), Shard(0))),
+    ],
+    CHANNEL_LAYER_NORM: [
+        *OF_ANY_CHANNELS,
+        *OF_SAMPLES,
+        ((), (Shard(2), Replicate(), Shard(2)), (Shard(2), Shard(2), Partial())),
+    ],
+}
+
+
+def every_layout(spec: Spec, mesh: DeviceMesh) -> None:
+    for shape, (of_x, of_parameters, of_dy), laid in LAYOUTS[spec][:: -4 if road.INTERPRETED else 1]:
         dy, inputs = tensors(spec, mesh, shape)
         with by_kernels():
             found = results(norm(spec, shape), lay(dy, mesh, of_dy), lay_all(inputs, mesh, of_x, of_parameters))
-        assert [t.placements for t in found] == [(p,) for p in (*laid, *laid[2:] * spec.center)], (
-            of_x,
-            of_parameters,
-            of_dy,
-        )
+        if laid is not None:
+            expected = [(p,) for p in (*laid, *laid[2:] * (len(inputs) - 2))]
+            assert [t.placements for t in found] == expected, (spec, of_x, of_parameters, of_dy)
         assert_same(found, results(norm(spec, shape), dy, inputs))
 
 
-def gradients_wanted_in_any_order(spec: RowNorm, mesh: DeviceMesh) -> None:
+def ranks_with_more_and_with_none(spec: Spec, mesh: DeviceMesh) -> None:
+    """Samples, or channels, that two ranks cannot share evenly, and statistics that do not stay where they were made."""
+    dim = 1 if spec is BATCH_NORM else 0
+    for size in (3, 1):
+        of_x = (size, 4, 8) if dim == 0 else (4, size, 8)
+        dy, inputs = tensors(spec, mesh, of_x=of_x)
+        for of_dy in (Shard(dim), Replicate()):
+            found = results(norm(spec), lay(dy, mesh, of_dy), lay_all(inputs, mesh, Shard(dim), Replicate()))
+            assert_same(found, results(norm(spec), dy, inputs))
+
+
+def another_number_of_groups(spec: Spec, mesh: DeviceMesh) -> None:
+    """As another normalized_shape."""
+    x, *parameters = tensors(spec, mesh)[1]
+    for groups in (2, 4, 2):
+        found = norm(spec, groups=groups)(lay(x, mesh, Shard(0)), *(lay(t, mesh, Replicate()) for t in parameters))
+        assert_same([found], [norm(spec, groups=groups)(x, *parameters)])
+
+
+def each_samples_scale(spec: Spec, mesh: DeviceMesh) -> None:
+    def scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return channel_norm(spec, x, 2, None, None, scale=scale, shift=shift, activation="silu")
+
+    dy, (x, *_) = tensors(spec, mesh)
+    inputs = [x, *(torch.randn(SHAPE[:2], dtype=x.dtype).to(x.device) for _ in range(2))]
+    expected = results(scaled, dy, inputs)
+    for placement in (Shard(0), Shard(1), Replicate()):
+        found = results(scaled, lay(dy, mesh, placement), lay_all(inputs, mesh, placement, placement))
+        assert_same(found, expected)
+        if placement == Shard(0):
+            assert all(t.placements == (placement,) for t in found)
+
+
+def running_statistics(spec: Spec, mesh: DeviceMesh) -> None:
+    """Kept up and used, however they lie; torch's own, whole ones beside channels that are sharded, are silently wrong."""
+    assert isinstance(spec, ChannelNorm)
+    x = tensors(spec, mesh)[1][0]
+    for of_x, of_running in itertools.product((Shard(0), Shard(1), Shard(2), Replicate()), (Shard(0), Replicate())):
+        alone = [torch.zeros(4).to(x), torch.ones(4).to(x)]
+        shared = [lay(t.clone(), mesh, of_running) for t in alone]
+        for step in range(2):
+            found, expected = (
+                kept_up(spec, *given) for given in ((lay(x + step, mesh, of_x), *shared), (x + step, *alone))
+            )
+            assert_same([found, *shared], [expected, *alone])
+        found, expected = (
+            channel_norm(spec, t, 4, None, None, Given(*running))
+            for t, running in ((lay(x, mesh, of_x), shared), (x, alone))
+        )
+        assert_same([found], [expected])
+    for given in ((lay(x, mesh, Shard(0)), *alone), (x, *shared)):
+        with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+            kept_up(spec, *given)
+    assert_same(shared, alone)
+
+
+def kept_up(spec: ChannelNorm, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    return getattr(functional, spec.name)(x, mean, var, None, None, True)
+
+
+def gradients_wanted_in_any_order(spec: Spec, mesh: DeviceMesh) -> None:
     """DTensor asks for a rule once, and these calls have the same layouts."""
     dy, inputs = tensors(spec, mesh)
     dy_there, there = lay(dy, mesh, Shard(0)), lay_all(inputs, mesh, Shard(0), Replicate())
@@ -167,7 +219,7 @@ def another_normalized_shape(spec: RowNorm, mesh: DeviceMesh) -> None:
         assert_same([norm(spec, shape)(lay(x, mesh, Shard(1)))], [norm(spec, shape)(x)])
 
 
-def second_derivatives(spec: RowNorm, mesh: DeviceMesh) -> None:
+def second_derivatives(spec: Spec, mesh: DeviceMesh) -> None:
     def second(inputs: list[Tensor]) -> list[Any]:
         inputs = [t.detach().requires_grad_() for t in inputs]
         first = torch.autograd.grad(norm(spec)(*inputs).sin().sum(), inputs, create_graph=True)
@@ -177,7 +229,9 @@ def second_derivatives(spec: RowNorm, mesh: DeviceMesh) -> None:
     assert_same(second(lay_all(inputs, mesh, Shard(0), Replicate())), second(inputs))
 
 
-def compiled(spec: RowNorm, mesh: DeviceMesh) -> None:
+def compiled(spec: Spec, mesh: DeviceMesh) -> None:
+    torch._dynamo.reset()
+
     def f(x: Tensor, *parameters: Tensor) -> Tensor:
         return norm(spec)(x * 2, *parameters)
 
@@ -188,7 +242,7 @@ def compiled(spec: RowNorm, mesh: DeviceMesh) -> None:
     assert all(torch.equal(a.to_local(), b.to_local()) for a, b in zip(graph, eager, strict=True))
 
 
-def results_on_their_way(spec: RowNorm, mesh: DeviceMesh) -> None:
+def results_on_their_way(spec: Spec, mesh: DeviceMesh) -> None:
     """What a tensor-parallel layer hands to the norm after it, where that is not parallel itself."""
 
     def after_a_sum(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -203,7 +257,7 @@ def results_on_their_way(spec: RowNorm, mesh: DeviceMesh) -> None:
     assert_same(found, results(norm(spec), dy, inputs, of_parameters))
 
 
-def tensors_of_two_kinds_are_refused(spec: RowNorm, mesh: DeviceMesh) -> None:
+def tensors_of_two_kinds_are_refused(spec: Spec, mesh: DeviceMesh) -> None:
     """As torch refuses them."""
     x, weight, *_ = tensors(spec, mesh)[1]
     for given in ((lay(x, mesh, Shard(0)), weight), (x, lay(weight, mesh, Replicate()))):
@@ -266,15 +320,22 @@ def train_wrapped(wrap: Callable[[torch.nn.Module], torch.nn.Module], spec: RowN
     assert_same(list(shared.parameters()), list(alone.parameters()))
 
 
-CHECKS: list[Callable[[RowNorm, DeviceMesh], None]] = [
-    every_layout,
-    gradients_wanted_in_any_order,
-    another_normalized_shape,
-    second_derivatives,
-    compiled,
-    results_on_their_way,
-    tensors_of_two_kinds_are_refused,
-    sequence_parallel,
-    fully_sharded,
-    data_parallel,
-]
+CHANNELS: tuple[Spec, ...] = *CHANNEL_NORMS, CHANNEL_LAYER_NORM
+ALL: tuple[Spec, ...] = *ROW_NORMS, *CHANNELS
+# The specs that each is for, and those of which the interpreter, which is slow, runs it too.
+CHECKS: dict[Callable[[Any, DeviceMesh], None], tuple[tuple[Spec, ...], tuple[Spec, ...]]] = {
+    every_layout: (ALL, ALL),
+    ranks_with_more_and_with_none: (ALL, ()),
+    gradients_wanted_in_any_order: (ALL, ROW_NORMS),
+    another_normalized_shape: (ROW_NORMS, ROW_NORMS),
+    another_number_of_groups: ((GROUP_NORM,), ()),
+    each_samples_scale: ((GROUP_NORM,), ()),
+    running_statistics: ((INSTANCE_NORM, BATCH_NORM), ()),
+    second_derivatives: (ALL, ROW_NORMS),
+    compiled: (ALL, (LAYER_NORM, GROUP_NORM)),
+    results_on_their_way: (ALL, ALL),
+    tensors_of_two_kinds_are_refused: (ALL, ALL),
+    sequence_parallel: (ROW_NORMS, ROW_NORMS),
+    fully_sharded: (ROW_NORMS, ROW_NORMS),
+    data_parallel: (ROW_NORMS, ROW_NORMS),
+}

@@ -41,7 +41,7 @@ def channel_norm(
     asked: what the caller was asked for besides tensors, by which the next call is recalled; None if it shall not be.
     """
     running = given or (None if averages is None else averages[:2]) or (None, None)
-    if given is None and road.takes_op(x, weight, bias, whole=False) and not road.are_distributed(x, weight, bias):
+    if given is None and road.takes_op(spec.name, x, weight, bias, whole=False):
         return channel_library.norm(spec, x, num_groups, weight, bias, eps, activation, averages)
     served = road.kernels_serve(spec.name, x, weight, bias)
     if not served or any(type(t) not in road.PLAIN_OR_NONE for t in running):

@@ -113,6 +113,21 @@ class _ChannelOp(Op):
             return x.new_empty(x.shape)
         return last.new_empty(last.shape).movedim(-1, 1)
 
+    def _check(
+        self, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, activation: str | None
+    ) -> None:
+        """That the kernels read nothing but these tensors, in a way that there is."""
+        op = f"trinorm::{self.name}"
+        known = activation is None or activation in ACTIVATIONS
+        torch._check(known, lambda: f"{op}: activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
+        given = [t for t in (weight, bias) if t is not None]
+        fits = x.ndim >= 2 and num_groups > 0 and x.shape[1] % num_groups == 0
+        shapes: Sequence[Any] = [x.shape[1:2]] if self._spec.of_positions else [x.shape[1:2], x.shape[:2]]
+        fits = fits and all(t.device == x.device and t.shape == given[0].shape and t.shape in shapes for t in given)
+        torch._check(fits, lambda: f"{op}: num_groups, weight or bias does not fit the input's shape {list(x.shape)}")
+        known = all(t.dtype in road.KERNEL_DTYPES for t in (x, *given))
+        torch._check_not_implemented(known, lambda: f"{op}: a dtype other than {road.KERNEL_DTYPES}")
+
 
 class _Forward(_ChannelOp):
     arguments = "Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, float eps, str? activation"
@@ -149,7 +164,7 @@ class _Forward(_ChannelOp):
 
     def composite(self, *args: Any) -> Results:
         x, num_groups, weight, bias, eps, activation = self._named(*args)
-        _check(self.name, x, num_groups, weight, bias, activation)
+        self._check(x, num_groups, weight, bias, activation)
         y = reference.composite(self._spec, x, num_groups, weight, bias, eps, None, None, activation)
         mean, rstd = reference.statistics(self._spec, x, num_groups, eps)
         stats, shape = road.accumulator_dtype(x, weight, bias), self._statistics_shape(x, num_groups)
@@ -157,7 +172,7 @@ class _Forward(_ChannelOp):
 
     def compute(self, *args: Any) -> Results:
         x, num_groups, weight, bias, eps, activation = self._named(*args)
-        _check(self.name, x, num_groups, weight, bias, activation)
+        self._check(x, num_groups, weight, bias, activation)
         paired = (weight is None or weight.dim() == 1) and (bias is None or bias.dim() == 1)
         paired = paired or not (weight is None or bias is None)
         torch._check(paired, lambda: f"trinorm::{self.name}: of each sample's own there must be both weight and bias")
@@ -173,7 +188,7 @@ class _Forward(_ChannelOp):
 
     def fake(self, *args: Any) -> Results:
         x, num_groups, weight, bias, _, activation = self._named(*args)
-        _check(self.name, x, num_groups, weight, bias, activation)
+        self._check(x, num_groups, weight, bias, activation)
         stats, shape = road.accumulator_dtype(x, weight, bias), self._statistics_shape(x, num_groups)
         return self._like(x), *(x.new_empty(shape, dtype=stats) for _ in range(2))
 
@@ -200,7 +215,7 @@ class _Backward(_ChannelOp):
 
     def compute(self, *args: Any) -> Results:
         dy, x, num_groups, weight, bias, mean, rstd, eps, activation, dx, dw, db = self._named(*args)
-        _check(self.name, x, num_groups, weight, bias, activation)
+        self._check(x, num_groups, weight, bias, activation)
         shape = self._statistics_shape(x, num_groups)
         fits = dy.shape == x.shape and all(t.shape == shape and t.device == x.device for t in (mean, rstd))
         fits = fits and dy.device == x.device and dy.dtype in road.KERNEL_DTYPES and not (dw and weight is None)
@@ -224,19 +239,6 @@ class _Backward(_ChannelOp):
             weight.new_empty(parameters) if dw else None,
             None if db is None else x.new_empty(parameters, dtype=db),
         )
-
-
-def _check(op: str, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, activation: str | None) -> None:
-    """That the kernels read nothing but these tensors, in a way that there is."""
-    known = activation is None or activation in ACTIVATIONS
-    torch._check(known, lambda: f"trinorm::{op}: activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
-    given = [t for t in (weight, bias) if t is not None]
-    fits = x.ndim >= 2 and num_groups > 0 and x.shape[1] % num_groups == 0
-    shapes: Sequence[Any] = [x.shape[1:2], x.shape[:2]]
-    fits = fits and all(t.device == x.device and t.shape == given[0].shape and t.shape in shapes for t in given)
-    torch._check(fits, lambda: f"trinorm::{op}: num_groups, weight or bias does not fit the input's shape {list(x.shape)}")
-    known = all(t.dtype in road.KERNEL_DTYPES for t in (x, *given))
-    torch._check_not_implemented(known, lambda: f"trinorm::{op}: a dtype other than {road.KERNEL_DTYPES}")
 
 
 for _spec in (GROUP_NORM, BATCH_NORM, CHANNEL_LAYER_NORM):

@@ -26,7 +26,7 @@ def row_norm(
 ) -> Tensor:
     """The norm of checked arguments. asked: as row.prepared's. save, batch_invariant: as functional's."""
     # Inductor leaves out a rounding that is widened again, as the composite's is.
-    if road.takes_op(x, weight, bias, whole=spec.rounded or batch_invariant):
+    if road.takes_op(spec.name, x, weight, bias, whole=spec.rounded or batch_invariant):
         return library.norm(spec, x, normalized_shape, weight, bias, eps, batch_invariant)
     if not road.kernels_serve(spec.name, x, weight, bias):
         return reference.composite(spec, x, normalized_shape, weight, bias, eps)

@@ -42,19 +42,21 @@ def are_distributed(*args: object) -> bool:
     return any(isinstance(t, classes) for t in args)
 
 
-def takes_op(x: Tensor, weight: Tensor | None, bias: Tensor | None, whole: bool) -> bool:
-    """Whether this call is the registered op's: one of distributed tensors, or one that torch.compile or torch.export
-    records; where the kernels will serve it.
+def takes_op(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, whole: bool) -> bool:
+    """Whether this call is the registered op's: one of distributed tensors, whose rules hold without kernels too; or one
+    that torch.compile or torch.export records, where the kernels will serve it.
 
     Elsewhere, and with ``options.inductor_fuses``, the composite is recorded, which Inductor fuses with what is around it;
     unless the call promises what would be lost so (``whole``).
     """
-    if not has_kernels(x):
-        return whole and torch.compiler.is_compiling()
-    wrappers = [t for t in (x, weight, bias) if type(t) not in PLAIN_OR_NONE and is_traceable_wrapper_subclass(t)]
-    return (
-        are_distributed(*wrappers) if wrappers else torch.compiler.is_compiling() and (whole or not options.inductor_fuses)
-    )
+    others = [t for t in (x, weight, bias) if type(t) not in PLAIN_OR_NONE]
+    if others and are_distributed(*others):
+        if x.is_cuda and not HAS_TRITON and not torch.compiler.is_compiling():
+            _warn_once(op, _NO_TRITON)
+        return True
+    if not torch.compiler.is_compiling() or any(is_traceable_wrapper_subclass(t) for t in others):
+        return False
+    return whole or (has_kernels(x) and not options.inductor_fuses)
 
 
 def kernels_serve(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -66,7 +68,7 @@ def kernels_serve(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None
         return False
     reason = observer()
     if reason is None and not HAS_TRITON:
-        reason = "Triton is not installed"
+        reason = _NO_TRITON
     elif reason is None and any(t is not None and not _has_storage(t) for t in (x, weight, bias)):
         reason = "an argument has no memory of its own"
     elif reason is None and (type(x) not in PLAIN or type(weight) not in PLAIN_OR_NONE or type(bias) not in PLAIN_OR_NONE):
@@ -109,6 +111,7 @@ def observer() -> str | None:
 
 
 _TRACER = "a tracer"
+_NO_TRITON = "Triton is not installed"
 
 # Where modes stand that look before autograd: make_fx(pre_dispatch=True), torch.export's.
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch

@@ -1,14 +1,17 @@
 """How the registered ops are shared out over a device mesh: the rules that DTensor asks for.
 
-No row needs another. An input sharded by leading dims stays where it is, and so do its results; weight and bias are whole
-on every device, whose sums dw and db are. What lies otherwise, as by a normalized dim or as a sum not yet taken, is
-redistributed first, in the way that DTensor finds cheapest. library imports this when the first distributed tensor comes.
+What statistics run over stays together. So these stay where they are, and so do their results: rows, by any leading dim;
+samples of GroupNorm; samples and positions of LayerNorm over channels; channels of BatchNorm. weight and bias are whole on
+every device, whose sums dw and db are, or lie as the channels or samples do that they belong to. What lies otherwise, as by
+a normalized dim or as a sum not yet taken, is redistributed first, in the way that DTensor finds cheapest.
+registering.know_distributed imports this when the first distributed tensor comes.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch._ops import OpOverload
@@ -16,36 +19,82 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 
-from ..spec import ROW_NORMS
+from ..spec import BATCH_NORM, CHANNEL_LAYER_NORM, GROUP_NORM, ROW_NORMS
 
-_OF_ROWS = ("dy", "input", "mean", "rstd")
-_OF_ALL_ROWS = ("weight", "bias")
+
+class _Way(NamedTuple):
+    """A way to lay a call along a mesh dim: input and dy; statistics; weight and bias; the gradients of these."""
+
+    input: Placement
+    statistics: Placement
+    parameters: Placement
+    sums: Placement
+
+
+# A call's arguments by name. Of a tensor DTensor tells the shape.
+_Call = dict[str, Any]
+
+
+def _whole_parameters(dim: int, of_statistics: int) -> _Way:
+    return _Way(Shard(dim), Shard(of_statistics), Replicate(), Partial("sum"))
+
+
+def _of_rows(call: _Call) -> list[_Way]:
+    leading = call["input"].ndim - len(call["normalized_shape"])
+    return [_whole_parameters(dim, dim) for dim in range(leading)]
+
+
+def _of_groups(call: _Call) -> list[_Way]:
+    return [_Way(*[Shard(0)] * 4) if _has_each_samples(call) else _whole_parameters(0, 0)]
+
+
+def _of_channels(call: _Call) -> list[_Way]:
+    parameters = Shard(1 if _has_each_samples(call) else 0)
+    return [_Way(Shard(1), Shard(0), parameters, parameters)]
+
+
+def _of_positions(call: _Call) -> list[_Way]:
+    return [_whole_parameters(0, 0), *(_whole_parameters(dim, dim - 1) for dim in range(2, call["input"].ndim))]
+
+
+def _has_each_samples(call: _Call) -> bool:
+    """Whether weight and bias are those of each sample."""
+    return any(t is not None and t.ndim == 2 for t in (call["weight"], call["bias"]))
+
 
 Placements = list[Placement | None]
 
 
-def _rule(op: OpOverload, *args: Any) -> list[tuple[Placements, Placements]]:
-    """(placements of the results, placements of the arguments) for each way to lay the rows along a mesh dim.
+def _rule(op: OpOverload, ways: Callable[[_Call], list[_Way]], *args: Any) -> list[tuple[Placements, Placements]]:
+    """(placements of the results, placements of the arguments) for each way to lay the call along a mesh dim.
 
     What is no tensor, and what is not given or not wanted, has None.
     """
     call = {argument.name: value for argument, value in zip(op._schema.arguments, args, strict=True)}
-    leading = call["input"].ndim - len(call["normalized_shape"])
-    ways: list[tuple[Placement, Placement]] = [(Replicate(), Replicate())]
-    ways += [(Shard(dim), Partial("sum")) for dim in range(leading)]
     found: list[tuple[Placements, Placements]] = []
-    for rows, sums in ways:
-        laid: dict[str, Placement] = dict.fromkeys(_OF_ROWS, rows) | dict.fromkeys(_OF_ALL_ROWS, Replicate())
-        results: Placements = [rows] * len(op._schema.returns)
+    for way in (_Way(*[Replicate()] * 4), *ways(call)):
+        laid: dict[str, Placement] = dict.fromkeys(("input", "dy"), way.input)
+        laid |= dict.fromkeys(("mean", "rstd"), way.statistics) | dict.fromkeys(("weight", "bias"), way.parameters)
+        results: Placements = [way.input, *[way.statistics] * (len(op._schema.returns) - 1)]
         if "dy" in call:
-            results = [rows if call["dx"] else None, sums if call["dw"] else None, None if call["db"] is None else sums]
+            wanted = call["dx"], call["dw"], call["db"] is not None
+            results = [
+                p if is_wanted else None for p, is_wanted in zip((way.input, way.sums, way.sums), wanted, strict=True)
+            ]
         found.append((results, [None if value is None else laid.get(name) for name, value in call.items()]))
     return found
 
 
-for _name in (name for spec in ROW_NORMS for name in (spec.name, f"{spec.name}_backward")):
-    _op = getattr(torch.ops.trinorm, _name).default
-    register_sharding(_op)(functools.partial(_rule, _op))
-    # DTensor keeps what a rule said for the next call of these layouts. register_sharding has it tell calls apart by
-    # tensors and by arguments from the first int on; ours differ by normalized_shape and by the gradients wanted too.
-    DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[_op] = RuntimeSchemaInfo(1)
+_WAYS = dict.fromkeys((spec.name for spec in ROW_NORMS), _of_rows) | {
+    GROUP_NORM.name: _of_groups,
+    BATCH_NORM.name: _of_channels,
+    CHANNEL_LAYER_NORM.name: _of_positions,
+}
+
+for _norm, _ways in _WAYS.items():
+    for _name in (_norm, f"{_norm}_backward"):
+        _op = getattr(torch.ops.trinorm, _name).default
+        register_sharding(_op)(functools.partial(_rule, _op, _ways))
+        # DTensor keeps what a rule said for the next call of these layouts. register_sharding has it tell calls apart by
+        # tensors and by arguments from the first int on; ours differ by normalized_shape and by the gradients wanted too.
+        DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[_op] = RuntimeSchemaInfo(1)

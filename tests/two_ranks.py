@@ -1,0 +1,85 @@
+"""What the tests on two ranks share: norms, tensors on a mesh, and that kernels ran or did not (test_distributed.py)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, distribute_tensor
+
+from machine import ON_GPU
+from test_channels import groups_of
+from test_channels import norm as channel_norm
+from trinorm import functional
+from trinorm.ops import CALLS, channel, channel_layers, channels, road, rows
+from trinorm.spec import ChannelNorm, RowNorm
+
+Spec = RowNorm | ChannelNorm
+
+SHAPE = 4, 4, 8
+
+
+def norm(spec: Spec, shape: tuple[int, ...] = (8,), groups: int = 2) -> Callable[..., Tensor]:
+    if isinstance(spec, ChannelNorm):
+        return lambda x, *parameters: channel_norm(
+            spec, x, groups_of(spec, x.shape, groups), *(*parameters, None, None)[:2]
+        )
+    return lambda x, *parameters: getattr(functional, spec.name)(x, shape, *parameters, eps=1e-5)
+
+
+def tensors(
+    spec: Spec, mesh: DeviceMesh, shape: tuple[int, ...] = (8,), of_x: tuple[int, ...] = SHAPE
+) -> tuple[Tensor, list[Tensor]]:
+    """(dy, [x, weight, bias where there is one]), the same on each rank."""
+    of_parameters = [of_x[1:2]] * 2 if isinstance(spec, ChannelNorm) else [shape] * (1 + spec.center)
+    shapes = of_x, of_x, *of_parameters
+    dy, *inputs = (torch.randn(shape, dtype=torch.float64).to(mesh.device_type) for shape in shapes)
+    return dy, inputs
+
+
+def lay(t: Tensor, mesh: DeviceMesh, placement: Placement) -> Tensor:
+    """t on the mesh. Partial: each rank has half of it."""
+    if isinstance(placement, Partial):
+        return DTensor.from_local(t / 2, mesh, [placement])
+    return distribute_tensor(t, mesh, [placement])
+
+
+def lay_all(inputs: list[Tensor], mesh: DeviceMesh, of_x: Placement, of_parameters: Placement) -> list[Tensor]:
+    return [lay(t, mesh, of_parameters if i else of_x) for i, t in enumerate(inputs)]
+
+
+def results(
+    f: Callable[..., Tensor], dy: Tensor, inputs: list[Tensor], wanted: tuple[bool, ...] = (True,) * 3
+) -> list[Any]:
+    """f's value and the gradients that are wanted."""
+    inputs = [t.detach().requires_grad_(is_wanted) for t, is_wanted in zip(inputs, wanted, strict=False)]
+    y = f(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, [t for t in inputs if t.requires_grad], dy)]
+
+
+def assert_same(found: list[Any], expected: list[Any]) -> None:
+    whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in found]
+    torch.testing.assert_close(whole, expected)
+
+
+@contextlib.contextmanager
+def by_kernels() -> Iterator[None]:
+    """That kernels of both directions are launched on this rank; or, where there are none, nothing."""
+    for calls in (CALLS, channel.CALLS):
+        calls.clear()  # what other shards had recorded would be repeated, past who looks at launches here
+    names: set[str] = set()
+    hosts = rows, channels, channel_layers
+    actual = rows.launch
+    for host in hosts:
+        host.launch = lambda kernel, *args: (names.add(kernel.__name__), actual(kernel, *args))[1]
+    try:
+        yield
+    finally:
+        for host in hosts:
+            host.launch = actual
+    launched = {"backward" in name for name in names}
+    assert launched == ({False, True} if ON_GPU or road.INTERPRETED else set()), names
