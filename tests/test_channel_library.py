@@ -31,26 +31,35 @@ def last(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
-def call(spec: ChannelNorm, **how: Any) -> Callable[..., Tensor]:
-    return lambda x, *parameters: norm(spec, x, groups_of(spec, x.shape, 4), *(parameters or (None, None)), **how)
+def call(spec: ChannelNorm, added: bool = False, **how: Any) -> Callable[..., Tensor]:
+    """added: a residual, made of x."""
+
+    def run(x: Tensor, *parameters: Tensor) -> Tensor:
+        residual = dict(residual=x.sin()) if added else {}
+        return norm(spec, x, groups_of(spec, x.shape, 4), *(parameters or (None, None)), **how, **residual)
+
+    return run
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_opcheck(last: bool, activation: str | None, device: torch.device) -> None:
     (x, weight, bias), _ = draw(SHAPE, torch.float32, torch.float32, last, device)
-    opcheck(torch.ops.trinorm.group_norm.default, (x, 4, weight, bias, 1e-5, activation))
-    opcheck(torch.ops.trinorm.batch_norm.default, (x, weight, None, 1e-5, activation))
+    residual = torch.randn_like(x).requires_grad_()
+    opcheck(torch.ops.trinorm.group_norm.default, (x, 4, weight, bias, None, 1e-5, activation))
+    opcheck(torch.ops.trinorm.batch_norm.default, (x, weight, None, residual, 1e-5, activation))
     of_samples = [torch.randn(SHAPE[:2], device=device, requires_grad=True) for _ in range(2)]
-    opcheck(torch.ops.trinorm.group_norm.default, (x, 12, *of_samples, 1e-5, activation))
-    wanted = True, True, torch.float32
+    opcheck(torch.ops.trinorm.group_norm.default, (x, 12, *of_samples, None, 1e-5, activation))
+    wanted = True, True, torch.float32, activation is not None
     with torch.no_grad():
+        residual = residual.detach()
         for op, groups in (("group_norm", (4,)), ("batch_norm", ())):
-            y, mean, rstd = getattr(torch.ops.trinorm, op)(x, *groups, weight, bias, 1e-5, activation)
-            args = y, x.detach(), groups[0] if groups else 12, weight.detach(), bias.detach(), mean, rstd, 1e-5, activation
-            opcheck(getattr(torch.ops.trinorm, f"{op}_backward").default, (*args, *wanted))
+            y, mean, rstd = getattr(torch.ops.trinorm, op)(x, *groups, weight, bias, residual, 1e-5, activation)
+            args = y, x.detach(), groups[0] if groups else 12, weight.detach(), bias.detach(), residual
+            how = mean, rstd, 1e-5, activation, *wanted
+            opcheck(getattr(torch.ops.trinorm, f"{op}_backward").default, (*args, *how))
 
 
-@pytest.mark.parametrize("how", [{}, dict(activation="gelu")], ids=str)
+@pytest.mark.parametrize("how", [{}, dict(activation="gelu"), dict(activation="relu", added=True)], ids=str)
 def test_compiled_once_for_any_number_of_samples(
     spec: ChannelNorm, last: bool, how: dict[str, Any], device: torch.device
 ) -> None:
@@ -129,11 +138,12 @@ def test_exported_and_loaded(spec: ChannelNorm, device: torch.device) -> None:
 def test_derivatives(op: str, groups: tuple[int, ...], device: torch.device) -> None:
     drawn, _ = draw((2, 4, 2), torch.float64, torch.float64, False, device)
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return getattr(torch.ops.trinorm, op)(x, *groups, weight, bias, 1e-5, "silu")[0]
+    def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        return getattr(torch.ops.trinorm, op)(x, *groups, weight, bias, residual, 1e-5, "silu")[0]
 
-    torch.autograd.gradcheck(run, drawn, fast_mode=not ON_GPU)
-    torch.autograd.gradgradcheck(run, drawn, fast_mode=not ON_GPU)
+    residual = torch.randn_like(drawn[0]).requires_grad_()
+    torch.autograd.gradcheck(run, [*drawn, residual], fast_mode=not ON_GPU)
+    torch.autograd.gradgradcheck(run, [*drawn, residual], fast_mode=not ON_GPU)
     x, *parameters = (t.detach() for t in drawn)
     got = torch.func.grad(lambda x: run(x, *parameters).sin().sum())(x)
     (want,) = torch.autograd.grad(run(drawn[0], *parameters).sin().sum(), drawn[0])
@@ -149,11 +159,12 @@ def test_derivatives(op: str, groups: tuple[int, ...], device: torch.device) -> 
 
 def test_bad_input(device: torch.device) -> None:
     x, w = torch.ones(2, 6, 4, device=device), torch.ones(6, device=device)
-    for args in ((x, 4, w, w, 1e-5, None), (x, 2, w[:3], None, 1e-5, None), (x, 2, w, None, 1e-5, "tanh")):
+    bad = (x, 4, w, w, None), (x, 2, w[:3], None, None), (x, 2, w, None, x[:1])
+    for args in (*((*tensors, 1e-5, None) for tensors in bad), (x, 2, w, None, None, 1e-5, "tanh")):
         with pytest.raises(RuntimeError, match=r"trinorm::group_norm"):
             torch.ops.trinorm.group_norm(*args)
     with pytest.raises(NotImplementedError, match=r"trinorm::group_norm: a dtype"):
-        torch.ops.trinorm.group_norm(x.long(), 2, None, None, 1e-5, None)
+        torch.ops.trinorm.group_norm(x.long(), 2, None, None, None, 1e-5, None)
     stats = torch.ones(4, device=device)
     with pytest.raises(RuntimeError, match="dy, mean or rstd"):
-        torch.ops.trinorm.group_norm_backward(x[:1], x, 2, w, w, stats, stats, 1e-5, None, True, True, None)
+        torch.ops.trinorm.group_norm_backward(x[:1], x, 2, w, w, None, stats, stats, 1e-5, None, True, True, None, False)

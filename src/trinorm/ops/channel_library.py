@@ -24,7 +24,7 @@ from .. import channel_reference as reference
 from ..reference import autocasts_to_fp32, in_fp32, keeping_dtype
 from ..spec import ACTIVATIONS, BATCH_NORM, GROUP_NORM, ChannelNorm
 from . import road
-from .layout import channels_readable, dense, in_order_of
+from .layout import beside, channels_readable, dense, in_order_of
 from .registering import Op, any_requires_grad, out_of_autocast, register
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def norm(
     num_groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     eps: float,
     activation: Activation | None,
     averages: Averages | None,
@@ -47,9 +48,9 @@ def norm(
     groups = () if spec.over_samples else (num_groups,)
     name = BATCH_NORM.name if spec.over_samples else GROUP_NORM.name
     if spec.name != name and x.dtype != torch.float64 and autocasts_to_fp32(spec.name, x.device.type):
-        x, weight, bias = in_fp32(x, weight, bias)
+        x, weight, bias, residual = in_fp32(x, weight, bias, residual)
     with keeping_dtype(x.device.type) if spec.name == name else torch.autocast(x.device.type, enabled=False):
-        y, mean, rstd = getattr(torch.ops.trinorm, name)(x, *groups, weight, bias, eps, activation)
+        y, mean, rstd = getattr(torch.ops.trinorm, name)(x, *groups, weight, bias, residual, eps, activation)
     if averages is not None:
         n = x.numel() // mean.numel()
         var = (rstd.detach().double() ** -2 - eps).clamp(min=0) * (n / (n - 1))
@@ -66,46 +67,49 @@ class _Forward(Op):
         self._spec, self.name, self._backward = spec, spec.name, backward
         groups = "" if spec.over_samples else "SymInt num_groups, "
         self.schema = (
-            f"(Tensor input, {groups}Tensor? weight, Tensor? bias, float eps, str? activation) -> (Tensor, Tensor, Tensor)"
+            f"(Tensor input, {groups}Tensor? weight, Tensor? bias, Tensor? residual, float eps, str? activation)"
+            " -> (Tensor, Tensor, Tensor)"
         )
 
     def autocast(self, key: str, x: Tensor, *rest: Any) -> Results:
         """In fp32 where torch's own op is."""
-        x, num_groups, weight, bias, *how = self._named(x, *rest)
+        x, num_groups, *tensors, eps, activation = self._named(x, *rest)
         if x.dtype != torch.float64 and autocasts_to_fp32(self.name, x.device.type):
-            x, weight, bias = in_fp32(x, weight, bias)
+            x, *tensors = in_fp32(x, *tensors)
         with out_of_autocast(key):
-            return self(x, *(() if self._spec.over_samples else (num_groups,)), weight, bias, *how)
+            return self(x, *(() if self._spec.over_samples else (num_groups,)), *tensors, eps, activation)
 
     def autograd(self, keyset: Any, *args: Any) -> Results:
         return self.composite(*args) if forward_ad._current_level >= 0 else self.kernel(keyset, *args)
 
     def save(self, ctx: Any, results: Results, *args: Any) -> None:
-        x, num_groups, weight, bias, eps, activation = self._named(*args)
-        ctx.save_for_backward(x, weight, None if activation is None else bias, *results[1:])
+        x, num_groups, weight, bias, residual, eps, activation = self._named(*args)
+        activated = (None, None) if activation is None else (bias, residual)
+        ctx.save_for_backward(x, weight, *activated, *results[1:])
         ctx.mark_non_differentiable(*results[1:])
         ctx.num_groups, ctx.how = num_groups, (eps, activation)
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     def differentiate(self, ctx: Any, *gradients: Tensor | None) -> Results:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        _, _, _, dx, *_, dw, db, _, _ = ctx.needs_input_grad
-        found = self._backward(
-            gradients[0], x, ctx.num_groups, weight, bias, mean, rstd, *ctx.how, dx, dw, ctx.bias_dtype if db else None
-        )
-        return found[0], *(() if self._spec.over_samples else (None,)), *found[1:], None, None
+        x, *parameters = ctx.saved_tensors
+        _, _, _, dx, *_, dw, db, dr, _, _ = ctx.needs_input_grad
+        # Without an activation a residual's gradient is y's own, which an op may not return.
+        wanted = dx, dw, ctx.bias_dtype if db else None, dr and ctx.how[1] is not None
+        dx, dw, db, dz = self._backward(gradients[0], x, ctx.num_groups, *parameters, *ctx.how, *wanted)
+        dr = dz if wanted[3] else gradients[0] if dr else None
+        return dx, *(() if self._spec.over_samples else (None,)), dw, db, dr, None, None
 
     def composite(self, *args: Any) -> Results:
-        x, num_groups, weight, bias, eps, activation = self._named(*args)
-        _check(self.name, x, num_groups, weight, bias, activation)
-        y = reference.composite(self._spec, x, num_groups, weight, bias, eps, None, None, activation)
+        x, num_groups, weight, bias, residual, eps, activation = self._named(*args)
+        _check(self.name, x, num_groups, weight, bias, residual, activation)
+        y = reference.composite(self._spec, x, num_groups, weight, bias, eps, None, None, activation, residual)
         mean, rstd = reference.statistics(self._spec, x, num_groups, eps)
         stats = road.accumulator_dtype(x, weight, bias)
         return in_order_of(_like(x), y), mean.detach().to(stats), rstd.detach().to(stats)
 
     def compute(self, *args: Any) -> Results:
-        x, num_groups, weight, bias, eps, activation = self._named(*args)
-        _check(self.name, x, num_groups, weight, bias, activation)
+        x, num_groups, weight, bias, residual, eps, activation = self._named(*args)
+        _check(self.name, x, num_groups, weight, bias, residual, activation)
         paired = (weight is None or weight.dim() == 1) and (bias is None or bias.dim() == 1)
         paired = paired or not (weight is None or bias is None)
         torch._check(paired, lambda: f"trinorm::{self.name}: of each sample's own there must be both weight and bias")
@@ -115,25 +119,27 @@ class _Forward(Op):
 
         weight, bias = (None if t is None else dense(t) for t in (weight, bias))
         problem = channels.Problem(self._spec, num_groups, eps, activation)
-        return tuple(channels.forward(problem, channels_readable(x), weight, bias))
+        x = channels_readable(x)
+        return tuple(channels.forward(problem, x, weight, bias, beside(x, residual)))
 
     def fake(self, *args: Any) -> Results:
-        x, num_groups, weight, bias, _, activation = self._named(*args)
-        _check(self.name, x, num_groups, weight, bias, activation)
+        x, num_groups, weight, bias, residual, _, activation = self._named(*args)
+        _check(self.name, x, num_groups, weight, bias, residual, activation)
         stats = road.accumulator_dtype(x, weight, bias)
         sets = x.shape[1] if self._spec.over_samples else x.shape[0] * num_groups
         return _like(x), *(x.new_empty(sets, dtype=stats) for _ in range(2))
 
     def _named(self, x: Tensor, *rest: Any) -> tuple[Any, ...]:
-        """The arguments as (x, num_groups, weight, bias, eps, activation)."""
+        """The arguments as (x, num_groups, weight, bias, residual, eps, activation)."""
         return (x, x.shape[1], *rest) if self._spec.over_samples else (x, *rest)
 
 
 class _Backward(Op):
     strided = True
     schema = (
-        "(Tensor dy, Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, float eps, "
-        "str? activation, bool dx, bool dw, ScalarType? db) -> (Tensor, Tensor, Tensor)"
+        "(Tensor dy, Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, "
+        "Tensor rstd, float eps, str? activation, bool dx, bool dw, ScalarType? db, bool dr)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
     )
 
     def __init__(self, spec: ChannelNorm) -> None:
@@ -145,16 +151,20 @@ class _Backward(Op):
         return self.kernel(keyset, *args)
 
     def composite(self, *args: Any) -> Results:
-        dy, x, num_groups, weight, bias, _, _, eps, activation, dx, dw, db = args
-        found: Any = reference.composite_gradients(self._spec, x, num_groups, weight, bias, db, eps, dy, None, activation)
-        return in_order_of(_like(x), found.dx) if dx else None, found.dw if dw else None, found.db
+        dy, x, num_groups, weight, bias, residual, _, _, eps, activation, dx, dw, db, dr = args
+        how: Any = db, eps, dy, None, activation, residual
+        found: Any = reference.composite_gradients(self._spec, x, num_groups, weight, bias, *how)
+        of_x = (in_order_of(_like(x), t) if wanted else None for t, wanted in ((found.dx, dx), (found.dr, dr)))
+        dx, dr = of_x
+        return dx, found.dw if dw else None, found.db, dr
 
     def compute(self, *args: Any) -> Results:
-        dy, x, num_groups, weight, bias, mean, rstd, eps, activation, dx, dw, db = args
-        _check(self.name, x, num_groups, weight, bias, activation)
+        dy, x, num_groups, weight, bias, residual, mean, rstd, eps, activation, dx, dw, db, dr = args
+        _check(self.name, x, num_groups, weight, bias, residual, activation)
         sets = x.shape[1] if self._spec.over_samples else x.shape[0] * num_groups
         fits = dy.shape == x.shape and all(t.shape == (sets,) and t.device == x.device for t in (mean, rstd))
         fits = fits and dy.device == x.device and dy.dtype in road.KERNEL_DTYPES and not (dw and weight is None)
+        fits = fits and not (dr and activation is None)
         fits = fits and mean.dtype == rstd.dtype and rstd.dtype in (torch.float32, torch.float64)
         torch._check(fits, lambda: f"trinorm::{self.name}: dy, mean or rstd is not as the forward gives it")
         if not road.has_kernels(x) or not x.numel():
@@ -163,17 +173,20 @@ class _Backward(Op):
 
         weight, bias = (None if t is None else dense(t) for t in (weight, bias))
         problem = channels.Problem(self._spec, num_groups, eps, activation)
-        wanted: dict[str, Any] = dict(dx=dx, dw=weight.dtype if dw and weight is not None else None, db=db)
-        return channels.backward(problem, dy, channels_readable(x), weight, bias, dense(mean), dense(rstd), **wanted)
+        wanted: dict[str, Any] = dict(dx=dx, dw=weight.dtype if dw and weight is not None else None, db=db, dr=dr)
+        x = channels_readable(x)
+        tensors = dy, x, weight, bias, dense(mean), dense(rstd), beside(x, residual)
+        return channels.backward(problem, *tensors, **wanted)
 
     def fake(self, *args: Any) -> Results:
-        _, x, _, weight, bias, _, _, _, _, dx, dw, db = args
+        _, x, _, weight, bias, *_, dx, dw, db, dr = args
         of_samples = any(t is not None and t.dim() == 2 for t in (weight, bias))
         parameters = x.shape[:2] if of_samples else x.shape[1:2]
         return (
             _like(x) if dx else None,
             weight.new_empty(parameters) if dw else None,
             None if db is None else x.new_empty(parameters, dtype=db),
+            _like(x) if dr else None,
         )
 
 
@@ -185,7 +198,15 @@ def _like(x: Tensor) -> Tensor:
     return last.new_empty(last.shape).movedim(-1, 1) if last.is_contiguous() else x.new_empty(x.shape)
 
 
-def _check(op: str, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, activation: str | None) -> None:
+def _check(
+    op: str,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+) -> None:
     """That the kernels read nothing but these tensors, in a way that there is."""
     known = activation is None or activation in ACTIVATIONS
     torch._check(known, lambda: f"trinorm::{op}: activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
@@ -194,6 +215,8 @@ def _check(op: str, x: Tensor, num_groups: int, weight: Tensor | None, bias: Ten
     shapes: Sequence[Any] = [x.shape[1:2], x.shape[:2]]
     fits = fits and all(t.device == x.device and t.shape == given[0].shape and t.shape in shapes for t in given)
     torch._check(fits, lambda: f"trinorm::{op}: num_groups, weight or bias does not fit the input's shape {list(x.shape)}")
+    fits = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device)
+    torch._check(fits, lambda: f"trinorm::{op}: residual is not of the input's shape {list(x.shape)}, dtype and device")
     known = all(t.dtype in road.KERNEL_DTYPES for t in (x, *given))
     torch._check_not_implemented(known, lambda: f"trinorm::{op}: a dtype other than {road.KERNEL_DTYPES}")
 
