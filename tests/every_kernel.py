@@ -76,12 +76,15 @@ def channel_norms() -> None:
                 of_samples = () if spec is BATCH_NORM else shape[:1]
                 weight = torch.randn(*of_samples, shape[1], device="cuda").bfloat16()
                 problem = channels.Problem(spec, groups, 1e-5, "silu", given)
-                if given:
-                    mean, rstd = (torch.rand(shape[1], device="cuda") for _ in range(2))
-                    channels.apply(problem, x, weight, weight, mean, rstd)
-                else:
-                    _, mean, rstd = channels.forward(problem, x, weight, weight)
-                channels.backward(problem, dy, x, weight, weight, mean, rstd, dx=True, dw=weight.dtype, db=weight.dtype)
+                wanted = dict(dx=True, dw=weight.dtype, db=weight.dtype)
+                for residual in (None, torch.ones_like(x)):
+                    if given:
+                        mean, rstd = (torch.rand(shape[1], device="cuda") for _ in range(2))
+                        channels.apply(problem, x, weight, weight, mean, rstd, residual)
+                    else:
+                        _, mean, rstd = channels.forward(problem, x, weight, weight, residual)
+                    tensors = dy, x, weight, weight, mean, rstd, residual
+                    channels.backward(problem, *tensors, **wanted, dr=residual is not None)
                 torch.cuda.synchronize()
                 print(spec.name, *shape, order, "given" if given else "taken", flush=True)
 

@@ -31,38 +31,51 @@ def last(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
-def call(spec: ChannelNorm, **how: Any) -> Callable[..., Tensor]:
-    return lambda x, *parameters: norm(spec, x, groups_of(spec, x.shape, 4), *(parameters or (None, None)), **how)
+def call(spec: ChannelNorm, added: bool = False, **how: Any) -> Callable[..., Tensor]:
+    """added: a residual, made of x."""
+
+    def run(x: Tensor, *parameters: Tensor) -> Tensor:
+        residual = dict(residual=x.sin()) if added else {}
+        return norm(spec, x, groups_of(spec, x.shape, 4), *(parameters or (None, None)), **how, **residual)
+
+    return run
 
 
-# (an op, its arguments between the input and the weight, and after eps).
-OPS: list[tuple[str, tuple[int, ...], tuple[str | None, ...]]] = [
-    ("group_norm", (4,), (None,)),
-    ("group_norm", (4,), ("silu",)),
-    ("batch_norm", (), (None,)),
-    ("batch_norm", (), ("silu",)),
-    ("channel_layer_norm", (), ()),
+# An op, and those of its arguments that others do not have: num_groups, whether there is a residual, activation.
+OPS: list[tuple[str, tuple[int, ...], tuple[bool, ...], tuple[str | None, ...]]] = [
+    ("group_norm", (4,), (False,), (None,)),
+    ("group_norm", (4,), (True,), ("silu",)),
+    ("batch_norm", (), (True,), (None,)),
+    ("batch_norm", (), (False,), ("silu",)),
+    ("channel_layer_norm", (), (), ()),
 ]
 
 
-@pytest.mark.parametrize(("op", "groups", "activation"), OPS)
+@pytest.mark.parametrize(("op", "groups", "residual", "activation"), OPS)
 def test_opcheck(
-    op: str, groups: tuple[int, ...], activation: tuple[str | None, ...], last: bool, device: torch.device
+    op: str,
+    groups: tuple[int, ...],
+    residual: tuple[bool, ...],
+    activation: tuple[str | None, ...],
+    last: bool,
+    device: torch.device,
 ) -> None:
     (x, weight, bias), _ = draw(SHAPE, torch.float32, torch.float32, last, device)
+    added = [torch.randn_like(x).requires_grad_() if given else None for given in residual]
     forward, backward = (getattr(torch.ops.trinorm, name).default for name in (op, f"{op}_backward"))
-    opcheck(forward, (x, *groups, weight, bias if groups else None, 1e-5, *activation))
+    opcheck(forward, (x, *groups, weight, bias if groups else None, *added, 1e-5, *activation))
     if groups:
         of_samples = [torch.randn(SHAPE[:2], device=device, requires_grad=True) for _ in range(2)]
-        opcheck(forward, (x, 12, *of_samples, 1e-5, *activation))
+        opcheck(forward, (x, 12, *of_samples, *added, 1e-5, *activation))
     with torch.no_grad():
-        y, mean, rstd = forward(x, *groups, weight, bias, 1e-5, *activation)
-        parameters = [t.detach() for t in (weight, bias)[: 2 if activation else 1]]
-        args = y, x.detach(), *groups, *parameters, mean, rstd, 1e-5, *activation
-        opcheck(backward, (*args, True, True, torch.float32))
+        y, mean, rstd = forward(x, *groups, weight, bias, *added, 1e-5, *activation)
+        parameters = weight, *[bias] * len(activation), *added
+        args = y, x, *groups, *parameters, mean, rstd, 1e-5, *activation, True, True, torch.float32
+        dr = [given and activation != (None,) for given in residual]
+        opcheck(backward, [a.detach() if isinstance(a, Tensor) else a for a in (*args, *dr)])
 
 
-@pytest.mark.parametrize("how", [{}, dict(activation="gelu")], ids=str)
+@pytest.mark.parametrize("how", [{}, dict(activation="gelu"), dict(activation="relu", added=True)], ids=str)
 def test_compiled_once_for_any_number_of_samples(
     spec: ChannelNorm, last: bool, how: dict[str, Any], device: torch.device
 ) -> None:
@@ -146,11 +159,13 @@ def test_exported_and_loaded(spec: ChannelNorm, device: torch.device) -> None:
 def test_derivatives(op: str, groups: tuple[int, ...], activation: tuple[str | None, ...], device: torch.device) -> None:
     drawn, _ = draw((2, 4, 2), torch.float64, torch.float64, False, device)
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return getattr(torch.ops.trinorm, op)(x, *groups, weight, bias, 1e-5, *activation)[0]
+    def run(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor) -> Tensor:
+        added = residual or [None] * len(activation)
+        return getattr(torch.ops.trinorm, op)(x, *groups, weight, bias, *added, 1e-5, *activation)[0]
 
-    torch.autograd.gradcheck(run, drawn, fast_mode=not ON_GPU)
-    torch.autograd.gradgradcheck(run, drawn, fast_mode=not ON_GPU)
+    residual = [torch.randn_like(drawn[0]).requires_grad_() for _ in activation]
+    torch.autograd.gradcheck(run, [*drawn, *residual], fast_mode=not ON_GPU)
+    torch.autograd.gradgradcheck(run, [*drawn, *residual], fast_mode=not ON_GPU)
     x, *parameters = (t.detach() for t in drawn)
     got = torch.func.grad(lambda x: run(x, *parameters).sin().sum())(x)
     (want,) = torch.autograd.grad(run(drawn[0], *parameters).sin().sum(), drawn[0])
@@ -166,13 +181,14 @@ def test_derivatives(op: str, groups: tuple[int, ...], activation: tuple[str | N
 
 def test_bad_input(device: torch.device) -> None:
     x, w = torch.ones(2, 6, 4, device=device), torch.ones(6, device=device)
-    for args in ((x, 4, w, w, 1e-5, None), (x, 2, w[:3], None, 1e-5, None), (x, 2, w, None, 1e-5, "tanh")):
+    bad = (x, 4, w, w, None), (x, 2, w[:3], None, None), (x, 2, w, None, x[:1])
+    for args in (*((*tensors, 1e-5, None) for tensors in bad), (x, 2, w, None, None, 1e-5, "tanh")):
         with pytest.raises(RuntimeError, match=r"trinorm::group_norm"):
             torch.ops.trinorm.group_norm(*args)
     with pytest.raises(NotImplementedError, match=r"trinorm::group_norm: a dtype"):
-        torch.ops.trinorm.group_norm(x.long(), 2, None, None, 1e-5, None)
+        torch.ops.trinorm.group_norm(x.long(), 2, None, None, None, 1e-5, None)
     with pytest.raises(RuntimeError, match=r"trinorm::channel_layer_norm"):
         torch.ops.trinorm.channel_layer_norm(x, w[:3], None, 1e-5)
     stats = torch.ones(2, 2, device=device)
     with pytest.raises(RuntimeError, match="dy, mean or rstd"):
-        torch.ops.trinorm.group_norm_backward(x[:1], x, 2, w, w, stats, stats, 1e-5, None, True, True, None)
+        torch.ops.trinorm.group_norm_backward(x[:1], x, 2, w, w, None, stats, stats, 1e-5, None, True, True, None, False)

@@ -84,19 +84,21 @@ def check(
     given: Given | None = None,
     activation: Activation | None = None,
 ) -> None:
-    """Value and gradients no further from float64 than twice torch's own."""
-    x, weight, bias = drawn
-    y = norm(spec, x, num_groups, weight, bias, given, activation=activation)
+    """Value and gradients no further from float64 than twice torch's own. drawn: x, weight, bias, and a residual or not."""
+    x, weight, bias, residual = (*drawn, None)[:4]
+    y = norm(spec, x, num_groups, weight, bias, given, activation=activation, residual=residual)
     assert y.dtype == x.dtype
     problem = spec, x.detach(), num_groups, weight.detach(), bias.detach(), 1e-5
+    added = None if residual is None else residual.detach()
     if activation == "relu":  # on which side of the bend a rounding falls is chance
-        z = reference.oracle(*problem, given).y
+        z = reference.oracle(*problem, given, None, added).y
         dy = dy.masked_fill(z.abs() < 8 * torch.finfo(x.dtype).eps * (1 + z.abs().max()), 0)
-    by_torch = reference.composite(spec, x, num_groups, weight, bias, 1e-5, given, None, activation)
-    assert_no_worse("y", y.detach(), reference.oracle(*problem, given, activation).y, by_torch.detach())
+    by_torch = reference.composite(spec, x, num_groups, weight, bias, 1e-5, given, None, activation, residual)
+    assert_no_worse("y", y.detach(), reference.oracle(*problem, given, activation, added).y, by_torch.detach())
     found, theirs = (torch.autograd.grad(result, drawn, dy) for result in (y, by_torch))
-    exact = reference.oracle_gradients(*problem, dy, given, activation)
-    for what, got, want, torchs in zip(("dx", "dw", "db"), found, exact, theirs, strict=True):
+    exact = reference.oracle_gradients(*problem, dy, given, activation, added)
+    for what, got, want, torchs in zip(("dx", "dw", "db", "dr"), found, exact, theirs, strict=False):
+        assert want is not None
         # Of a handful of numbers torch's error is chance: of 1 and 2 values to a sum it may be none.
         spread = torchs if want.numel() > 32 else want + (torchs.double() - want).abs().max().clamp(min=_slack(want, got))
         assert_no_worse(what, got, want, spread)
@@ -217,6 +219,37 @@ def test_activations_of_given_statistics(last: bool, device: torch.device) -> No
     drawn, dy = draw((3, 40, 5, 6), torch.float32, torch.float32, last, device)
     given = Given(torch.randn(40, device=device), torch.rand(40, device=device) + 0.5)
     check(BATCH_NORM, 40, drawn, dy, given, "silu")
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("given", [False, True], ids=["taken", "given"])
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("shape", [(3, 12, 5, 6), *([(64, 256, 56, 56)] if ON_GPU else ())], ids=str)
+def test_residuals(
+    spec: ChannelNorm,
+    activation: Activation | None,
+    given: bool,
+    last: bool,
+    shape: tuple[int, ...],
+    by: str,
+    device: torch.device,
+) -> None:
+    """Added before the activation; also those of the other order in memory, and alone in wanting a gradient."""
+    if (last and by == "whole") or (given and spec is not BATCH_NORM):
+        pytest.skip("channels first alone" if last else "BatchNorm alone")
+    drawn, dy = draw(shape, torch.float32, torch.float32, last, device)
+    of_channels = torch.randn(2, shape[1], device=device)
+    statistics = Given(of_channels[0], of_channels[1].abs() + 0.5) if given else None
+    residual = torch.randn(shape, device=device, requires_grad=True)
+    groups = groups_of(spec, shape, 4)
+    check(spec, groups, [*drawn, residual], dy, statistics, activation)
+    x, weight, bias = (t.detach() for t in drawn)
+    y = norm(spec, x, groups, weight, bias, statistics, activation=activation, residual=residual)
+    (alone,) = torch.autograd.grad(y, residual, dy)
+    both = norm(spec, *drawn[:1], groups, *drawn[1:], statistics, activation=activation, residual=residual)
+    assert torch.equal(alone, torch.autograd.grad(both, residual, dy, retain_graph=True)[0])
+    without = norm(spec, *drawn[:1], groups, *drawn[1:], statistics, activation=activation, residual=residual.detach())
+    assert torch.equal(torch.autograd.grad(without, drawn[0], dy)[0], torch.autograd.grad(both, drawn[0], dy)[0])
 
 
 @pytest.mark.parametrize("spec", [GROUP_NORM, INSTANCE_NORM], ids=lambda spec: spec.name)

@@ -165,10 +165,11 @@ def test_derivatives(spec: ChannelNorm, device: torch.device) -> None:
     for statistics, activation in ((None, None), (None, "silu") if given is None else (given, "gelu")):
 
         def run(*t: torch.Tensor, s: Given | None = statistics, f: Any = activation) -> torch.Tensor:
-            return norm(spec, t[0], groups, *t[1:], s, activation=f)
+            return norm(spec, t[0], groups, *t[1:3], s, activation=f, residual=t[3])
 
-        torch.autograd.gradcheck(run, drawn, fast_mode=not ON_GPU)
-        torch.autograd.gradgradcheck(run, drawn, fast_mode=not ON_GPU)
+        residual = torch.randn_like(drawn[0]).requires_grad_()
+        torch.autograd.gradcheck(run, [*drawn, residual], fast_mode=not ON_GPU)
+        torch.autograd.gradgradcheck(run, [*drawn, residual], fast_mode=not ON_GPU)
     expected = torch.autograd.grad(norm(spec, drawn[0], groups, *drawn[1:]).sin().sum(), drawn)
     batched = torch.randn(3, *shape, device=device, dtype=torch.float64)
     y = norm(spec, drawn[0], groups, *drawn[1:])
@@ -225,6 +226,14 @@ def test_bad_input(device: torch.device) -> None:
         (RuntimeError, "running_mean requires a gradient", lambda: functional.batch_norm(x, w.clone().requires_grad_(), w)),
         (RuntimeError, "running_mean has shape", lambda: functional.batch_norm(x, w[:2], w)),
         (ValueError, "activation is 'tanh'", lambda: functional.group_norm(x, 2, activation="tanh")),  # type: ignore[arg-type]
+        (
+            RuntimeError,
+            r"residual is torch.float32 of shape \(1, 6, 4\)",
+            lambda: functional.group_norm(x, 2, residual=x[:1]),
+        ),
+        (RuntimeError, "residual is torch.float64", lambda: functional.batch_norm(x, w, w, residual=x.double())),
+        (RuntimeError, "residual is on meta", lambda: functional.instance_norm(x, residual=x.to("meta"))),
+        (TypeError, "residual must be a Tensor", lambda: functional.group_norm(x, 2, residual=2.0)),  # type: ignore[arg-type]
         (RuntimeError, r"scale has shape \(6,\)", lambda: functional.group_norm(x, 2, scale=w)),
         (RuntimeError, r"shift has shape \(2, 6, 4\)", lambda: functional.group_norm(x, 2, shift=x)),
         (RuntimeError, "shift is on meta", lambda: functional.instance_norm(x, shift=x[..., 0].to("meta"))),

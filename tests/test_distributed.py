@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import SequenceParallel, parallelize_modu
 from torch.nn.parallel import DistributedDataParallel
 
 from machine import ON_GPU
+from test_channels import groups_of
 from test_channels import norm as channel_norm
 from trinorm import functional, nn
 from trinorm.channel_reference import Given
@@ -174,6 +175,23 @@ def each_samples_scale(spec: Spec, mesh: DeviceMesh) -> None:
         assert_same(found, expected)
         if placement == Shard(0):
             assert all(t.placements == (placement,) for t in found)
+
+
+def with_a_residual(spec: Spec, mesh: DeviceMesh) -> None:
+    dim = 1 if spec is BATCH_NORM else 0
+    dy, (x, weight, _) = tensors(spec, mesh)
+    inputs = [x, weight, torch.randn_like(x)]
+    for activation in (None, "relu"):
+
+        def added(x: Tensor, weight: Tensor, residual: Tensor, f: Any = activation) -> Tensor:
+            return channel_norm(spec, x, groups_of(spec, SHAPE, 2), weight, None, residual=residual, activation=f)
+
+        for of_residual in (Shard(dim), Replicate(), Partial()):
+            placements = Shard(dim), Replicate(), of_residual
+            there = [lay(t, mesh, placement) for t, placement in zip(inputs, placements, strict=True)]
+            found = results(added, lay(dy, mesh, Shard(dim)), there)
+            assert [t.placements for t in found[:2]] == [(Shard(dim),)] * 2
+            assert_same(found, results(added, dy, inputs))
 
 
 def running_statistics(spec: Spec, mesh: DeviceMesh) -> None:
@@ -330,6 +348,7 @@ CHECKS: dict[Callable[[Any, DeviceMesh], None], tuple[tuple[Spec, ...], tuple[Sp
     another_normalized_shape: (ROW_NORMS, ROW_NORMS),
     another_number_of_groups: ((GROUP_NORM,), ()),
     each_samples_scale: ((GROUP_NORM,), ()),
+    with_a_residual: ((GROUP_NORM, BATCH_NORM), ()),
     running_statistics: ((INSTANCE_NORM, BATCH_NORM), ()),
     second_derivatives: (ALL, ROW_NORMS),
     compiled: (ALL, (LAYER_NORM, GROUP_NORM)),

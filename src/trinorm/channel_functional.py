@@ -25,14 +25,15 @@ def group_norm(
     activation: Activation | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     r"""Group normalization: of each sample, over the channels of a group and all positions.
 
     .. math::
         y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \cdot w + b
 
-    with the biased variance, and w and b of the channel; then :math:`y (1 + s) + t` with a scale s and a shift t of the
-    channel in this sample, and an activation. Without those the signature, defaults and meaning are
+    with the biased variance, and w and b of the channel; then :math:`f(y (1 + s) + t + r)` with a scale s and a shift t of
+    the channel in this sample, a residual r and an activation f. Without those the signature, defaults and meaning are
     :func:`torch.nn.functional.group_norm`'s.
 
     Args:
@@ -46,34 +47,37 @@ def group_norm(
             and its gradient from the input, so that nothing more is kept.
         scale, shift: ``(N, C)``, or of that shape with dims of 1 behind it, as a diffusion model's time embedding gives
             them; either may be None, which is 0.
+        residual: of the input's shape and dtype, such as a block's other branch; None is 0. What leads to it has
+            :math:`f'` times y's gradient, from the pass that sums.
 
     Returns:
         A tensor of the input's shape, dtype and memory order (fp32 where autocast makes torch's own op return that).
         Statistics and sums are fp32, fp64 as soon as one of the tensors is.
 
     Raises:
-        RuntimeError: C is not a multiple of ``num_groups``, the input has fewer than 2 dims, weight, bias, scale or shift
-            does not fit.
+        RuntimeError: C is not a multiple of ``num_groups``, the input has fewer than 2 dims, weight, bias, scale, shift
+            or residual does not fit.
         ValueError: the only sample's groups are single elements, eps is negative or NaN, or there is no such activation.
         NotImplementedError: a dtype other than the four.
         TypeError: an argument of the wrong kind.
 
     Source: Wu, He, "Group Normalization", arXiv:1803.08494.
     """
-    if has_torch_function_variadic(*(all_tensors := (input, weight, bias, scale, shift))):
-        given: dict[str, Any] = dict(weight=weight, bias=bias, eps=eps, activation=activation, scale=scale, shift=shift)
+    if has_torch_function_variadic(*(all_tensors := (input, weight, bias, scale, shift, residual))):
+        given: dict[str, Any] = dict(weight=weight, bias=bias, eps=eps, activation=activation)
+        given |= dict(scale=scale, shift=shift, residual=residual)
         return handle_torch_function(group_norm, all_tensors, input, num_groups, **given)
     plain = scale is None and shift is None and type(eps) is float and type(num_groups) is int
     asked = (num_groups, eps, activation) if plain else None
     if asked is not None:
-        call = CALLS.recall(("group_norm", asked), input, weight, bias, None, None)
+        call = CALLS.recall(("group_norm", asked), input, weight, bias, None, None, residual)
         if call is not None:
-            return call(input, weight, bias, None, None)
+            return call(input, weight, bias, None, None, residual)
     try:
         num_groups = operator.index(num_groups)
     except TypeError:
         raise TypeError(f"group_norm(): num_groups must be an int, not {num_groups!r}") from None
-    eps = check_channels("group_norm", input, eps, activation, weight=weight, bias=bias)
+    eps = check_channels("group_norm", input, eps, activation, residual, weight=weight, bias=bias)
     channels = input.shape[1]
     if num_groups <= 0 or channels % num_groups:
         raise RuntimeError(
@@ -84,7 +88,7 @@ def group_norm(
             f"group_norm(): expected more than 1 value per group when training, got input size {tuple(input.shape)}"
         )
     weight, bias = _of_samples("group_norm", input, weight, bias, scale, shift)
-    return channel_norm(GROUP_NORM, input, num_groups, weight, bias, eps, activation, asked=asked)
+    return channel_norm(GROUP_NORM, input, num_groups, weight, bias, eps, activation, residual=residual, asked=asked)
 
 
 def instance_norm(
@@ -100,6 +104,7 @@ def instance_norm(
     activation: Activation | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     r"""Instance normalization: of each channel of each sample, over all positions.
 
@@ -113,8 +118,8 @@ def instance_norm(
         weight, bias, eps: as :func:`group_norm`.
         use_input_stats: take statistics of the input; else the running ones, which are then needed.
         momentum: the share of this input in the running statistics.
-        activation, scale, shift: as :func:`group_norm`. Scale and shift are what adaptive instance normalization calls the
-            style.
+        activation, scale, shift, residual: as :func:`group_norm`. Scale and shift are what adaptive instance normalization
+            calls the style.
 
     Returns:
         As :func:`group_norm`; autocast leaves it alone.
@@ -127,25 +132,29 @@ def instance_norm(
 
     Source: Ulyanov, Vedaldi, Lempitsky, "Instance Normalization", arXiv:1607.08022.
     """
-    if has_torch_function_variadic(*(all_tensors := (input, running_mean, running_var, weight, bias, scale, shift))):
+    if has_torch_function_variadic(
+        *(all_tensors := (input, running_mean, running_var, weight, bias, scale, shift, residual))
+    ):
         arguments: dict[str, Any] = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
         arguments |= dict(use_input_stats=use_input_stats, momentum=momentum, eps=eps)
-        arguments |= dict(activation=activation, scale=scale, shift=shift)
+        arguments |= dict(activation=activation, scale=scale, shift=shift, residual=residual)
         return handle_torch_function(instance_norm, all_tensors, input, **arguments)
     plain = scale is None and shift is None and type(eps) is type(momentum) is float
     asked = (use_input_stats, momentum, eps, activation) if plain else None
     if asked is not None:
-        call = CALLS.recall(("instance_norm", asked), input, weight, bias, running_mean, running_var)
+        call = CALLS.recall(("instance_norm", asked), input, weight, bias, running_mean, running_var, residual)
         if call is not None:
-            return call(input, weight, bias, running_mean, running_var)
+            return call(input, weight, bias, running_mean, running_var, residual)
     op = "instance_norm"
     tensors = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    eps = check_channels(op, input, eps, activation, **tensors)
+    eps = check_channels(op, input, eps, activation, residual, **tensors)
     if use_input_stats and math.prod(input.shape[2:]) == 1:
         raise ValueError(f"{op}(): expected more than 1 spatial element when training, got input size {tuple(input.shape)}")
     given, averages = _statistics(op, running_mean, running_var, use_input_stats, momentum)
     weight, bias = _of_samples(op, input, weight, bias, scale, shift)
-    return channel_norm(INSTANCE_NORM, input, input.shape[1], weight, bias, eps, activation, given, averages, asked)
+    return channel_norm(
+        INSTANCE_NORM, input, input.shape[1], weight, bias, eps, activation, given, averages, residual, asked
+    )
 
 
 def batch_norm(
@@ -159,6 +168,7 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     activation: Activation | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     r"""Batch normalization: of each channel, over all samples and positions.
 
@@ -172,7 +182,8 @@ def batch_norm(
         weight, bias, eps: as :func:`group_norm`.
         training: take statistics of the input; else the running ones, which are then needed.
         momentum: the share of this input in the running statistics.
-        activation: as :func:`group_norm`.
+        activation, residual: as :func:`group_norm`. The end of a ResNet's block is ``batch_norm(x, ..., residual=shortcut,
+            activation="relu")``.
 
     Returns:
         As :func:`group_norm`; autocast leaves it alone.
@@ -184,24 +195,24 @@ def batch_norm(
 
     Source: Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167.
     """
-    if has_torch_function_variadic(*(all_tensors := (input, running_mean, running_var, weight, bias))):
+    if has_torch_function_variadic(*(all_tensors := (input, running_mean, running_var, weight, bias, residual))):
         rest: dict[str, Any] = dict(weight=weight, bias=bias, training=training, momentum=momentum, eps=eps)
-        rest |= dict(activation=activation)
+        rest |= dict(activation=activation, residual=residual)
         return handle_torch_function(batch_norm, all_tensors, input, running_mean, running_var, **rest)
     asked = (training, momentum, eps, activation) if type(eps) is type(momentum) is float else None
     if asked is not None:
-        call = CALLS.recall(("batch_norm", asked), input, weight, bias, running_mean, running_var)
+        call = CALLS.recall(("batch_norm", asked), input, weight, bias, running_mean, running_var, residual)
         if call is not None:
-            return call(input, weight, bias, running_mean, running_var)
+            return call(input, weight, bias, running_mean, running_var, residual)
     op = "batch_norm"
     tensors = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    eps = check_channels(op, input, eps, activation, **tensors)
+    eps = check_channels(op, input, eps, activation, residual, **tensors)
     if training and input.shape[0] * math.prod(input.shape[2:]) == 1:
         raise ValueError(
             f"{op}(): expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
         )
     given, averages = _statistics(op, running_mean, running_var, training, momentum)
-    return channel_norm(BATCH_NORM, input, input.shape[1], weight, bias, eps, activation, given, averages, asked)
+    return channel_norm(BATCH_NORM, input, input.shape[1], weight, bias, eps, activation, given, averages, residual, asked)
 
 
 def _statistics(
@@ -253,7 +264,14 @@ def _of_samples(
     return factor if weight is None else factor * weight, of_shift if bias is None else bias * factor + of_shift
 
 
-def check_channels(op: str, x: Tensor, eps: float, activation: str | None, **parameters: Tensor | None) -> float:
+def check_channels(
+    op: str,
+    x: Tensor,
+    eps: float,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    **parameters: Tensor | None,
+) -> float:
     """eps as a float, or torch's own class of error, with the argument named."""
     checks.tensor(op, "input", x)
     checks.strided(op, "input", x)
@@ -273,6 +291,15 @@ def check_channels(op: str, x: Tensor, eps: float, activation: str | None, **par
             )
         checks.beside(op, name, t, x)
     checks.dtype(op, "input", x)
+    if residual is not None:
+        checks.tensor(op, "residual", residual)
+        checks.strided(op, "residual", residual)
+        if residual.shape != x.shape or residual.dtype != x.dtype:
+            raise RuntimeError(
+                f"{op}(): residual is {residual.dtype} of shape {tuple(residual.shape)}; it must be as input, {x.dtype} of "
+                f"shape {tuple(x.shape)}"
+            )
+        checks.beside(op, "residual", residual, x)
     if activation is not None and (not isinstance(activation, str) or activation not in ACTIVATIONS):
         raise ValueError(
             f"{op}(): activation is {activation!r}; it must be None or one of {', '.join(map(repr, ACTIVATIONS))}"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .reference import Exact, Gradients, autocasts_to_fp32, in_dtypes_of, in_fp32, keeping_dtype, precise
+from .reference import Exact, autocasts_to_fp32, in_dtypes_of, in_fp32, keeping_dtype, precise
 from .spec import GROUP_NORM, LAYER_NORM, Activation, ChannelNorm
 
 
@@ -21,6 +21,15 @@ class Given(NamedTuple):
 
     mean: Tensor
     var: Tensor
+
+
+class ChannelGradients(NamedTuple):
+    """dL/dx, dL/dweight, dL/dbias and dL/dresidual; None where there is no such input, or nobody asks."""
+
+    dx: Tensor | None
+    dw: Tensor | None
+    db: Tensor | None
+    dr: Tensor | None
 
 
 class Averages(NamedTuple):
@@ -40,14 +49,16 @@ def oracle(
     eps: float,
     given: Given | None = None,
     activation: Activation | None = None,
+    residual: Tensor | None = None,
 ) -> Exact:
-    """The definition: ``rstd = (var + eps)^-1/2``, ``y = (x - mean) * rstd * weight + bias``, in the precision of
-    reference.oracle. Statistics come flat: of each group, or each position, of a sample, or of each channel.
+    """The definition: ``rstd = (var + eps)^-1/2``, ``y = f((x - mean) * rstd * weight + bias + residual)``, in the
+    precision of reference.oracle. Statistics come flat: of each group or position of a sample, or of each channel.
     """
     lift, lower, quiet = precise(x, weight, bias)
     with quiet:
         mean, rstd, xhat = _normalized(spec, lift(x), num_groups, eps, None if given is None else tuple(map(lift, given)))
-        y = _affine(xhat, *(None if t is None else _of_channels(lift(t), num_groups) for t in (weight, bias)))
+        w, b = (None if t is None else _of_channels(lift(t), num_groups) for t in (weight, bias))
+        y = _affine(xhat, w, b, None if residual is None else _seen(lift(residual), num_groups))
     y = activated(lower(y), activation)
     return Exact(y.reshape(x.shape), lower(mean).flatten(), lower(rstd).flatten())
 
@@ -62,7 +73,8 @@ def oracle_gradients(
     dy: Tensor,
     given: Given | None = None,
     activation: Activation | None = None,
-) -> Gradients:
+    residual: Tensor | None = None,
+) -> ChannelGradients:
     """The gradients in closed form, in the oracle's precision."""
     lift, lower, quiet = precise(x, weight, bias)
     with quiet:
@@ -71,11 +83,12 @@ def oracle_gradients(
         w, b = (None if t is None else _of_channels(lift(t), num_groups) for t in (weight, bias))
         dz = _seen(lift(dy), num_groups)
         if activation is not None:
-            dz = lift(activated_backward(lower(dz), lower(_affine(xhat, w, b)), activation))
+            r = None if residual is None else _seen(lift(residual), num_groups)
+            dz = lift(activated_backward(lower(dz), lower(_affine(xhat, w, b, r)), activation))
         dx, dw, db = _gradients(spec, xhat, rstd, w, dz, given is None)
         dx = lower(dx).reshape(x.shape)
         dw, db = (None if t is None else lower(d).reshape(t.shape) for d, t in ((dw, weight), (db, bias)))
-        return Gradients(dx, dw, db)
+        return ChannelGradients(dx, dw, db, None if residual is None else lower(dz).reshape(x.shape))
 
 
 def composite(
@@ -88,19 +101,23 @@ def composite(
     given: Given | None = None,
     averages: Averages | None = None,
     activation: Activation | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The norm as torch's own op, differentiable any number of times and in either mode.
 
     torch's op where it takes the dtypes given; else the same op in fp32 or fp64 with one rounding at the end. Parameters
     that are each sample's own come after torch's op without any. Of positions it is LayerNorm's.
     """
+    if activation is not None or residual is not None:
+        z = composite(spec, x, num_groups, weight, bias, eps, given, averages)
+        return activated(z if residual is None else (z + residual).to(z.dtype), activation)
     if spec.of_positions:
-        y = reference.composite(LAYER_NORM, x.movedim(1, -1), x.shape[1:2], weight, bias, eps).movedim(-1, 1)
-        return activated(y.contiguous(), activation)
+        y = reference.composite(LAYER_NORM, x.movedim(1, -1), x.shape[1:2], weight, bias, eps)
+        return y.movedim(-1, 1).contiguous()
     if any(t is not None and t.dim() == 2 for t in (weight, bias)):
         y = composite(spec, x, num_groups, None, None, eps, given, averages)
         w, b = (None if t is None else t.reshape(*t.shape, *[1] * (x.dim() - 2)) for t in (weight, bias))
-        return activated(_affine(y, w, b).to(y.dtype), activation)
+        return _affine(y, w, b).to(y.dtype)
     with keeping_dtype(x.device.type):
         if x.dtype != torch.float64 and autocasts_to_fp32(spec.name, x.device.type):
             x, weight, bias = in_fp32(x, weight, bias)
@@ -111,7 +128,7 @@ def composite(
             wide = torch.float64 if torch.float64 in dtypes else torch.float32
             x, weight, bias, mean, var = (None if t is None else t.to(wide) for t in (x, weight, bias, mean, var))  # type: ignore[assignment]
         if spec is GROUP_NORM:
-            return activated(F.group_norm(x, num_groups, weight, bias, eps).to(narrow), activation)
+            return F.group_norm(x, num_groups, weight, bias, eps).to(narrow)
         how = given is None, 0.0 if averages is None else averages.momentum, eps
         norm = F.batch_norm if spec.over_samples else F.instance_norm
         y = norm(x, mean, var, weight, bias, *how)
@@ -119,7 +136,7 @@ def composite(
             for kept, now in zip(found, (mean, var), strict=True):
                 if kept is not None and now is not None and kept is not now:
                     kept.copy_(now)
-        return activated(y.to(narrow), activation)
+        return y.to(narrow)
 
 
 def composite_gradients(
@@ -133,21 +150,24 @@ def composite_gradients(
     dy: Tensor,
     given: Given | None = None,
     activation: Activation | None = None,
-) -> Gradients:
-    """The closed form in ATen's ops and in fp64: a differentiable function of x, weight, bias and dy. The activation needs
-    bias, and db bias_dtype.
+    residual: Tensor | None = None,
+) -> ChannelGradients:
+    """The closed form in ATen's ops and in fp64: a differentiable function of x, weight, bias, residual and dy. The
+    activation needs bias and residual, and db bias_dtype.
     """
     statistics = None if given is None else tuple(t.double() for t in given)
     _, rstd, xhat = _normalized(spec, x.double(), num_groups, eps, statistics)
     w, b = (None if t is None else _of_channels(t.double(), num_groups) for t in (weight, bias))
-    dz = activated_backward(_seen(dy.double(), num_groups), _affine(xhat, w, b), activation)
+    r = None if residual is None else _seen(residual.double(), num_groups)
+    dz = activated_backward(_seen(dy.double(), num_groups), _affine(xhat, w, b, r), activation)
     dx, dw, db = _gradients(spec, xhat, rstd, w, dz, given is None)
     shape = next((t.shape for t in (weight, bias) if t is not None), x.shape[1:2])
-    return in_dtypes_of((dx.reshape(x.shape), dw.reshape(shape), db.reshape(shape)), x, weight, bias_dtype)
+    found = in_dtypes_of((dx.reshape(x.shape), dw.reshape(shape), db.reshape(shape)), x, weight, bias_dtype)
+    return ChannelGradients(*found, None if residual is None else dz.reshape(x.shape).to(x.dtype))
 
 
 def statistics(spec: ChannelNorm, x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """(mean, rstd) in ATen's ops, flat and float64: of each group, or each position, of a sample, or of each channel."""
+    """(mean, rstd) in ATen's ops, flat and float64: of each group or position of a sample, or of each channel."""
     mean, rstd, _ = _normalized(spec, x.double(), num_groups, eps, None)
     return mean.flatten(), rstd.flatten()
 
@@ -166,9 +186,10 @@ def _of_channels(t: Any, num_groups: int) -> Any:
     return t.reshape((t.shape[0] if t.ndim == 2 else 1, num_groups, t.shape[-1] // num_groups, 1))
 
 
-def _affine(xhat: Any, w: Any | None, b: Any | None) -> Any:
+def _affine(xhat: Any, w: Any | None, b: Any | None, residual: Any | None = None) -> Any:
     y = xhat if w is None else xhat * w
-    return y if b is None else y + b
+    y = y if b is None else y + b
+    return y if residual is None else y + residual
 
 
 def activated(z: Tensor, activation: Activation | None) -> Tensor:

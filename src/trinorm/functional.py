@@ -191,9 +191,9 @@ def channel_layer_norm(
         return handle_torch_function(channel_layer_norm, all_tensors, input, weight=weight, bias=bias, eps=eps)
     asked = (eps,) if type(eps) is float else None
     if asked is not None:
-        call = channel.CALLS.recall(("channel_layer_norm", asked), input, weight, bias, None, None)
+        call = channel.CALLS.recall(("channel_layer_norm", asked), input, weight, bias, None, None, None)
         if call is not None:
-            return call(input, weight, bias, None, None)
+            return call(input, weight, bias, None, None, None)
     eps = check_channels("channel_layer_norm", input, eps, None, weight=weight, bias=bias)
     rows = input.movedim(1, -1)
     if rows.is_contiguous():

@@ -2,8 +2,10 @@
 
 Each of the others is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so checkpoints
 load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input" unless it is
-set), ``cast`` ("output") and ``batch_invariant`` (None) are the functions' arguments of these names. With ``cast`` "gemma"
-the weight is its distance from 1, where a fresh one is 1: it is to be loaded, or zeroed, as that model's is.
+set), ``cast`` ("output") and ``batch_invariant`` (None) are the functions' arguments of these names; so is ``activation``
+(None) of the channel norms, whose ``forward`` takes the functions' other tensors too: ``bn(x, residual=shortcut)``. With
+``cast`` "gemma" the weight is its distance from 1, where a fresh one is 1: it is to be loaded, or zeroed, as that model's
+is.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import functional
+from .spec import Activation
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -78,8 +81,23 @@ class GroupNorm(torch.nn.GroupNorm):
     Source: Wu, He, "Group Normalization", arXiv:1803.08494.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+    activation: Activation | None = None
+
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        of_module = self.num_groups, self.weight, self.bias, self.eps
+        return functional.group_norm(
+            input, *of_module, activation=self.activation, scale=scale, shift=shift, residual=residual
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _shown(self)
 
 
 class ChannelLayerNorm(torch.nn.Module):
@@ -131,12 +149,17 @@ class ChannelLayerNorm(torch.nn.Module):
 
 
 class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
+    activation: Activation | None = None
+
     # What torch's own forward calls once it has looked at the input's dims, and has added that of samples if there is none.
     def _apply_instance_norm(self, input: Tensor) -> Tensor:
         of_input = self.training or not self.track_running_stats
         momentum = 0.0 if self.momentum is None else self.momentum
-        running = self.running_mean, self.running_var
-        return functional.instance_norm(input, *running, self.weight, self.bias, of_input, momentum, self.eps)
+        of_module = self.running_mean, self.running_var, self.weight, self.bias
+        return functional.instance_norm(input, *of_module, of_input, momentum, self.eps, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _shown(self)
 
 
 class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
@@ -154,7 +177,9 @@ class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
-    def forward(self, input: Tensor) -> Tensor:
+    activation: Activation | None = None
+
+    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
         kept_up = self.training and self.track_running_stats
         momentum = 0.0 if self.momentum is None else self.momentum
@@ -164,7 +189,20 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                 momentum = 1.0 / float(self.num_batches_tracked)
         of_input = self.training or (self.running_mean is None and self.running_var is None)
         running = (self.running_mean, self.running_var) if kept_up or not of_input else (None, None)
-        return functional.batch_norm(input, *running, self.weight, self.bias, of_input, momentum, self.eps)
+        return functional.batch_norm(
+            input,
+            *running,
+            self.weight,
+            self.bias,
+            of_input,
+            momentum,
+            self.eps,
+            activation=self.activation,
+            residual=residual,
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _shown(self)
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -181,9 +219,10 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     r"""The same of ``(N, C, D, H, W)``: :class:`torch.nn.BatchNorm3d`."""
 
 
-def _shown(module: LayerNorm | RMSNorm) -> str:
+def _shown(module: torch.nn.Module) -> str:
     """What is not torch's, where it is not the default."""
-    of_class = {name: getattr(type(module), name) for name in ("save", "cast", "batch_invariant")}
+    names = ("save", "cast", "batch_invariant", "activation")
+    of_class = {name: getattr(type(module), name) for name in names if hasattr(type(module), name)}
     return "".join(
         f", {name}={getattr(module, name)!r}" for name, usual in of_class.items() if getattr(module, name) != usual
     )

@@ -38,11 +38,15 @@ def evaluated(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
     return functional.batch_norm(x, *running, w, b, False)
 
 
+def added(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
+    return functional.batch_norm(x, *running, w, b, True, activation="relu", residual=x)
+
+
 # Shapes whose statistics are held, read again by a program, and made in slabs.
 SHAPES = [(64, 32, 8, 8), (64, 64, 48, 48), (1, 16, 40, 40)]
 
 
-@pytest.mark.parametrize("norm", [group, instance, batch, evaluated], ids=lambda norm: norm.__name__)
+@pytest.mark.parametrize("norm", [group, instance, batch, evaluated, added], ids=lambda norm: norm.__name__)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_a_repeated_call_passes_what_the_ordinary_road_passes(
@@ -81,6 +85,7 @@ def test_what_differs_is_kept_apart(stub: Stub, ordinary: list[str]) -> None:
         lambda: functional.group_norm(x, 8, w),
         lambda: functional.group_norm(x, 4, w, b),
         lambda: functional.group_norm(x, 4, w, activation="relu"),
+        lambda: functional.group_norm(x, 4, w, activation="relu", residual=torch.ones_like(x)),
         lambda: functional.group_norm(x, 4, w, eps=1e-3),
         lambda: functional.group_norm(x.bfloat16(), 4, w),
         lambda: functional.group_norm(x[:32], 4, w),

@@ -13,8 +13,7 @@ fit.
 import triton
 import triton.language as tl
 
-from .activation import activated
-from .affine import affine
+from .activation import activated, before_activation
 from .channel_tiles import (
     inner_in_units,
     lane_counts,
@@ -270,6 +269,7 @@ def channel_apply(
     RSTD,
     W,
     B,
+    RESIDUAL,
     width,
     S,
     slab,
@@ -304,5 +304,6 @@ def channel_apply(
     for i in tl.range(0, steps, num_stages=STAGES):
         offsets = first + i * step
         mask = live & lanes_there(i, there, EVEN, 1, POSITIONS)
-        z = affine(normalized(load(X + offsets, mask), mean, rstd, ACC), w, b, 0.0)
+        xhat = normalized(load(X + offsets, mask), mean, rstd, ACC)
+        z = before_activation(xhat, w, b, RESIDUAL, offsets, mask)
         tl.store(Y + offsets, activated(z, ACTIVATION).to(Y.dtype.element_ty), mask=mask)

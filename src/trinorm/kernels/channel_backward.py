@@ -16,8 +16,8 @@ Tiles, slabs and partials are channel.py's.
 import triton
 import triton.language as tl
 
-from .activation import activated_backward
-from .affine import NO_WEIGHT, affine, affine_backward
+from .activation import through_activation
+from .affine import NO_WEIGHT, affine_backward
 from .channel import partials_of, sets_of_program
 from .channel_tiles import (
     inner_in_units,
@@ -35,25 +35,18 @@ from .row_backward import dx_of, normalized
 from .stats import row_sum
 
 
-@triton.jit
-def before_activation(dy, xhat, w, b, ACTIVATION: tl.constexpr):
-    """dL/dz of dL/dy, with z made again of x̂."""
-    if ACTIVATION is None:
-        return dy
-    else:
-        return activated_backward(dy, affine(xhat, w, b, 0.0), ACTIVATION)
-
-
 @triton.jit(do_not_specialize=["A", "width", "S", "slab", "slabs", "C", "D"])
 def channel_sums(
     DY_XHAT,
     DY_SUM,
+    DZ,
     DY,
     X,
     MEAN,
     RSTD,
     W,
     B,
+    RESIDUAL,
     A,
     width,
     S,
@@ -76,7 +69,10 @@ def channel_sums(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A block of ROWS channels a program, as channel_moments. DY_XHAT, DY_SUM: ``[parts, width]``; one may be None."""
+    """A block of ROWS channels a program, as channel_moments. DY_XHAT, DY_SUM: ``[parts, width]``; one may be None, or both
+    where DZ is there: dL/dz of x's shape, which is a residual's gradient, and what channel_apply_backward then takes for
+    dL/dy.
+    """
     wait_for_previous(PDL)
     let_next_launch(PDL)
     width, S = inner_in_units(width, S, LAST, UNIT)
@@ -94,12 +90,15 @@ def channel_sums(
     dy_xhat = tl.zeros([ROWS, POSITIONS], ACC)
     dy_sum = tl.zeros([ROWS, POSITIONS], ACC)
     for i in tl.range(0, steps, num_stages=STAGES):
+        offsets = first + i * step
         mask = live & lanes_there(i, there, EVEN, SAMPLES, POSITIONS)
-        dy = widened(load(DY + first + i * step, mask), ACC)
+        dy = widened(load(DY + offsets, mask), ACC)
         if DY_XHAT is not None or ACTIVATION is not None:
-            xhat = normalized(load(X + first + i * step, mask), mean, rstd, ACC)
-            dy = before_activation(dy, xhat, w, b, ACTIVATION)
+            xhat = normalized(load(X + offsets, mask), mean, rstd, ACC)
+            dy = through_activation(dy, xhat, w, b, RESIDUAL, offsets, mask, ACTIVATION)
             dy_xhat += tl.where(mask, dy * xhat, 0.0)
+        if DZ is not None:
+            tl.store(DZ + offsets, dy.to(DZ.dtype.element_ty), mask=mask)
         if DY_SUM is not None:
             dy_sum += tl.where(mask, dy, 0.0)
     if DY_XHAT is not None:
@@ -240,6 +239,7 @@ def channel_apply_backward(
             dx = rstd * affine_backward(dy, w, 0.0)
         else:
             xhat = normalized(load(X + offsets, mask), mean, rstd, ACC)
-            g = affine_backward(before_activation(dy, xhat, w, b, ACTIVATION), w, 0.0)
+            dz = through_activation(dy, xhat, w, b, None, offsets, mask, ACTIVATION)
+            g = affine_backward(dz, w, 0.0)
             dx = rstd * g if C1 is None else dx_of(g, xhat, rstd, c1, c2, True)
         tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=mask)

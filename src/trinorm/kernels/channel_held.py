@@ -9,10 +9,9 @@ in the accumulator's dtype.
 import triton
 import triton.language as tl
 
-from .activation import activated
-from .affine import NO_BIAS, NO_WEIGHT, affine, affine_backward
+from .activation import activated, before_activation, through_activation
+from .affine import NO_BIAS, NO_WEIGHT, affine_backward
 from .channel import update_running
-from .channel_backward import before_activation
 from .channel_tiles import in_units
 from .index import first_program, load, load_or, widened
 from .overlap import let_next_launch, wait_for_previous
@@ -109,6 +108,7 @@ def held_forward(
     X,
     W,
     B,
+    RESIDUAL,
     C,
     SETS,
     RUNS,
@@ -158,7 +158,8 @@ def held_forward(
             tl.store(VAR + sets, unbiased, mask=exist)
         update_running(RUNNING_MEAN, sets, mean.to(tl.float64), momentum, exist)
         update_running(RUNNING_VAR, sets, unbiased, momentum, exist)
-    y = activated(affine((widened(stored, ACC) - mean) * rstd, w, b, 0.0), ACTIVATION)
+    z = before_activation((widened(stored, ACC) - mean) * rstd, w, b, RESIDUAL, offsets, mask)
+    y = activated(z, ACTIVATION)
     tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=mask)
 
 
@@ -167,6 +168,7 @@ def held_backward(
     DX,
     DW,
     DB,
+    DZ,
     DY_XHAT,
     DY_SUM,
     DY,
@@ -175,6 +177,7 @@ def held_backward(
     RSTD,
     W,
     B,
+    RESIDUAL,
     C,
     SETS,
     RUNS,
@@ -190,7 +193,9 @@ def held_backward(
     POSITIONS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """DY_XHAT, DY_SUM: each run's sums, for dw and db; DW and DB: a statistic's. Each of the four may be None."""
+    """DY_XHAT, DY_SUM: each run's sums, for dw and db; DW and DB: a statistic's; DZ: a residual's gradient. Each of them
+    may be None.
+    """
     wait_for_previous(PDL)
     let_next_launch(PDL)
     S = in_units(S, UNIT)
@@ -203,9 +208,11 @@ def held_backward(
     w = load_or(W, parameters, live, NO_WEIGHT, False)
     b = load_or(B, parameters, live, NO_BIAS, False)
     xhat = normalized(x, mean, rstd, ACC)
-    dz = before_activation(widened(dy, ACC), xhat, w, b, ACTIVATION)
+    dz = through_activation(widened(dy, ACC), xhat, w, b, RESIDUAL, offsets, mask, ACTIVATION)
     if RAGGED and ACTIVATION is not None:
         dz = tl.where(mask, dz, 0.0)
+    if DZ is not None:
+        tl.store(DZ + offsets, dz.to(DZ.dtype.element_ty), mask=mask)
     of_x, of_1 = row_sums(dz * xhat, dz)
     if DY_XHAT is not None:
         tl.store(DY_XHAT + runs, of_x, mask=live)

@@ -13,10 +13,9 @@ Formulas are channel.py's and channel_backward.py's. A program's turn is a tile 
 import triton
 import triton.language as tl
 
-from .activation import activated
-from .affine import NO_BIAS, NO_WEIGHT, affine, affine_backward
+from .activation import activated, before_activation, through_activation
+from .affine import NO_BIAS, NO_WEIGHT, affine_backward
 from .channel import merged_positions, scaled_back, update_running
-from .channel_backward import before_activation
 from .channel_tiles import in_units
 from .index import first_program, load, load_or, widened
 from .overlap import let_next_launch, wait_for_previous
@@ -25,15 +24,14 @@ from .stats import power_of_two_below, row_sum, row_sums, trusted
 
 
 @triton.jit
-def runs_of_program(C, RUNS, OVER_SAMPLES: tl.constexpr, PER_SAMPLE: tl.constexpr):
-    """(first run of this program's statistic, runs to the next; where the first one's parameters are, how many on)."""
-    program = first_program()
+def runs_of(statistic, C, RUNS, OVER_SAMPLES: tl.constexpr, PER_SAMPLE: tl.constexpr):
+    """(first run of a statistic, runs to the next; where the first one's parameters are, how many on)."""
     if OVER_SAMPLES:
-        return program, C, program.to(tl.int32), 0
+        return statistic, C, statistic.to(tl.int32), 0
     elif PER_SAMPLE:
-        return program * RUNS, 1, program * RUNS, 1
+        return statistic * RUNS, 1, statistic * RUNS, 1
     else:
-        return program * RUNS, 1, (program * RUNS % C).to(tl.int32), 1
+        return statistic * RUNS, 1, (statistic * RUNS % C).to(tl.int32), 1
 
 
 @triton.jit
@@ -153,6 +151,7 @@ def channel_forward(
     X,
     W,
     B,
+    RESIDUAL,
     C,
     RUNS,
     S,
@@ -175,7 +174,7 @@ def channel_forward(
     wait_for_previous(PDL)
     let_next_launch(PDL)
     S = in_units(S, UNIT)
-    first, stride, parameters, step = runs_of_program(C, RUNS, OVER_SAMPLES, PER_SAMPLE)
+    first, stride, parameters, step = runs_of(first_program(), C, RUNS, OVER_SAMPLES, PER_SAMPLE)
     count = tl.zeros([1, 1], tl.float64) + RUNS.to(tl.float64) * S.to(tl.float64)
     mean, squares = moments_of_runs(X, first, stride, RUNS, S, RAGGED, UNEVEN, ACC, ROWS, POSITIONS, STAGES)
     if RESCUE:
@@ -198,16 +197,30 @@ def channel_forward(
         # The last ones first: of what is larger than L2 they are what it still has.
         runs, live, offsets, mask = tile_of_turn(turns - 1 - turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
         w, b = load_parameters_of_runs(W, B, parameters + runs * step, C, live, PER_SAMPLE)
-        z = affine(normalized(load(X + offsets, mask), mean, rstd, ACC), w, b, 0.0)
+        xhat = normalized(load(X + offsets, mask), mean, rstd, ACC)
+        z = before_activation(xhat, w, b, RESIDUAL, offsets, mask)
         tl.store(Y + offsets, activated(z, ACTIVATION).to(Y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def before_norm(DY, X, offsets, mask, mean, rstd, w, b, ACTIVATION: tl.constexpr, RAGGED: tl.constexpr, ACC: tl.constexpr):
+def gradient_of_turn(
+    DY,
+    X,
+    RESIDUAL,
+    offsets,
+    mask,
+    mean,
+    rstd,
+    w,
+    b,
+    ACTIVATION: tl.constexpr,
+    RAGGED: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """(dL/dz, x̂) of a turn's elements."""
     dy = widened(load(DY + offsets, mask), ACC)
     xhat = normalized(load(X + offsets, mask), mean, rstd, ACC)
-    dz = before_activation(dy, xhat, w, b, ACTIVATION)
+    dz = through_activation(dy, xhat, w, b, RESIDUAL, offsets, mask, ACTIVATION)
     if RAGGED and ACTIVATION is not None:
         return tl.where(mask, dz, 0.0), xhat
     else:
@@ -219,6 +232,7 @@ def channel_backward(
     DX,
     DW,
     DB,
+    DZ,
     DY_XHAT,
     DY_SUM,
     DY,
@@ -227,6 +241,7 @@ def channel_backward(
     RSTD,
     W,
     B,
+    RESIDUAL,
     C,
     RUNS,
     S,
@@ -241,13 +256,13 @@ def channel_backward(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A statistic a program. DY_XHAT, DY_SUM: each run's sums, for dw and db; OVER_SAMPLES those are DW and DB. Each of the
-    four may be None.
+    """A statistic a program. DY_XHAT, DY_SUM: each run's sums, for dw and db; OVER_SAMPLES those are DW and DB. DZ: a
+    residual's gradient. Each of them may be None.
     """
     wait_for_previous(PDL)
     let_next_launch(PDL)
     S = in_units(S, UNIT)
-    first, stride, parameters, step = runs_of_program(C, RUNS, OVER_SAMPLES, PER_SAMPLE)
+    first, stride, parameters, step = runs_of(first_program(), C, RUNS, OVER_SAMPLES, PER_SAMPLE)
     here = first_program() + tl.zeros([1, 1], tl.int64)
     mean, rstd = tl.load(MEAN + here).to(ACC), tl.load(RSTD + here).to(ACC)
     columns, turns = turns_of(RUNS, S, ROWS, POSITIONS)
@@ -259,7 +274,9 @@ def channel_backward(
         dz_sum = tl.zeros([ROWS, POSITIONS], ACC)
         for turn in tl.range(0, turns, num_stages=STAGES):
             _, _, offsets, mask = tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
-            dz, xhat = before_norm(DY, X, offsets, mask, mean, rstd, of_channel, b_of_channel, ACTIVATION, RAGGED, ACC)
+            dz, xhat = gradient_of_turn(
+                DY, X, RESIDUAL, offsets, mask, mean, rstd, of_channel, b_of_channel, ACTIVATION, RAGGED, ACC
+            )
             dz_xhat += dz * xhat
             dz_sum += dz
         of_x, of_1 = row_sums(dz_xhat, dz_sum)
@@ -277,7 +294,7 @@ def channel_backward(
         for turn in tl.range(0, turns, num_stages=STAGES):
             runs, live, offsets, mask = tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
             w, b = load_parameters_of_runs(W, B, parameters + runs, C, live, PER_SAMPLE)
-            dz, xhat = before_norm(DY, X, offsets, mask, mean, rstd, w, b, ACTIVATION, RAGGED, ACC)
+            dz, xhat = gradient_of_turn(DY, X, RESIDUAL, offsets, mask, mean, rstd, w, b, ACTIVATION, RAGGED, ACC)
             of_x, of_1 = row_sums(dz * xhat, dz)
             begun = turn % columns != 0
             run_xhat = tl.where(begun, run_xhat, 0.0) + of_x
@@ -295,6 +312,8 @@ def channel_backward(
     for turn in tl.range(0, turns, num_stages=STAGES):
         runs, live, offsets, mask = tile_of_turn(turns - 1 - turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
         w, b = load_parameters_of_runs(W, B, parameters + runs * step, C, live, PER_SAMPLE)
-        dz, xhat = before_norm(DY, X, offsets, mask, mean, rstd, w, b, ACTIVATION, RAGGED, ACC)
+        dz, xhat = gradient_of_turn(DY, X, RESIDUAL, offsets, mask, mean, rstd, w, b, ACTIVATION, RAGGED, ACC)
+        if DZ is not None:
+            tl.store(DZ + offsets, dz.to(DZ.dtype.element_ty), mask=mask)
         dx = dx_of(affine_backward(dz, w, 0.0), xhat, rstd, c1, c2, True)
         tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=mask)

@@ -1,14 +1,7 @@
 """Row norms of wide rows: a row is split over the programs of a team, which tell each other their share of its sums.
 
 So x (and dy) are read once, as rows that one program can hold are. What a team has to agree on is one word for each
-program: two fp32 numbers, written at once, in a table that starts as all NO_WORD (``forget_words``). A program publishes
-its word, waits for those of its team, and merges them in their order: the same result in each, with no barrier and no
-atomic sum.
-
-A program waits only for its own team. Teams are neighbours in the grid, and programs start in the grid's order, so that of
-each kernel at most one team is incomplete, and those before it end. The host sees to it that two teams have room on the
-device at once. That counts the whole device: on a part of one (a green context) of fewer multiprocessors than a team has
-programs, or with incomplete teams of so many streams that no place is left, they would wait forever.
+program, of two fp32 numbers (team.py).
 """
 
 import triton
@@ -31,63 +24,7 @@ from .overlap import let_next_launch, wait_for_previous
 from .row import normalize_streamed, store_stats, store_y
 from .row_backward import add_db, add_dw, dx_sums, load_stats, store_column_sums, store_dx, undoing_row, zero_chunks
 from .stats import held_moments, mean_of, rescued_stats, trusted
-
-# No pair of results looks so: as fp32 it is two NaNs, and the device makes only the NaN 0x7FFFFFFF.
-NO_WORD: tl.constexpr = tl.constexpr(-1)
-
-# Where asked, read until there is a word; else 0. (A loop in Triton would keep the one around it from being pipelined.)
-_AWAIT: tl.constexpr = tl.constexpr("""{
-    .reg .pred asked, absent;
-    setp.ne.s32 asked, $2, 0;
-    mov.b64 $0, 0;
-again:
-    @asked ld.relaxed.gpu.global.b64 $0, [$1];
-    setp.eq.s64 absent, $0, -1;
-    @absent bra again;
-}""")
-
-
-@triton.jit(do_not_specialize=["COUNT"])
-def forget_words(WORDS, COUNT: tl.int64, CHUNK: tl.constexpr, PDL: tl.constexpr):
-    """Make ``COUNT`` words NO_WORD."""
-    wait_for_previous(PDL)
-    let_next_launch(PDL)
-    words = first_program() * CHUNK + tl.arange(0, CHUNK)
-    tl.store(WORDS + words, tl.full([CHUNK], NO_WORD, tl.int64), mask=words < COUNT)
-
-
-@triton.jit
-def publish(WORD, a, b, live):
-    """Tell the team two fp32 numbers, each ``[1, 1]``, where ``live``."""
-    low = a.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    high = b.to(tl.int32, bitcast=True).to(tl.int64) << 32
-    tl.atomic_xchg(WORD + tl.zeros([1, 1], tl.int32), high | low, mask=live, sem="relaxed")
-
-
-@triton.jit
-def awaited(WORDS, asked, TEAM: tl.constexpr, LANES: tl.constexpr):
-    """The two numbers of each program of the team, ``[LANES]`` and 0 past TEAM, as soon as all have told them.
-
-    LANES is a warp or all of them: one warp that reads and passes on costs an exchange, all that read cost the words'
-    place in L2 (RMSNorm forward at 65536 columns: 70.4 µs and 71.2).
-    """
-    lanes = tl.arange(0, LANES)
-    words = tl.inline_asm_elementwise(
-        _AWAIT,
-        "=&l,l,r",
-        [(WORDS + lanes).to(tl.int64), ((lanes < TEAM) & asked).to(tl.int32)],
-        dtype=tl.int64,
-        is_pure=False,
-        pack=1,
-    )
-    a = (words & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
-    return a, (words >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def team_sum(shares):
-    """The sum of ``[LANES]`` shares, ``[1, 1]``."""
-    return tl.zeros([1, 1], tl.float32) + tl.sum(shares, axis=0)
+from .team import awaited, publish, team_sum
 
 
 @triton.jit

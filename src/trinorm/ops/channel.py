@@ -16,7 +16,7 @@ from ..spec import Activation, ChannelNorm
 from ..switches import when_set
 from . import channel_library, road
 from .calls import Bounded, Known
-from .layout import channels_readable, dense, in_order_of
+from .layout import beside, channels_readable, dense, in_order_of
 from .row import RECORDED_FROM, are_plain
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def channel_norm(
     activation: Activation | None = None,
     given: Given | None = None,
     averages: Averages | None = None,
+    residual: Tensor | None = None,
     asked: Hashable = None,
 ) -> Tensor:
     """The norm of checked arguments: by the kernels, or, where they do not serve, by the composite.
@@ -42,15 +43,15 @@ def channel_norm(
     """
     running = given or (None if averages is None else averages[:2]) or (None, None)
     if given is None and road.takes_op(spec.name, x, weight, bias, whole=False):
-        return channel_library.norm(spec, x, num_groups, weight, bias, eps, activation, averages)
+        return channel_library.norm(spec, x, num_groups, weight, bias, residual, eps, activation, averages)
     served = road.kernels_serve(spec.name, x, weight, bias)
-    if not served or any(type(t) not in road.PLAIN_OR_NONE for t in running):
-        return reference.composite(spec, x, num_groups, weight, bias, eps, given, averages, activation)
-    found = x, weight, bias, *running
+    if not served or any(type(t) not in road.PLAIN_OR_NONE for t in (*running, residual)):
+        return reference.composite(spec, x, num_groups, weight, bias, eps, given, averages, activation, residual)
+    found = x, weight, bias, *running, residual
     if x.dtype != torch.float64 and autocasts_to_fp32(spec.name, x.device.type):
-        x, weight, bias = in_fp32(x, weight, bias)
+        x, weight, bias, residual = in_fp32(x, weight, bias, residual)
     x = channels_readable(x)
-    inputs: Any = x, *(None if t is None else dense(t) for t in (weight, bias, *running))
+    inputs: Any = x, *(None if t is None else dense(t) for t in (weight, bias, *running)), beside(x, residual)
     kept = asked is not None and all(now is before for now, before in zip(inputs, found, strict=True))
     from .channels import Problem
 
@@ -60,13 +61,13 @@ def channel_norm(
         None if averages is None else averages.momentum,
         None if bias is None else bias.dtype,
         kept=kept,
-        differentiated=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:3]),
+        differentiated=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs[:3], residual)),
     )
     if kept:
         CALLS.keep((spec.name, asked), call, *inputs)
     y = call(*inputs)
     if averages is not None:
-        for t, now in zip(averages[:2], inputs[3:], strict=True):
+        for t, now in zip(averages[:2], inputs[3:5], strict=True):
             if t is not now and now is not None:
                 t.copy_(now)
     return y
@@ -97,18 +98,24 @@ class ChannelCall:
         self._met: Bounded[int] = Bounded(16)
 
     def __call__(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        residual: Tensor | None,
     ) -> Tensor:
         """mean, var: given statistics, or running ones, or None."""
         if self._differentiated:
-            return _apply(x, weight, bias, mean, var, self)
-        return self._results(x, weight, bias, mean, var)[0]  # type: ignore[return-value]
+            return _apply(x, weight, bias, mean, var, residual, self)
+        return self._results(x, weight, bias, mean, var, residual)[0]  # type: ignore[return-value]
 
     def _results(self, *inputs: Tensor | None) -> Results:
         """(y, mean, rstd); of given statistics y alone."""
         results = (self._again or self._forward)(*inputs)
         if self._momentum is not None:
-            increment_version([t for t in inputs[3:] if t is not None])  # a kernel wrote them, which autograd is to know
+            increment_version([t for t in inputs[3:5] if t is not None])  # a kernel wrote them, which autograd is to know
         return results
 
     def _forward(self, *inputs: Tensor | None) -> Results:
@@ -117,12 +124,17 @@ class ChannelCall:
         problem, momentum = self._problem, self._momentum
 
         def forward(
-            x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None
+            x: Tensor,
+            weight: Tensor | None,
+            bias: Tensor | None,
+            mean: Tensor | None,
+            var: Tensor | None,
+            residual: Tensor | None,
         ) -> Results:
             if problem.given:
-                return (channels.apply(problem, x, weight, bias, mean, var),)  # type: ignore[arg-type]
+                return (channels.apply(problem, x, weight, bias, mean, var, residual),)  # type: ignore[arg-type]
             running = None if mean is None or var is None or momentum is None else Averages(mean, var, momentum)
-            return channels.forward(problem, x, weight, bias, running=running, save=self._differentiated)
+            return channels.forward(problem, x, weight, bias, residual, running=running, save=self._differentiated)
 
         # Over samples (InstanceNorm) running statistics are averaged in ATen's ops, which would not be repeated.
         averaged = momentum is not None and not problem.spec.over_samples
@@ -136,18 +148,23 @@ class ChannelCall:
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        residual: Tensor | None,
         mean: Tensor,
         rstd: Tensor,
     ) -> Results:
-        """(dx, dw, db), those that are wanted. What was saved may come back in another layout or dtype, from a hook."""
-        problem, (dx, dw, db) = self._problem, wanted
+        """(dx, dw, db, dr), those that are wanted. What was saved may come back in another layout or dtype, from a hook."""
+        problem, (dx, dw, db, dr) = self._problem, wanted
+        if problem.activation is None and dr:
+            return *self._backward((dx, dw, db, False), dy, x, weight, bias, residual, mean, rstd)[:3], dy
+        if not any(wanted):
+            return (None,) * 4
         if torch.is_grad_enabled() or not are_plain(dy, x, weight, mean, rstd) or road.observer() is not None:
             # Someone differentiates this backward, to whom a kernel's result would silently be a constant, or maps over it.
             statistics = Given(mean, rstd) if problem.given else None
-            how = self._bias_dtype, problem.eps, dy, statistics, problem.activation
+            how = self._bias_dtype, problem.eps, dy, statistics, problem.activation, residual
             return reference.composite_gradients(problem.spec, x, problem.num_groups, weight, bias, *how)
         x = channels_readable(x)
-        inputs = in_order_of(x, dy), x, weight, bias, mean, rstd
+        inputs = in_order_of(x, dy), x, weight, bias, mean, rstd, beside(x, residual)
         key = wanted, *[None if t is None else (t.dtype, t.stride()) for t in inputs]
         if (again := self._gradients.get(key)) is not None:
             return again(*inputs)
@@ -155,7 +172,8 @@ class ChannelCall:
 
         def gradients(*inputs: Tensor | None) -> Results:
             dw_dtype = weight.dtype if dw and weight is not None else None
-            return channels.backward(problem, *inputs, dx=dx, dw=dw_dtype, db=self._bias_dtype if db else None)  # type: ignore[arg-type]
+            db_dtype = self._bias_dtype if db else None
+            return channels.backward(problem, *inputs, dx=dx, dw=dw_dtype, db=db_dtype, dr=dr)  # type: ignore[arg-type]
 
         results, again = self._record(key, gradients, *inputs)
         if again is not None:
@@ -198,19 +216,23 @@ class _ChannelNorm(torch.autograd.Function):
         bias: Tensor | None,
         mean: Tensor | None,
         var: Tensor | None,
+        residual: Tensor | None,
         call: ChannelCall,
     ) -> Tensor | None:
-        y, *statistics = call._results(x, weight, bias, mean, var)
+        y, *statistics = call._results(x, weight, bias, mean, var, residual)
         if call._problem.given:
             # The running ones may go on running before the backward, which is of what they were.
             statistics = [t.clone() for t in (mean, var) if t is not None]
-        ctx.save_for_backward(x, weight, None if call._problem.activation is None else bias, *statistics)
+        activated = call._problem.activation is not None
+        ctx.save_for_backward(x, weight, *((bias, residual) if activated else (None, None)), *statistics)
         ctx.call = call
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.call._backward(ctx.needs_input_grad[:3], dy, *ctx.saved_tensors), None, None, None
+        x, weight, bias, _, _, residual, _ = ctx.needs_input_grad
+        dx, dw, db, dr = ctx.call._backward((x, weight, bias, residual), dy, *ctx.saved_tensors)
+        return dx, dw, db, None, None, dr, None
 
 
 # As row._apply: without the Python part, which looks for torch.func.

@@ -1,11 +1,11 @@
 """The channel norms as registered ops, as library.py has the row norms::
 
-    group_norm(input, num_groups, weight?, bias?, eps, activation?) -> (y, mean, rstd)
-    batch_norm(input, weight?, bias?, eps, activation?) -> (y, mean, rstd)
+    group_norm(input, num_groups, weight?, bias?, residual?, eps, activation?) -> (y, mean, rstd)
+    batch_norm(input, weight?, bias?, residual?, eps, activation?) -> (y, mean, rstd)
     channel_layer_norm(input, weight?, bias?, eps) -> (y, mean, rstd)
     <norm>_backward(
-        dy, input, <num_groups,> weight?, <bias?,> mean, rstd, eps, <activation?,> dx, dw, db?
-    ) -> (dx, dw, db)
+        dy, input, <num_groups,> weight?, <bias?, residual?,> mean, rstd, eps, <activation?,> dx, dw, db?, <dr>
+    ) -> (dx, dw, db, <dr>)
 
 InstanceNorm is a GroupNorm with a group for each channel. Statistics are those of the input: a norm of given ones is
 pointwise, and left to Inductor. They have the input's dims that they are told apart by (samples and groups; channels;
@@ -27,7 +27,7 @@ from .. import channel_reference as reference
 from ..reference import autocasts_to_fp32, in_fp32, keeping_dtype
 from ..spec import ACTIVATIONS, BATCH_NORM, CHANNEL_LAYER_NORM, GROUP_NORM, INSTANCE_NORM, ChannelNorm
 from . import road
-from .layout import channels_readable, dense, in_order_of
+from .layout import beside, channels_readable, dense, in_order_of
 from .registering import Op, any_requires_grad, know_distributed, out_of_autocast, register
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def norm(
     num_groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     eps: float,
     activation: Activation | None,
     averages: Averages | None,
@@ -50,14 +51,14 @@ def norm(
     know_distributed(x, weight, bias)
     name = GROUP_NORM.name if spec.name == INSTANCE_NORM.name else spec.name
     if spec.name != name and x.dtype != torch.float64 and autocasts_to_fp32(spec.name, x.device.type):
-        x, weight, bias = in_fp32(x, weight, bias)
+        x, weight, bias, residual = in_fp32(x, weight, bias, residual)
     with keeping_dtype(x.device.type) if spec.name == name else torch.autocast(x.device.type, enabled=False):
         if spec.of_positions:
             y, mean, rstd = torch.ops.trinorm.channel_layer_norm(x, weight, bias, eps)
         elif spec.over_samples:
-            y, mean, rstd = torch.ops.trinorm.batch_norm(x, weight, bias, eps, activation)
+            y, mean, rstd = torch.ops.trinorm.batch_norm(x, weight, bias, residual, eps, activation)
         else:
-            y, mean, rstd = torch.ops.trinorm.group_norm(x, num_groups, weight, bias, eps, activation)
+            y, mean, rstd = torch.ops.trinorm.group_norm(x, num_groups, weight, bias, residual, eps, activation)
     if averages is not None:
         n = x.numel() // mean.numel()
         var = (rstd.detach().double() ** -2 - eps).clamp(min=0) * (n / (n - 1))
@@ -72,18 +73,19 @@ class _ChannelOp(Op):
 
     strided = True
     arguments: str
+    results = 3
 
     def __init__(self, spec: ChannelNorm, *settled: str) -> None:
         self._spec = spec
         if spec.name != GROUP_NORM.name:
             settled += ("num_groups",)
         if spec.of_positions:
-            settled += ("activation",)
+            settled += ("residual", "activation")
         arguments = self.arguments.split(", ")
         names = [argument.split()[1] for argument in arguments]
         self._input, self._groups = names.index("input"), names.index("num_groups")
         self._open = [name not in settled for name in names]
-        self.schema = f"({', '.join(self._given(*arguments))}) -> (Tensor, Tensor, Tensor)"
+        self.schema = f"({', '.join(self._given(*arguments))}) -> ({', '.join(['Tensor'] * self.results)})"
 
     def _given(self, *of_all: Any) -> list[Any]:
         """Of something for each argument, what is for those that the op has."""
@@ -114,7 +116,13 @@ class _ChannelOp(Op):
         return last.new_empty(last.shape).movedim(-1, 1)
 
     def _check(
-        self, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, activation: str | None
+        self,
+        x: Tensor,
+        num_groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        activation: str | None,
     ) -> None:
         """That the kernels read nothing but these tensors, in a way that there is."""
         op = f"trinorm::{self.name}"
@@ -125,12 +133,16 @@ class _ChannelOp(Op):
         shapes: Sequence[Any] = [x.shape[1:2]] if self._spec.of_positions else [x.shape[1:2], x.shape[:2]]
         fits = fits and all(t.device == x.device and t.shape == given[0].shape and t.shape in shapes for t in given)
         torch._check(fits, lambda: f"{op}: num_groups, weight or bias does not fit the input's shape {list(x.shape)}")
+        fits = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device)
+        torch._check(fits, lambda: f"{op}: residual is not of the input's shape {list(x.shape)}, dtype and device")
         known = all(t.dtype in road.KERNEL_DTYPES for t in (x, *given))
         torch._check_not_implemented(known, lambda: f"{op}: a dtype other than {road.KERNEL_DTYPES}")
 
 
 class _Forward(_ChannelOp):
-    arguments = "Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, float eps, str? activation"
+    arguments = (
+        "Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str? activation"
+    )
 
     def __init__(self, spec: ChannelNorm, backward: _Backward) -> None:
         super().__init__(spec)
@@ -138,41 +150,44 @@ class _Forward(_ChannelOp):
 
     def autocast(self, key: str, *args: Any) -> Results:
         """In fp32 where torch's own op is."""
-        x, num_groups, weight, bias, *how = self._named(*args)
+        x, num_groups, *tensors, eps, activation = self._named(*args)
         if x.dtype != torch.float64 and autocasts_to_fp32(self.name, x.device.type):
-            x, weight, bias = in_fp32(x, weight, bias)
+            x, *tensors = in_fp32(x, *tensors)
         with out_of_autocast(key):
-            return self(*self._given(x, num_groups, weight, bias, *how))
+            return self(*self._given(x, num_groups, *tensors, eps, activation))
 
     def autograd(self, keyset: Any, *args: Any) -> Results:
         return self.composite(*args) if forward_ad._current_level >= 0 else self.kernel(keyset, *args)
 
     def save(self, ctx: Any, results: Results, *args: Any) -> None:
-        x, num_groups, weight, bias, eps, activation = self._named(*args)
-        ctx.save_for_backward(x, weight, None if activation is None else bias, *results[1:])
+        x, num_groups, weight, bias, residual, eps, activation = self._named(*args)
+        activated = (None, None) if activation is None else (bias, residual)
+        ctx.save_for_backward(x, weight, *activated, *results[1:])
         ctx.mark_non_differentiable(*results[1:])
         ctx.num_groups, ctx.how = num_groups, (eps, activation)
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     def differentiate(self, ctx: Any, *gradients: Tensor | None) -> Results:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        dx, _, dw, db, *_ = self._all(ctx.needs_input_grad[3:])
-        wanted = dx, dw, ctx.bias_dtype if db else None
-        args = gradients[0], x, ctx.num_groups, weight, bias, mean, rstd, *ctx.how, *wanted
-        dx, dw, db = self._backward(*self._backward._given(*args))
-        return tuple(self._given(dx, None, dw, db, None, None))
+        x, *saved = ctx.saved_tensors
+        dx, _, dw, db, dr, *_ = self._all(ctx.needs_input_grad[3:])
+        # Without an activation a residual's gradient is y's own, which an op may not return.
+        wanted = dx, dw, ctx.bias_dtype if db else None, bool(dr) and ctx.how[1] is not None
+        args = gradients[0], x, ctx.num_groups, *saved, *ctx.how, *wanted
+        dx, dw, db, *dz = self._backward(*self._backward._given(*args))
+        dr = dz[0] if wanted[3] else gradients[0] if dr else None
+        return tuple(self._given(dx, None, dw, db, dr, None, None))
 
     def composite(self, *args: Any) -> Results:
-        x, num_groups, weight, bias, eps, activation = self._named(*args)
-        self._check(x, num_groups, weight, bias, activation)
-        y = reference.composite(self._spec, x, num_groups, weight, bias, eps, None, None, activation)
+        x, num_groups, weight, bias, residual, eps, activation = self._named(*args)
+        self._check(x, num_groups, weight, bias, residual, activation)
+        y = reference.composite(self._spec, x, num_groups, weight, bias, eps, None, None, activation, residual)
         mean, rstd = reference.statistics(self._spec, x, num_groups, eps)
         stats, shape = road.accumulator_dtype(x, weight, bias), self._statistics_shape(x, num_groups)
         return in_order_of(self._like(x), y), *(t.detach().to(stats).view(shape) for t in (mean, rstd))
 
     def compute(self, *args: Any) -> Results:
-        x, num_groups, weight, bias, eps, activation = self._named(*args)
-        self._check(x, num_groups, weight, bias, activation)
+        x, num_groups, weight, bias, residual, eps, activation = self._named(*args)
+        self._check(x, num_groups, weight, bias, residual, activation)
         paired = (weight is None or weight.dim() == 1) and (bias is None or bias.dim() == 1)
         paired = paired or not (weight is None or bias is None)
         torch._check(paired, lambda: f"trinorm::{self.name}: of each sample's own there must be both weight and bias")
@@ -182,25 +197,27 @@ class _Forward(_ChannelOp):
 
         weight, bias = (None if t is None else dense(t) for t in (weight, bias))
         problem = channels.Problem(self._spec, num_groups, eps, activation)
-        y, *statistics = channels.forward(problem, channels_readable(x), weight, bias)
+        x = channels_readable(x)
+        y, *statistics = channels.forward(problem, x, weight, bias, beside(x, residual))
         shape = self._statistics_shape(x, num_groups)
         return y, *(None if t is None else t.view(shape) for t in statistics)
 
     def fake(self, *args: Any) -> Results:
-        x, num_groups, weight, bias, _, activation = self._named(*args)
-        self._check(x, num_groups, weight, bias, activation)
+        x, num_groups, weight, bias, residual, _, activation = self._named(*args)
+        self._check(x, num_groups, weight, bias, residual, activation)
         stats, shape = road.accumulator_dtype(x, weight, bias), self._statistics_shape(x, num_groups)
         return self._like(x), *(x.new_empty(shape, dtype=stats) for _ in range(2))
 
 
 class _Backward(_ChannelOp):
     arguments = (
-        "Tensor dy, Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, float eps, "
-        "str? activation, bool dx, bool dw, ScalarType? db"
+        "Tensor dy, Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, "
+        "Tensor rstd, float eps, str? activation, bool dx, bool dw, ScalarType? db, bool dr"
     )
 
     def __init__(self, spec: ChannelNorm) -> None:
-        super().__init__(spec, *["bias"] * spec.of_positions)  # which is for the activation
+        self.results = 3 if spec.of_positions else 4
+        super().__init__(spec, *(("bias", "dr") if spec.of_positions else ()))  # the bias is for the activation
         self.name = f"{spec.name}_backward"
 
     def autograd(self, keyset: Any, *args: Any) -> Results:
@@ -209,16 +226,19 @@ class _Backward(_ChannelOp):
         return self.kernel(keyset, *args)
 
     def composite(self, *args: Any) -> Results:
-        dy, x, num_groups, weight, bias, _, _, eps, activation, dx, dw, db = self._named(*args)
-        found: Any = reference.composite_gradients(self._spec, x, num_groups, weight, bias, db, eps, dy, None, activation)
-        return in_order_of(self._like(x), found.dx) if dx else None, found.dw if dw else None, found.db
+        dy, x, num_groups, weight, bias, residual, _, _, eps, activation, dx, dw, db, dr = self._named(*args)
+        how: Any = db, eps, dy, None, activation, residual
+        found: Any = reference.composite_gradients(self._spec, x, num_groups, weight, bias, *how)
+        dx, dr = (in_order_of(self._like(x), t) if wanted else None for t, wanted in ((found.dx, dx), (found.dr, dr)))
+        return (dx, found.dw if dw else None, found.db, dr)[: self.results]
 
     def compute(self, *args: Any) -> Results:
-        dy, x, num_groups, weight, bias, mean, rstd, eps, activation, dx, dw, db = self._named(*args)
-        self._check(x, num_groups, weight, bias, activation)
+        dy, x, num_groups, weight, bias, residual, mean, rstd, eps, activation, dx, dw, db, dr = self._named(*args)
+        self._check(x, num_groups, weight, bias, residual, activation)
         shape = self._statistics_shape(x, num_groups)
         fits = dy.shape == x.shape and all(t.shape == shape and t.device == x.device for t in (mean, rstd))
         fits = fits and dy.device == x.device and dy.dtype in road.KERNEL_DTYPES and not (dw and weight is None)
+        fits = fits and not (dr and activation is None)
         fits = fits and mean.dtype == rstd.dtype and rstd.dtype in (torch.float32, torch.float64)
         torch._check(fits, lambda: f"trinorm::{self.name}: dy, mean or rstd is not as the forward gives it")
         if not road.has_kernels(x) or not x.numel():
@@ -227,18 +247,22 @@ class _Backward(_ChannelOp):
 
         weight, bias = (None if t is None else dense(t) for t in (weight, bias))
         problem = channels.Problem(self._spec, num_groups, eps, activation)
-        wanted: dict[str, Any] = dict(dx=dx, dw=weight.dtype if dw and weight is not None else None, db=db)
-        return channels.backward(problem, dy, channels_readable(x), weight, bias, dense(mean), dense(rstd), **wanted)
+        wanted: dict[str, Any] = dict(dx=dx, dw=weight.dtype if dw and weight is not None else None, db=db, dr=bool(dr))
+        x = channels_readable(x)
+        tensors = dy, x, weight, bias, dense(mean), dense(rstd), beside(x, residual)
+        return channels.backward(problem, *tensors, **wanted)[: self.results]
 
     def fake(self, *args: Any) -> Results:
-        _, x, _, weight, bias, _, _, _, _, dx, dw, db = self._named(*args)
+        _, x, _, weight, bias, *_, dx, dw, db, dr = self._named(*args)
         of_samples = any(t is not None and t.dim() == 2 for t in (weight, bias))
         parameters = x.shape[:2] if of_samples else x.shape[1:2]
-        return (
+        found = (
             self._like(x) if dx else None,
             weight.new_empty(parameters) if dw else None,
             None if db is None else x.new_empty(parameters, dtype=db),
+            self._like(x) if dr else None,
         )
+        return found[: self.results]
 
 
 for _spec in (GROUP_NORM, BATCH_NORM, CHANNEL_LAYER_NORM):

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..channel_reference import Averages
+from ..channel_reference import Averages, ChannelGradients
 from ..kernels.channel import channel_apply, channel_combine, channel_moments
 from ..kernels.channel_backward import channel_apply_backward, channel_combine_backward, channel_sums
 from ..kernels.channel_held import held_backward, held_forward
+from ..kernels.channel_split import split_backward, split_forward
 from ..kernels.channel_whole import channel_backward, channel_forward
 from ..launch import Device, describe, empty, empty_like, launch
-from ..spec import Activation, ChannelNorm
-from ..tuning import ChannelHeld, ChannelWalk, ChannelWhole, choose_apply, choose_combine, choose_sums, choose_whole
-from .layout import in_order_of, is_channels_last
+from ..tuning import (
+    ChannelHeld,
+    ChannelSplit,
+    ChannelWalk,
+    ChannelWhole,
+    choose_apply,
+    choose_combine,
+    choose_sums,
+    choose_whole,
+)
+from .channel_problem import Problem, View, view_of
+from .layout import in_order_of
 from .road import accumulator_dtype
-from .start import ACCUMULATOR, started_by, widest
-
-
-class Problem(NamedTuple):
-    """What is computed of the tensors. num_groups: 1 to a channel but for GroupNorm, and for a position, which is 1.
-    given: statistics are given and not taken: each channel's, and for rstd there is a variance.
-    """
-
-    spec: ChannelNorm
-    num_groups: int
-    eps: float
-    activation: Activation | None = None
-    given: bool = False
+from .start import ACCUMULATOR, started_by, widest, words_of_teams
 
 
 class Normalized(NamedTuple):
@@ -41,47 +38,19 @@ class Normalized(NamedTuple):
     rstd: Tensor | None
 
 
-class View(NamedTuple):
-    """Samples of ``width`` channels by s positions, the channels last in memory or first (kernels/channel_tiles.py)."""
-
-    samples: int
-    width: int
-    s: int
-    last: bool
-
-    @property
-    def unit(self) -> int:
-        """The elements that divide what runs through memory, as far as a wide access asks."""
-        return math.gcd(self.width if self.last else self.s, 16)
-
-    def one_sample(self) -> View:
-        """The same where samples need not be told apart: of channels-first ones, one of all channels."""
-        if self.last or self.samples * self.width >= 1 << 31:
-            return self
-        return View(1, self.samples * self.width, self.s, False)
-
-
-def view_of(spec: ChannelNorm, x: Tensor) -> View:
-    """x, which has one of the two orders (layout.channels_readable), as the kernels see it."""
-    last = is_channels_last(x)
-    samples, width, s = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-    if last and spec.over_samples:
-        return View(1, width, samples * s, True)
-    return View(samples, width, s, last)
-
-
 def forward(
     problem: Problem,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None = None,
     *,
     running: Averages | None = None,
     save: bool = True,
 ) -> Normalized:
     """Normalize x, which is in one of the two orders, as y then is. weight and bias: ``(C,)``, or ``(N, C)`` both.
-
-    save: a backward will ask for statistics; positions, which are many, have none otherwise.
+    residual: of x's shape, in x's order. save: a backward will ask for statistics; positions, which are many, have none
+    otherwise.
     """
     spec, num_groups = problem[:2]
     if spec.of_positions:
@@ -102,17 +71,15 @@ def forward(
 
     if (whole := _whole(problem, x, stats, 1)) is not None:
         y = empty_like(x)
-        args = y, *statistics, x, weight, bias, *whole.shape, problem.eps, momentum
+        args = y, *statistics, *whole.words(device), x, weight, bias, residual, *whole.shape, problem.eps, momentum
         options = whole.options | dict(RESCUE=stats == torch.float32)
         options.update(PER_SAMPLE=_is_of_samples(weight, bias), ACTIVATION=problem.activation)
-        if isinstance(whole.plan, ChannelHeld):
-            launch(held_forward, (whole.programs,), device, args, options)
-        else:
+        if isinstance(whole.plan, ChannelWhole):
             options.update(UNEVEN=whole.plan.uneven(view_of(spec, x).s))
-            launch(channel_forward, (whole.programs,), device, args, options)
+        launch(_WHOLE[type(whole.plan)][0], (whole.programs,), device, args, options)
     else:
         _take_statistics(problem, x, statistics, stats, momentum)
-        y = apply(problem, x, weight, bias, mean, rstd)
+        y = apply(problem, x, weight, bias, mean, rstd, residual)
     if running is not None and var is not None:
         # Running statistics, which are a channel's, have the mean of those of all samples (InstanceNorm).
         for kept, now in ((running.mean, mean), (running.var, var)):
@@ -145,7 +112,15 @@ def _take_statistics(
     launch(channel_combine, (outer * -(-(view.width // d) // combine.sets),), device, args, options)
 
 
-def apply(problem: Problem, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+def apply(
+    problem: Problem,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:
     """y of these statistics."""
     y = empty_like(x)
     if x.numel() == 0:
@@ -156,7 +131,7 @@ def apply(problem: Problem, x: Tensor, weight: Tensor | None, bias: Tensor | Non
     teams, blocks, slabs = plan.programs(*view[:3])
     channels = x.shape[1]
     shape = view.width, view.s, plan.slab, slabs, channels, channels // problem.num_groups
-    args = (y, x, mean, rstd, weight, bias, *shape, problem.eps)
+    args = (y, x, mean, rstd, weight, bias, residual, *shape, problem.eps)
     options = _walked(view, plan, stats, size) | _of_channels(problem, weight, bias)
     launch(channel_apply, (teams * blocks * slabs,), x.device, args, options)
     return y
@@ -170,17 +145,24 @@ def backward(
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    residual: Tensor | None = None,
     *,
     dx: bool,
     dw: torch.dtype | None,
     db: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dw, db): dx where asked for, in x's order; dw and db in the dtype asked for. bias: for the activation."""
+    dr: bool = False,
+) -> ChannelGradients:
+    """dx and dr where asked for, in x's order; dw and db in the dtype asked for. bias, residual: for the activation,
+    without which a residual's gradient is dy, and not asked for here.
+    """
     if problem.spec.of_positions:
         from . import channel_layers
 
-        return channel_layers.backward(dy, x, weight, mean, rstd, dx=dx, dw=dw, db=db)
+        return ChannelGradients(*channel_layers.backward(dy, x, weight, mean, rstd, dx=dx, dw=dw, db=db), None)
     dy = in_order_of(x, dy)
+    if problem.activation is None:
+        bias = residual = None
+    dz = empty_like(x) if dr else None
     dx_out = empty_like(x) if dx else None
     of_parameters = tuple(x.shape[:2] if _is_of_samples(weight, bias) else x.shape[1:2])
     dw_out, db_out = (None if t is None else empty(of_parameters, t, x.device) for t in (dw, db))
@@ -188,20 +170,23 @@ def backward(
         for t in (dw_out, db_out):
             if t is not None:
                 t.zero_()
-    if x.numel() == 0 or not (dx or dw or db):
-        return dx_out, dw_out, db_out
-    if problem.activation is None:
-        bias = None
+    found = ChannelGradients(dx_out, dw_out, db_out, dz)
+    if x.numel() == 0 or not (dx or dw or db or dr):
+        return found
     stats = accumulator_dtype(x, weight, mean, rstd)
-    tensors = dy, x, mean, rstd, weight, bias
+    tensors = dy, x, mean, rstd, weight, bias, residual
     taken = dx and not problem.given  # dx depends on the statistics
     if taken and (whole := _whole(problem, x, stats, 2)) is not None:
-        _backward_of_whole(problem, whole, (dx_out, dw_out, db_out), *tensors)
-        return dx_out, dw_out, db_out
+        _backward_of_whole(problem, whole, found, *tensors)
+        return found
     c1, c2 = (empty_like(rstd) if taken else None for _ in range(2))
-    if taken or dw or db:
-        _sum(problem, (dw_out, db_out, c1, c2), *tensors, stats)
+    if residual is not None and dz is None and dx:
+        dz = empty_like(x)
+    if taken or dw or db or residual is not None:
+        _sum(problem, (dw_out, db_out, c1, c2), None if residual is None else dz, *tensors, stats)
     if dx_out is not None:
+        if residual is not None and dz is not None:  # dL/dz is there by now
+            problem, dy, bias = problem._replace(activation=None), dz, None
         size, view, channels = describe(x.device), view_of(problem.spec, x).one_sample(), x.shape[1]
         plan = choose_apply(*view[:3], widest(x.dtype, stats), 2, view.last, size)
         teams, blocks, slabs = plan.programs(*view[:3])
@@ -209,21 +194,23 @@ def backward(
         args = (dx_out, dy, x, mean, rstd, c1, c2, weight, bias, *shape, problem.eps)
         options = _walked(view, plan, stats, size) | _of_channels(problem, weight, bias)
         launch(channel_apply_backward, (teams * blocks * slabs,), x.device, args, options)
-    return dx_out, dw_out, db_out
+    return found
 
 
 def _sum(
     problem: Problem,
     sums: tuple[Tensor | None, ...],
+    dz: Tensor | None,
     dy: Tensor,
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     stats: torch.dtype,
 ) -> None:
-    """sums: dw, db, c1 and c2, each or not; c1 and c2 together."""
+    """sums: dw, db, c1 and c2, each or not; c1 and c2 together. dz: to be written, or None."""
     device, channels, size = x.device, x.shape[1], describe(x.device)
     dw, db, c1, _ = sums
     across = problem.spec.over_samples or problem.given
@@ -238,11 +225,13 @@ def _sum(
         for asked in (dw, db)
     )
     d = channels // problem.num_groups
-    args: tuple[Any, ...] = (dy_xhat, dy_sum, dy, x, mean, rstd, weight, bias)
+    args: tuple[Any, ...] = (dy_xhat, dy_sum, dz, dy, x, mean, rstd, weight, bias, residual)
     args = (*args, *view[:3], plan.slab, slabs, channels, d, problem.eps)
     options = _walked(view, plan, stats, size) | _of_channels(problem, weight, bias) | dict(SAMPLES=plan.samples)
     launch(channel_sums, (teams * blocks * slabs,), device, args, options)
 
+    if dy_xhat is None and dy_sum is None:
+        return
     # dw and db are sums over all parts, or over those of a sample.
     outers, wide = (view.samples, view.width) if of_samples else (1, channels)
     parts = teams * slabs * view.width // (outers * wide)
@@ -259,13 +248,31 @@ def _sum(
     launch(channel_combine_backward, (set_programs + channel_programs,), device, args, options)
 
 
-class _Whole(NamedTuple):
-    """A launch whose programs have whole statistics: how many, the sizes that the kernel is told, and its options."""
+# Of programs, or teams, with whole statistics: the kernels of each kind of launch, forward and backward.
+_WHOLE: dict[type, tuple[Any, Any]] = {
+    ChannelHeld: (held_forward, held_backward),
+    ChannelWhole: (channel_forward, channel_backward),
+    ChannelSplit: (split_forward, split_backward),
+}
 
-    plan: ChannelWhole | ChannelHeld
-    programs: int
+
+class _Whole(NamedTuple):
+    """A launch of those: of how many statistics, the sizes that the kernel is told, and its options."""
+
+    plan: ChannelWhole | ChannelHeld | ChannelSplit
+    sets: int
     shape: tuple[int, ...]
     options: dict[str, Any]
+
+    @property
+    def programs(self) -> int:
+        return self.plan.programs(self.sets)
+
+    def words(self, device: torch.device) -> tuple[Tensor, ...]:
+        """What a team's programs tell each other goes in there."""
+        return (
+            (words_of_teams(launch, self.sets, 2 * self.plan.team, device),) if isinstance(self.plan, ChannelSplit) else ()
+        )
 
 
 def _whole(problem: Problem, x: Tensor, stats: torch.dtype, tensors: int) -> _Whole | None:
@@ -288,51 +295,51 @@ def _whole(problem: Problem, x: Tensor, stats: torch.dtype, tensors: int) -> _Wh
         POSITIONS=plan.tile.chunk,
         **started_by(plan.tile, size),
     )
-    channels, programs = x.shape[1], plan.programs(sets)
+    shape: tuple[int, ...] = x.shape[1], runs, view.s
     if isinstance(plan, ChannelHeld):
-        return _Whole(plan, programs, (channels, sets, runs, view.s), options | dict(APART=plan.apart))
-    return _Whole(plan, programs, (channels, runs, view.s), options | dict(STAGES=plan.stages))
+        shape = x.shape[1], sets, runs, view.s
+        options.update(APART=plan.apart)
+    elif isinstance(plan, ChannelSplit):
+        options.update(LANES=plan.lanes)
+    else:
+        options.update(STAGES=plan.stages)
+    return _Whole(plan, sets, shape, options)
 
 
 def _backward_of_whole(
     problem: Problem,
     whole: _Whole,
-    gradients: tuple[Tensor | None, ...],
+    gradients: ChannelGradients,
     dy: Tensor,
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
 ) -> None:
     device, (samples, channels) = x.device, x.shape[:2]
-    dx, dw, db = gradients
-    # Sums of the statistics' own channels are dw and db; of each run of a sample they are, or are to be added up.
+    dx, dw, db, dr = gradients
+    dz = None if residual is None else dr
+    # Sums of the statistics' own channels are dw and db; those of each run of a sample are to be added up.
     over_samples, of_samples = problem.spec.over_samples, _is_of_samples(weight, bias)
     of_statistics = (dw, db) if over_samples else (None, None)
-    of_runs: list[Tensor | None] = [None, None]
-    if not over_samples:
-        make = [out is not None and (not of_samples or out.dtype != rstd.dtype) for out in (dw, db)]
-        of_runs = [
-            empty(tuple(x.shape[:2]), rstd.dtype, device) if apart else out
-            for apart, out in zip(make, (dw, db), strict=True)
-        ]
-    args: tuple[Any, ...] = (dx, *of_statistics, *of_runs, dy, x, mean, rstd, weight, bias, *whole.shape)
+    parts = samples * (whole.plan.members(whole.shape[-1]) if isinstance(whole.plan, ChannelSplit) else 1)
+    of_runs = tuple(
+        None if over_samples or out is None else empty((parts, channels), rstd.dtype, device) for out in (dw, db)
+    )
+    inputs = dy, x, mean, rstd, weight, bias, residual
+    args: tuple[Any, ...] = (dx, *of_statistics, dz, *of_runs, *whole.words(device), *inputs, *whole.shape)
     options = whole.options | dict(PER_SAMPLE=of_samples, ACTIVATION=problem.activation)
-    if isinstance(whole.plan, ChannelHeld):
-        launch(held_backward, (whole.programs,), device, args, options)
-    else:
-        launch(channel_backward, (whole.programs,), device, args, options)
-    if of_samples:
-        for out, found in zip((dw, db), of_runs, strict=True):
-            if out is not None and found is not None and out is not found:
-                out.copy_(found)
-    elif any(t is not None for t in of_runs):
-        combine = choose_combine(1, samples)
-        args = (dw, db, None, None, *of_runs, weight, 1, 1, channels, samples, channels, channels, 0, 1.0)
+    launch(_WHOLE[type(whole.plan)][1], (whole.programs,), device, args, options)
+    if any(t is not None for t in of_runs):
+        outers = samples if of_samples else 1
+        combine = choose_combine(1, parts // outers)
+        shape = 1, 1, channels, parts // outers, channels, channels, 0, 1.0
+        args = (dw, db, None, None, *of_runs, None, *shape)
         tile = dict(K=combine.k, SETS=combine.sets, PARTS=combine.k, CHANNELS=combine.sets)
         options = dict(GROUPED=True, **tile, **started_by(combine, describe(device)))
-        launch(channel_combine_backward, (-(-channels // combine.sets),), device, args, options)
+        launch(channel_combine_backward, (outers * -(-channels // combine.sets),), device, args, options)
 
 
 def _is_of_samples(weight: Tensor | None, bias: Tensor | None) -> bool:

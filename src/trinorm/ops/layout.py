@@ -88,3 +88,8 @@ def in_order_of(x: Tensor, t: Tensor) -> Tensor:
         return t.contiguous()
     last = t.movedim(1, -1)
     return t if last.is_contiguous() else last.contiguous().movedim(-1, 1)
+
+
+def beside(x: Tensor, residual: Tensor | None) -> Tensor | None:
+    """A residual, where there is one, in x's order."""
+    return None if residual is None else in_order_of(x, residual)

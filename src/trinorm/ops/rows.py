@@ -10,11 +10,10 @@ from torch import Tensor
 from ..kernels.row import row_forward, row_forward_streamed
 from ..kernels.row_backward import row_backward, row_backward_few, sum_partials
 from ..kernels.row_backward_wide import row_backward_apply, row_backward_moments
-from ..kernels.row_split import forget_words, row_backward_split, row_forward_split
+from ..kernels.row_split import row_backward_split, row_forward_split
 from ..launch import Count, describe, empty, launch, of_rows
 from ..spec import RowNorm
 from ..tuning import (
-    FORGET,
     RowBackward,
     RowBackwardFew,
     RowBackwardSplit,
@@ -26,7 +25,7 @@ from ..tuning import (
 )
 from .layout import rows_of
 from .road import accumulator_dtype
-from .start import ACCUMULATOR, started_by, widest
+from .start import ACCUMULATOR, started_by, widest, words_of_teams
 
 
 class Normalized(NamedTuple):
@@ -78,7 +77,7 @@ def forward(
     elif isinstance(plan, RowForwardSplit):
         options.update(BLOCK=plan.block, LANES=plan.lanes)
         team = n // plan.block
-        args = (y, mean, rstd, _words(m, team, device), x, weight, bias, odd_sizes, strides, eps)
+        args = (y, mean, rstd, words_of_teams(launch, m, team, device), x, weight, bias, odd_sizes, strides, eps)
         launch(row_forward_split, (of_rows(m, lambda m: m * team),), device, args, options)
     else:
         args = (y, mean, rstd, x, weight, bias, odd_sizes, strides, eps)
@@ -148,7 +147,7 @@ def backward(
         launch(row_backward, (programs,), device, args, tiled)
     elif isinstance(plan, RowBackwardSplit):
         team = n // plan.block
-        words = _words(m, team, device) if dx else None
+        words = words_of_teams(launch, m, team, device) if dx else None
         args = (dx_out, *partials, words, *operands, of_rows(m), *layout)
         tiled.update(BLOCK=plan.block, LANES=plan.lanes(n), STAGES=plan.stages)
         if plan.registers:
@@ -194,12 +193,3 @@ def _variant(spec: RowNorm, x: Tensor, weight: Tensor | None, stats: torch.dtype
         OFFSET=0.0 if weight is None else spec.offset,
         ROUND=spec.rounded and x.dtype != stats,
     )
-
-
-def _words(m: int, team: int, device: torch.device) -> Tensor:
-    """A table in which the teams of m rows tell each other their shares; no word is there yet."""
-    words = empty((of_rows(m), team), torch.int64, device)
-    options = dict(CHUNK=FORGET.chunk, **started_by(FORGET, describe(device)))
-    grid = of_rows(m, lambda m: -(-m * team // FORGET.chunk))
-    launch(forget_words, (grid,), device, (words, of_rows(m, lambda m: m * team)), options)
-    return words

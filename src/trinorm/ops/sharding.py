@@ -23,7 +23,7 @@ from ..spec import BATCH_NORM, CHANNEL_LAYER_NORM, GROUP_NORM, ROW_NORMS
 
 
 class _Way(NamedTuple):
-    """A way to lay a call along a mesh dim: input and dy; statistics; weight and bias; the gradients of these."""
+    """A way to lay a call along a mesh dim: input, residual and dy; statistics; weight and bias; the gradients of these."""
 
     input: Placement
     statistics: Placement
@@ -73,14 +73,12 @@ def _rule(op: OpOverload, ways: Callable[[_Call], list[_Way]], *args: Any) -> li
     call = {argument.name: value for argument, value in zip(op._schema.arguments, args, strict=True)}
     found: list[tuple[Placements, Placements]] = []
     for way in (_Way(*[Replicate()] * 4), *ways(call)):
-        laid: dict[str, Placement] = dict.fromkeys(("input", "dy"), way.input)
+        laid: dict[str, Placement] = dict.fromkeys(("input", "residual", "dy"), way.input)
         laid |= dict.fromkeys(("mean", "rstd"), way.statistics) | dict.fromkeys(("weight", "bias"), way.parameters)
         results: Placements = [way.input, *[way.statistics] * (len(op._schema.returns) - 1)]
         if "dy" in call:
-            wanted = call["dx"], call["dw"], call["db"] is not None
-            results = [
-                p if is_wanted else None for p, is_wanted in zip((way.input, way.sums, way.sums), wanted, strict=True)
-            ]
+            wanted = {"dx": way.input, "dw": way.sums, "db": way.sums, "dr": way.input}
+            results = [p if call[name] not in (False, None) else None for name, p in wanted.items() if name in call]
         found.append((results, [None if value is None else laid.get(name) for name, value in call.items()]))
     return found
 

@@ -10,7 +10,7 @@ import functools
 from dataclasses import replace
 
 from ..launch import Device
-from .kinds import ChannelCombine, ChannelHeld, ChannelLayer, ChannelWalk, ChannelWhole, Tile
+from .kinds import ChannelCombine, ChannelHeld, ChannelLayer, ChannelSplit, ChannelWalk, ChannelWhole, Tile
 
 # Of a pass that walks: elements of a tile of 2-byte numbers, its warps, its stages, the programs that a multiprocessor is
 # to have before one takes more than a tile. By whether channels are last, and how many tensors are read.
@@ -55,6 +55,10 @@ _SMALL_WHOLE = (1024, 1)
 # read again 22.9).
 _HELD = {1: (8 << 10, 4096, 2048, 4096), 2: (32 << 10, 2048, 4096, 4096)}
 _HELD_WARPS = 4
+
+# Of a pass by teams, by the tensors that are read: elements of a program's tile of 2-byte numbers, its warps, and the least
+# elements of a statistic.
+_SPLIT = {1: (4096, 4, 1 << 14), 2: (4096, 4, 1 << 14)}
 
 # The share of the multiprocessors, 1 over this, that statistics should keep at work.
 _LEAST_SHARE = 2
@@ -124,20 +128,36 @@ def _walk(
 @functools.lru_cache(maxsize=1024)
 def choose_whole(
     sets: int, runs: int, s: int, itemsize: int, tensors: int, over_samples: bool, device: Device
-) -> ChannelWhole | ChannelHeld | None:
-    """The launch of a pass whose programs have whole statistics, of ``runs`` runs of s positions of so many tensors; None
-    where there are too few statistics for the device.
+) -> ChannelWhole | ChannelHeld | ChannelSplit | None:
+    """The launch of a pass whose programs, or teams, have whole statistics, of ``runs`` runs of s positions of so many
+    tensors; None where there are too few statistics for the device.
     """
-    if sets * _LEAST_SHARE < device.multiprocessors:
-        return None
-    if (held := _held(runs, s, itemsize, tensors, over_samples)) is not None:
+    enough = sets * _LEAST_SHARE >= device.multiprocessors
+    if enough and (held := _held(runs, s, itemsize, tensors, over_samples)) is not None:
         return held
+    if (split := _split(sets, runs, s, itemsize, tensors, device)) is not None:
+        return split
+    if not enough:
+        return None
     small = runs * s <= _SMALL and sets >= _WHOLE[0][0] * device.multiprocessors
     of_share = next(shape for share, *shape in _WHOLE if sets >= share * device.multiprocessors)
     elements, warps = _SMALL_WHOLE if small else of_share
     tile, ragged = _tile_of_runs(runs, s, elements * 2 // max(2, itemsize))
     warps = min(warps, max(1, tile.rows * tile.chunk * itemsize // _LEAST_OF_WARP))
     return ChannelWhole(replace(tile, warps=warps), 3, ragged)
+
+
+def _split(sets: int, runs: int, s: int, itemsize: int, tensors: int, device: Device) -> ChannelSplit | None:
+    """The launch whose teams hold their statistics; None where they are too small to be worth it, or too large."""
+    elements, warps, least = _SPLIT[tensors]
+    if not device.programs_wait or runs * s < least:
+        return None
+    for times in (1, 2, 4):
+        tile, ragged = _tile_of_runs(runs, s, times * elements * 2 // max(2, itemsize))
+        team = -(-runs // tile.rows) * -(-s // tile.chunk)
+        if team <= min(32 * warps * times, device.multiprocessors // 2):
+            return ChannelSplit(replace(tile, warps=warps * times), team, ragged)
+    return None
 
 
 def _held(runs: int, s: int, itemsize: int, tensors: int, over_samples: bool) -> ChannelHeld | None:

@@ -185,6 +185,30 @@ class ChannelHeld:
 
 
 @dataclass(frozen=True)
+class ChannelSplit:
+    """A team of ``team`` programs has a statistic, of which each holds a ``tile`` of runs by positions. ragged: as
+    ChannelWhole's.
+    """
+
+    tile: Tile
+    team: int
+    ragged: bool
+
+    @property
+    def lanes(self) -> int:
+        """How many threads read the team's words: all, of which one warp or two have any to read."""
+        return 32 * self.tile.warps
+
+    def members(self, s: int) -> int:
+        """Over how many of the team a run of s positions goes."""
+        return -(-s // self.tile.chunk)
+
+    def programs(self, sets: int) -> int:
+        """How many have so many statistics."""
+        return sets * self.team
+
+
+@dataclass(frozen=True)
 class ChannelCombine:
     """A program combines the partials of ``sets`` statistics, ``k`` of each at a time."""
 

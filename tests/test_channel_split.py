@@ -1,0 +1,147 @@
+"""The channel norms by teams of programs. In the interpreter a program ends before the next starts: there a kernel runs
+twice, and finds in the second run the words that it told in the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from machine import ON_GPU
+from test_channels import check, draw, groups_of, norm
+from trinorm import channel_reference as reference
+from trinorm.compare import assert_no_worse
+from trinorm.kernels import channel_split, team
+from trinorm.launch import describe
+from trinorm.ops import channels
+from trinorm.spec import BATCH_NORM, CHANNEL_NORMS, GROUP_NORM, ChannelNorm
+from trinorm.tuning import ChannelSplit
+from trinorm.tuning import channel as tuning
+
+
+@triton.jit
+def _there(WORDS, asked, TEAM, LANES: tl.constexpr):
+    lanes = tl.arange(0, LANES)
+    return tl.load(WORDS + lanes + tl.zeros([LANES], tl.int64), mask=lanes < TEAM, other=0)
+
+
+@pytest.fixture(autouse=True)
+def by_teams(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Every statistic goes to a team of small tiles; the kernels that ran."""
+    elements, warps, _ = tuning._SPLIT[1]
+    if not ON_GPU:
+        elements, warps = 128, 1
+        monkeypatch.setattr(team, "awaited_words", _there)
+    monkeypatch.setattr(tuning, "_SPLIT", dict.fromkeys(tuning._SPLIT, (elements, warps, 0)))
+    monkeypatch.setattr(tuning, "_HELD", {tensors: (0, *how[1:]) for tensors, how in tuning._HELD.items()})
+    monkeypatch.setattr(channels, "describe", lambda device: replace(describe(device), programs_wait=True))
+    tuning.choose_whole.cache_clear()
+    ran: list[str] = []
+    actual = channels.launch
+
+    def launch(kernel: Any, *rest: Any) -> None:
+        ran.append(kernel.__name__)
+        for _ in range(1 if ON_GPU or kernel not in (channel_split.split_forward, channel_split.split_backward) else 2):
+            actual(kernel, *rest)
+
+    monkeypatch.setattr(channels, "launch", launch)
+    yield ran
+    tuning.choose_whole.cache_clear()
+
+
+@pytest.fixture(params=CHANNEL_NORMS, ids=lambda spec: spec.name)
+def spec(request: pytest.FixtureRequest) -> ChannelNorm:
+    return request.param
+
+
+# Runs longer than a tile and shorter, that fill it and do not; teams that share a run, and that have several.
+SHAPES = [
+    ((2, 6, 16, 32), 2),
+    ((2, 4, 11, 13), 2),
+    ((3, 12, 5, 7), 2),
+    *([((4, 512, 128, 128), 32), ((16, 320, 64, 64), 32), ((64, 256, 56, 56), 32)] if ON_GPU else ()),
+]
+
+
+@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, *([torch.bfloat16, torch.float16] if ON_GPU else ())], ids=str
+)
+def test_values_and_gradients(
+    spec: ChannelNorm, shape: tuple[int, ...], groups: int, dtype: torch.dtype, by_teams: list[str], device: torch.device
+) -> None:
+    drawn, dy = draw(shape, dtype, dtype, False, device)
+    residual = torch.randn_like(drawn[0]).requires_grad_()
+    check(spec, groups_of(spec, shape, groups), [*drawn, residual], dy, activation="silu")
+    assert {"split_forward", "split_backward"} <= set(by_teams)
+
+
+def test_no_more_than_asked_for(spec: ChannelNorm, by_teams: list[str], device: torch.device) -> None:
+    drawn, dy = draw((2, 4, 11, 13), torch.float32, torch.float32, False, device)
+    groups = groups_of(spec, (2, 4), 2)
+    check(spec, groups, drawn, dy)
+    x, weight, bias = (t.detach() for t in drawn)
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(norm(spec, x, groups, weight, bias), x, dy)
+    assert by_teams[-2:] == ["forget_words", "split_backward"], "no sums of parameters"
+    assert torch.equal(dx, torch.autograd.grad(norm(spec, drawn[0], groups, *drawn[1:]), drawn[0], dy)[0])
+
+
+@pytest.mark.parametrize("of", [0.0, 1e4, 2.0**100], ids=str)
+def test_nasty_values(spec: ChannelNorm, of: float, by_teams: list[str], device: torch.device) -> None:
+    """Large means with small variances, and squares beyond fp32."""
+    (x, weight, bias), _ = draw((2, 4, 11, 13), torch.float32, torch.float32, False, device)
+    with torch.no_grad():
+        x = x * of if of > 1e9 else of + 1e-2 * x
+        groups = groups_of(spec, (2, 4), 2)
+        y = norm(spec, x, groups, weight, bias)
+        exact = reference.oracle(spec, x, groups, weight, bias, 1e-5).y
+        usual = x * 2.0**-100 if of > 1e9 else x
+        assert_no_worse("y", y, exact, reference.composite(spec, usual, groups, weight, bias, 1e-5))
+
+
+def test_one_statistics_nan_leaves_the_others(spec: ChannelNorm, by_teams: list[str], device: torch.device) -> None:
+    """Of all bits too, which no word may be."""
+    (x, weight, bias), _ = draw((2, 4, 11, 13), torch.float64, torch.float64, False, device)
+    with torch.no_grad():
+        groups = groups_of(spec, (2, 4), 2)
+        clean = norm(spec, x, groups, weight, bias)
+        spoiled = x.clone()
+        spoiled.view(torch.int64)[1, 2, 5, 5] = -1
+        y = norm(spec, spoiled, groups, weight, bias)
+    hit = torch.zeros_like(x, dtype=torch.bool)
+    channels_hit = slice(2, 4) if spec is GROUP_NORM else slice(2, 3)
+    hit[slice(None) if spec is BATCH_NORM else 1, channels_hit] = True
+    assert torch.equal(y[~hit], clean[~hit])
+    assert y[hit].isnan().all()
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter's first run spoils what is kept up in place")
+def test_running_statistics(by_teams: list[str], device: torch.device) -> None:
+    x = torch.randn(64, 32, 28, 28, device=device) + 3
+    ours, theirs = ([torch.zeros(32, device=device), torch.ones(32, device=device)] for _ in "ab")
+    channels_norm = norm(BATCH_NORM, x, 32, None, None)
+    assert channels_norm.isfinite().all()
+    from trinorm import functional
+
+    functional.batch_norm(x, *ours, training=True)
+    torch.nn.functional.batch_norm(x, *theirs, training=True)
+    assert "split_forward" in by_teams
+    for kept, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(kept, want, rtol=1e-5, atol=1e-6)
+
+
+def test_teams_fit_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    device = describe(torch.device("meta"))
+    for runs, s in ((16, 16384), (64, 3136), (10, 4096), (256, 2048), (4, 1 << 20)):
+        plan = tuning.choose_whole(2048, runs, s, 2, 1, False, device)
+        if isinstance(plan, ChannelSplit):
+            assert 1 < plan.team <= min(device.multiprocessors // 2, plan.lanes)
+            assert plan.team * plan.tile.rows * plan.tile.chunk >= runs * s
