@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from trinorm import functional
 from trinorm.launch import describe
-from trinorm.ops import channel, channels
+from trinorm.ops import channel, channel_layers, channels
 
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channels, "describe", lambda device: describe(torch.device("meta")))
+    for host in (channels, channel_layers):
+        monkeypatch.setattr(host, "describe", lambda device: describe(torch.device("meta")))
     monkeypatch.setattr(channel, "RECORDED_FROM", 1)
     channel.CALLS.clear()
 
@@ -42,13 +44,23 @@ def added(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
     return functional.batch_norm(x, *running, w, b, True, activation="relu", residual=x)
 
 
+def layer(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
+    return functional.channel_layer_norm(x, w, b)
+
+
 # Shapes whose statistics are held, read again by a program, and made in slabs.
 SHAPES = [(64, 32, 8, 8), (64, 64, 48, 48), (1, 16, 40, 40)]
 
 
-@pytest.mark.parametrize("norm", [group, instance, batch, evaluated, added], ids=lambda norm: norm.__name__)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
+CALLS = [
+    *itertools.product((group, instance, batch, evaluated, added), SHAPES, (torch.contiguous_format, torch.channels_last)),
+    # Channels that are held, and read twice; of those that are last this is layer_norm.
+    (layer, (64, 32, 8, 8), torch.contiguous_format),
+    (layer, (2, 4500, 8, 8), torch.contiguous_format),
+]
+
+
+@pytest.mark.parametrize(("norm", "shape", "order"), CALLS, ids=lambda part: getattr(part, "__name__", str(part)))
 def test_a_repeated_call_passes_what_the_ordinary_road_passes(
     norm: Any, shape: tuple[int, ...], order: torch.memory_format, stub: Stub, ordinary: list[str]
 ) -> None:
@@ -94,6 +106,9 @@ def test_what_differs_is_kept_apart(stub: Stub, ordinary: list[str]) -> None:
         lambda: functional.batch_norm(x, *running, training=True, momentum=0.2),
         lambda: functional.batch_norm(x, *running),
         lambda: functional.batch_norm(x, None, None, training=True),
+        lambda: functional.channel_layer_norm(x, w),
+        lambda: functional.channel_layer_norm(x, w, eps=1e-3),
+        lambda: functional.channel_layer_norm(x, w, b),
     ]
     for again in (False, True):
         for call in calls:
