@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trinorm import functional, inspection, replay
 from trinorm.launch import describe, launch
-from trinorm.ops import CALLS, rows
+from trinorm.ops import CALLS, channel, rows
 from trinorm.ops.calls import Bounded
 from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
 from trinorm.targets import TARGETS
@@ -140,7 +140,7 @@ def test_what_reaches_the_driver(triton: str) -> None:
         "-m",
         "pytest",
         *options,
-        *(str(stub / f"{file}.py") for file in ("launched", "told_apart", "images")),
+        *(str(stub / f"{file}.py") for file in ("launched", "told_apart", "images", "threads")),
     ]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -224,20 +224,34 @@ def test_a_side_stream_is_used(op: str, ordinary: list[str]) -> None:
 
 
 @needs_gpu
-def test_many_threads_at_once() -> None:
-    """Each with its own stream, values and eps, and sizes that others have too, from the first call on."""
-    drawn = [[torch.randn(m, 768, device="cuda") for m in (8, 16 + i % 2, 128)] for i in range(8)]
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "group_norm", "channel_layer_norm"])
+def test_many_threads_at_once(op: str) -> None:
+    """Each with its own stream, values and eps, and sizes that others have too, from the first call on; and gradients.
+    stub/threads.py does so without a GPU.
+    """
+    of_rows = op in ("layer_norm", "rms_norm")
+    told = {"layer_norm": ((768,),), "rms_norm": ((768,),), "group_norm": (4,), "channel_layer_norm": ()}[op]
+    sample = (768,) if of_rows else (12, 8, 8)
+    drawn = [[torch.randn(m, *sample, device="cuda", requires_grad=True) for m in (8, 16 + i % 2, 128)] for i in range(8)]
+    weights = [torch.randn(sample[0], device="cuda", requires_grad=True) for _ in range(8)]
     eps = [0.1 * (1 + i % 3) for i in range(8)]
-    expected = [[functional.layer_norm(x, (768,), None, None, eps[i]) for x in drawn[i]] for i in range(8)]
-    CALLS.clear()
+
+    def results(i: int, j: int) -> list[torch.Tensor]:
+        x, weight = drawn[i][j % 3], weights[i]
+        y = getattr(functional, op)(x, *told, weight, eps=eps[i])
+        return [y.detach(), *torch.autograd.grad(y, (x, weight), x.detach())]
+
+    expected = [[results(i, j) for j in range(3)] for i in range(8)]
+    for calls in (CALLS, channel.CALLS):
+        calls.clear()
     start_line, wrong = threading.Barrier(8), []
 
     def work(i: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             start_line.wait()
-            for j in range(600):
-                y = functional.layer_norm(drawn[i][j % 3], (768,), None, None, eps[i])
-                if j % 50 < 3 and not torch.equal(y, expected[i][j % 3]):
+            for j in range(300):
+                found = results(i, j)
+                if j % 50 < 3 and not all(torch.equal(a, b) for a, b in zip(found, expected[i][j % 3], strict=True)):
                     wrong.append((i, j))
 
     torch.cuda.synchronize()

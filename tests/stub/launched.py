@@ -7,7 +7,6 @@ stand for a GPU's (stub_driver.py).
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable
 
 import pytest
@@ -20,7 +19,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from trinorm import functional, replay
+from trinorm import replay
 from trinorm.kernels import row
 from trinorm.launch import empty
 from trinorm.launch import launch as start
@@ -283,39 +282,6 @@ def test_each_call_takes_the_stream_of_its_time(stub: Stub) -> None:
         stub.current.stream = 0x30
         y.sum().backward()
         assert [launch.stream for launch in stub.launches()] == [stream, 0x30]
-
-
-def test_threads_do_not_mix(stub: Stub) -> None:
-    """Each on its own stream, with its own x and sizes of which others have some too, from the first call on."""
-    threads, calls = 8, 150
-    start_line = threading.Barrier(threads)
-    drawn = [[torch.randn(m, 64) for m in (8, 16 + i % 2, 40)] for i in range(threads)]
-    faults: list[BaseException] = []
-
-    def work(i: int) -> None:
-        try:
-            stub.current.stream = 1 + i
-            start_line.wait()
-            for j in range(calls):
-                functional.rms_norm(drawn[i][j % 3], (64,), None, 0.5 if j % 2 else 0.25)
-        except BaseException as fault:
-            faults.append(fault)
-
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert faults == []
-    launches = stub.launches()
-    assert len(launches) == threads * calls
-    half, quarter = torch.tensor([0.5, 0.25], dtype=torch.float64).view(torch.int64).tolist()
-    for i in range(threads):
-        mine = [launch.parameters for launch in launches if launch.stream == 1 + i]
-        for j, parameters in enumerate(mine):
-            x = drawn[i][j % 3]
-            assert parameters[1:5] == (x.data_ptr(), len(x), 64, half if j % 2 else quarter)
-        assert len(mine) == calls
 
 
 @pytest.mark.parametrize("spec", SPECS)
