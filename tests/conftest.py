@@ -73,3 +73,23 @@ def force() -> Iterator[Callable[[object, object], None]]:
         yield lambda forward, backward: stack.enter_context(
             forced(forward=forward, backward=backward, total=Tile(4, 1024, 4))
         )
+
+
+@pytest.fixture(params=["whole", "in slabs"])
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Statistics of channel norms that a program has whole, wherever a kernel can; and those of slabs of them, combined."""
+    from trinorm.tuning import channel
+
+    monkeypatch.setattr(channel, "_LEAST_SHARE", 1 << 20 if request.param == "whole" else 0)
+    monkeypatch.setattr(channel, "_SPLIT", (*channel._SPLIT[:3], 1 << 60))  # teams: test_channel_split.py
+    forget_channel_choices()
+    yield request.param
+    forget_channel_choices()
+
+
+def forget_channel_choices() -> None:
+    """So that a patched table in tuning/channel.py is asked."""
+    from trinorm.tuning import channel
+
+    for choose in (channel.choose_whole, channel._walk, channel._tile):
+        choose.cache_clear()

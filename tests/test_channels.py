@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from conftest import forget_channel_choices
 from trinorm import channel_reference as reference
 from trinorm import functional
 from trinorm.channel_reference import Given
 from trinorm.compare import assert_no_worse
 from trinorm.launch import describe
 from trinorm.ops import channels
-from trinorm.spec import ACTIVATIONS, BATCH_NORM, CHANNEL_NORMS, GROUP_NORM, INSTANCE_NORM, Activation, ChannelNorm
+from trinorm.spec import BATCH_NORM, CHANNEL_NORMS, GROUP_NORM, INSTANCE_NORM, Activation, ChannelNorm
 from trinorm.tuning import channel as tuning
 
 ON_GPU = torch.cuda.is_available()
@@ -109,20 +109,6 @@ def _slack(want: Tensor, got: Tensor) -> float:
     return 2 * float(want.abs().max()) * torch.finfo(got.dtype).eps
 
 
-@pytest.fixture(params=["whole", "in slabs"])
-def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Statistics that a program has whole, wherever a kernel can; and those of slabs of them, combined."""
-    monkeypatch.setattr(tuning, "_LEAST_SHARE", 1 << 20 if request.param == "whole" else 0)
-    _forget_choices()
-    yield request.param
-    _forget_choices()
-
-
-def _forget_choices() -> None:
-    for choose in (tuning.choose_whole, tuning._walk, tuning._tile):
-        choose.cache_clear()
-
-
 @pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if ON_GPU else ())], ids=str)
@@ -190,105 +176,6 @@ def test_neither_weight_nor_bias(spec: ChannelNorm, device: torch.device) -> Non
     assert_no_worse("y", y.detach(), reference.oracle(*problem).y, by_torch.detach())
     (dx,), (theirs,) = (torch.autograd.grad(result, x, dy) for result in (y, by_torch))
     assert_no_worse("dx", dx, reference.oracle_gradients(*problem, dy).dx, theirs)
-
-
-# What is done to the result at once.
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(3, 12, 5, 6), *([(16, 320, 64, 64)] if ON_GPU else ())], ids=str)
-@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if ON_GPU else ())], ids=str)
-def test_activations(
-    spec: ChannelNorm,
-    activation: Activation,
-    shape: tuple[int, ...],
-    last: bool,
-    dtype: torch.dtype,
-    by: str,
-    device: torch.device,
-) -> None:
-    if last and by == "whole":
-        pytest.skip("channels first alone")
-    drawn, dy = draw(shape, dtype, dtype, last, device)
-    check(spec, groups_of(spec, shape, 4), drawn, dy, activation=activation)
-
-
-@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-def test_activations_of_given_statistics(last: bool, device: torch.device) -> None:
-    drawn, dy = draw((3, 40, 5, 6), torch.float32, torch.float32, last, device)
-    given = Given(torch.randn(40, device=device), torch.rand(40, device=device) + 0.5)
-    check(BATCH_NORM, 40, drawn, dy, given, "silu")
-
-
-@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
-@pytest.mark.parametrize("given", [False, True], ids=["taken", "given"])
-@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("shape", [(3, 12, 5, 6), *([(64, 256, 56, 56)] if ON_GPU else ())], ids=str)
-def test_residuals(
-    spec: ChannelNorm,
-    activation: Activation | None,
-    given: bool,
-    last: bool,
-    shape: tuple[int, ...],
-    by: str,
-    device: torch.device,
-) -> None:
-    """Added before the activation; also those of the other order in memory, and alone in wanting a gradient."""
-    if (last and by == "whole") or (given and spec is not BATCH_NORM):
-        pytest.skip("channels first alone" if last else "BatchNorm alone")
-    drawn, dy = draw(shape, torch.float32, torch.float32, last, device)
-    of_channels = torch.randn(2, shape[1], device=device)
-    statistics = Given(of_channels[0], of_channels[1].abs() + 0.5) if given else None
-    residual = torch.randn(shape, device=device, requires_grad=True)
-    groups = groups_of(spec, shape, 4)
-    check(spec, groups, [*drawn, residual], dy, statistics, activation)
-    x, weight, bias = (t.detach() for t in drawn)
-    y = norm(spec, x, groups, weight, bias, statistics, activation=activation, residual=residual)
-    (alone,) = torch.autograd.grad(y, residual, dy)
-    both = norm(spec, *drawn[:1], groups, *drawn[1:], statistics, activation=activation, residual=residual)
-    assert torch.equal(alone, torch.autograd.grad(both, residual, dy, retain_graph=True)[0])
-    without = norm(spec, *drawn[:1], groups, *drawn[1:], statistics, activation=activation, residual=residual.detach())
-    assert torch.equal(torch.autograd.grad(without, drawn[0], dy)[0], torch.autograd.grad(both, drawn[0], dy)[0])
-
-
-@pytest.mark.parametrize("spec", [GROUP_NORM, INSTANCE_NORM], ids=lambda spec: spec.name)
-@pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
-@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("shape", [(3, 12, 5, 6), *([(8, 640, 32, 32)] if ON_GPU else ())], ids=str)
-def test_scale_and_shift(
-    spec: ChannelNorm, affine: bool, last: bool, shape: tuple[int, ...], by: str, device: torch.device
-) -> None:
-    """Those of each sample: value and gradients, beside the same in torch's ops, of which float64's are the oracle."""
-    if last and by == "whole":
-        pytest.skip("channels first alone")
-    drawn, dy = draw(shape, torch.float32, torch.float32, last, device)
-    groups = groups_of(spec, shape, 4)
-    drawn = [
-        *(drawn if affine else drawn[:1]),
-        *(torch.randn(*shape[:2], 1, 1, device=device).requires_grad_() for _ in "ab"),
-    ]
-
-    def by_torch(*tensors: Tensor) -> Tensor:
-        x, *parameters, scale, shift = tensors
-        weight, bias = parameters or (None, None)
-        return F.silu(reference.composite(spec, x, groups, weight, bias, 1e-5) * (1 + scale) + shift)
-
-    def ours(*tensors: Tensor) -> Tensor:
-        x, *parameters, scale, shift = tensors
-        weight, bias = parameters or (None, None)
-        return norm(spec, x, groups, weight, bias, activation="silu", scale=scale, shift=shift)
-
-    wide = [t.detach().double().requires_grad_() for t in drawn]
-    results = [
-        (y.detach(), *torch.autograd.grad(y, of, dy.to(y.dtype)))
-        for y, of in ((ours(*drawn), drawn), (by_torch(*wide), wide), (by_torch(*drawn), drawn))
-    ]
-    for what, got, want, theirs in zip(("y", "dx", "dw", "db", "ds", "dt"), *results, strict=False):
-        assert got.shape == want.shape
-        assert_no_worse(what, got, want, theirs)
-    (alone,) = torch.autograd.grad(norm(spec, drawn[0], groups, None, None, shift=drawn[-1]), drawn[-1], dy)
-    torch.testing.assert_close(alone, dy.sum((2, 3), keepdim=True), rtol=1e-4, atol=1e-4)
 
 
 # Values.
@@ -403,7 +290,7 @@ def test_programs_that_walk(
     for table in (tuning._SUMS, tuning._APPLY):
         for key, (_, warps, stages, _) in table.items():
             monkeypatch.setitem(table, key, (256, warps, max(2, stages), 0.1 / describe(device).multiprocessors))
-    _forget_choices()
+    forget_channel_choices()
     walked: list[Any] = []
     for name in ("choose_sums", "choose_apply"):
         actual = getattr(channels, name)
@@ -412,6 +299,6 @@ def test_programs_that_walk(
         drawn, dy = draw(shape, torch.float32, torch.float32, last, device)
         check(spec, groups_of(spec, shape, groups), drawn, dy)
     finally:
-        _forget_choices()
+        forget_channel_choices()
     if spec.over_samples or math.prod(shape[2:]) > 256:
         assert any(plan.samples > 1 or plan.slab > plan.tile.chunk for plan in walked)

@@ -24,32 +24,32 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     channel.CALLS.clear()
 
 
-def group(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
+def group(x: Tensor, w: Tensor, b: Tensor, mean: Tensor, var: Tensor, residual: Tensor) -> Tensor:
     return functional.group_norm(x, 4, w, b, activation="silu")
 
 
-def instance(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
+def instance(x: Tensor, w: Tensor, b: Tensor, mean: Tensor, var: Tensor, residual: Tensor) -> Tensor:
     return functional.instance_norm(x, None, None, w, b)
 
 
-def batch(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
-    return functional.batch_norm(x, *running, w, b, True)
+def batch(x: Tensor, w: Tensor, b: Tensor, mean: Tensor, var: Tensor, residual: Tensor) -> Tensor:
+    return functional.batch_norm(x, mean, var, w, b, True)
 
 
-def evaluated(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
-    return functional.batch_norm(x, *running, w, b, False)
+def evaluated(x: Tensor, w: Tensor, b: Tensor, mean: Tensor, var: Tensor, residual: Tensor) -> Tensor:
+    return functional.batch_norm(x, mean, var, w, b, False)
 
 
-def added(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
-    return functional.batch_norm(x, *running, w, b, True, activation="relu", residual=x)
+def added(x: Tensor, w: Tensor, b: Tensor, mean: Tensor, var: Tensor, residual: Tensor) -> Tensor:
+    return functional.batch_norm(x, mean, var, w, b, True, activation="relu", residual=residual)
 
 
-def layer(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
+def layer(x: Tensor, w: Tensor, b: Tensor, mean: Tensor, var: Tensor, residual: Tensor) -> Tensor:
     return functional.channel_layer_norm(x, w, b)
 
 
-# Shapes whose statistics are held, read again by a program, and made in slabs.
-SHAPES = [(64, 32, 8, 8), (64, 64, 48, 48), (1, 16, 40, 40)]
+# Shapes whose statistics are held, read again by a program, split over a team, and made in slabs.
+SHAPES = [(64, 32, 8, 8), (32, 64, 24, 24), (64, 64, 48, 48), (1, 16, 40, 40)]
 
 
 CALLS = [
@@ -66,15 +66,15 @@ def test_a_repeated_call_passes_what_the_ordinary_road_passes(
 ) -> None:
     def run() -> tuple[list[list[Launch]], list[Roles], list[Tensor]]:
         """What a forward and a backward launch, what is where in each, and the tensors, to keep their addresses taken."""
-        x, dy = (torch.randn(shape).bfloat16().contiguous(memory_format=order) for _ in range(2))
+        x, dy, residual = (torch.randn(shape).bfloat16().contiguous(memory_format=order) for _ in range(3))
         parameters = [torch.randn(shape[1]).requires_grad_() for _ in range(2)]
         running = [torch.zeros(shape[1]), torch.ones(shape[1])]
         drawn = [x.requires_grad_(), *parameters]
-        y = norm(*drawn, *running)
+        y = norm(*drawn, *running, residual)
         assert y.stride() == x.stride()
         forward = stub.launches()
         gradients = torch.autograd.grad(y, drawn, dy)
-        tensors = [y, *drawn, *running, dy, *gradients]
+        tensors = [y, *drawn, *running, residual, dy, *gradients]
         roles = [{t.data_ptr(): f"tensor {i}" for i, t in enumerate(part)} for part in (tensors[:-4], tensors[1:])]
         return [forward, stub.launches()], roles, tensors
 

@@ -5,63 +5,74 @@ and tiles of channel_whole.py: what is a program's turn there is a member of the
 ``split_forward``   mean, rstd, running statistics and y
 ``split_backward``  dx, and each run's Σ dz·x̂ and Σ dz, in parts; over_samples dw and db themselves
 
-A program tells two fp64 numbers, in words that lie ``[statistics, 2, team]``.
+A program tells two fp64 numbers at a time, in words that lie ``[statistics, exchanges, team, 2]``. A forward has EXCHANGES,
+of which all but the first are for a statistic whose squares leave fp32's range.
 """
 
 import triton
 import triton.language as tl
 
-from .activation import activated, before_activation
+from .activation import activated, before_activation, through_activation
 from .affine import affine_backward
 from .channel import update_running
 from .channel_tiles import in_units
-from .channel_whole import (
-    gradient_of_turn,
-    load_parameters_of_runs,
-    rescued_runs,
-    runs_of,
-    tile_of_turn,
-    turns_of,
-    whole_sum,
-)
+from .channel_whole import load_parameters_of_runs, runs_of, tile_of_turn, turns_of
 from .index import first_program, load, widened
 from .overlap import let_next_launch, wait_for_previous
 from .row_backward import dx_of, normalized
-from .stats import row_sums, trusted
+from .stats import power_of_two_below, row_sum, row_sums, trusted
 from .team import awaited_wide, publish_wide, team_sum
+
+EXCHANGES: tl.constexpr = tl.constexpr(3)
 
 
 @triton.jit
 def member_of_program(RUNS, S, ROWS: tl.constexpr, POSITIONS: tl.constexpr):
     """(this program's statistic, its number in the team; members to a run, to the team)."""
     columns, team = turns_of(RUNS, S, ROWS, POSITIONS)
-    program = first_program()
-    return program // team, (program % team).to(tl.int32), columns, team
+    program = first_program().to(tl.int32)
+    return (program // team).to(tl.int64), program % team, columns, team
 
 
 @triton.jit
-def elements_of(member, RUNS, S, columns, ROWS: tl.constexpr, POSITIONS: tl.constexpr):
-    """How many elements a member has, fp64; 0 past the team."""
-    runs = tl.maximum(tl.minimum(RUNS - member // columns * ROWS, ROWS), 0)
-    return (runs * tl.minimum(S - member % columns * POSITIONS, POSITIONS)).to(tl.float64)
+def elements_of(member, team, RUNS, S, columns, RAGGED: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr):
+    """How many elements a member has, fp32; 0 past the team."""
+    if RAGGED:
+        runs = tl.maximum(tl.minimum(RUNS - member // columns * ROWS, ROWS), 0)
+        return (runs * tl.minimum(S - member % columns * POSITIONS, POSITIONS)).to(tl.float32)
+    else:
+        return tl.where(member < team, ROWS * POSITIONS, 0).to(tl.float32)
 
 
 @triton.jit
 def tile_moments(x, mask, n):
-    """(mean, sum of squares about it) of n elements, each ``[1, 1]`` and fp64."""
-    center = (whole_sum(x) / n).to(x.dtype)
-    distance = tl.where(mask, x - center, 0.0)
-    moved = whole_sum(distance) / n  # what rounding left in the mean
-    squares = whole_sum(distance * distance) - moved * moved * n
-    return center.to(tl.float64) + moved, tl.where(squares < 0.0, 0.0, squares)
+    """(mean, sum of squares about it) of n elements, each ``[1, 1]`` and fp64, of sums in x's dtype."""
+    share = 1.0 / n.to(x.dtype)
+    x = tl.reshape(x, [1, x.numel])
+    center = row_sum(x) * share
+    distance = tl.where(tl.reshape(mask, [1, x.numel]), x - center, 0.0)
+    squares, drift = row_sums(distance * distance, distance)
+    moved = drift * share  # what rounding left in the mean
+    squares = tl.maximum(squares - moved * drift, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return center.to(tl.float64) + moved.to(tl.float64), squares.to(tl.float64)
 
 
 @triton.jit
-def merged_members(means, squares, counts, n):
-    """Chan's rule: (mean, sum of squares about it), each ``[1, 1]``, of n elements from those of each member."""
-    mean = team_sum(means * counts) / n
+def merged_members(means, squares, counts, share):
+    """Chan's rule: (mean, sum of squares about it), each ``[1, 1]``, from those of each member. share: 1/Σ counts."""
+    counts = counts.to(tl.float64)
+    mean = team_sum(means * counts) * share
     shift = means - tl.sum(mean)
     return mean, team_sum(squares + shift * shift * counts)
+
+
+@triton.jit
+def merged_moments(WORDS, x, mask, member, team, n, counts, share, LANES: tl.constexpr):
+    """Those of the team: this program's are published at WORDS, and the others' awaited."""
+    mean, squares = tile_moments(x, mask, n)
+    publish_wide(WORDS + 2 * member, mean, squares)
+    means, squares = awaited_wide(WORDS, team, LANES)
+    return merged_members(means, squares, counts, share)
 
 
 @triton.jit(do_not_specialize=["C", "RUNS", "S"])
@@ -80,6 +91,7 @@ def split_forward(
     C,
     RUNS,
     S,
+    share: tl.float64,
     eps: tl.float64,
     momentum: tl.float64,
     OVER_SAMPLES: tl.constexpr,
@@ -94,7 +106,9 @@ def split_forward(
     LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """VAR (unbiased) and running statistics, of each statistic's number, where they are given."""
+    """VAR (unbiased) and running statistics, of each statistic's number, where they are given. share: 1 over the elements
+    of a statistic.
+    """
     wait_for_previous(PDL)
     let_next_launch(PDL)
     S = in_units(S, UNIT)
@@ -104,30 +118,39 @@ def split_forward(
     stored = load(X + offsets, mask)
     w, b = load_parameters_of_runs(W, B, parameters + runs * step, C, live, PER_SAMPLE)
 
-    mean, squares = tile_moments(widened(stored, ACC), mask, elements_of(member, RUNS, S, columns, ROWS, POSITIONS))
-    words = WORDS + statistic * 2 * team
-    every = tl.full([1, 1], True, tl.int1)
-    publish_wide(words + member, mean, every)
-    publish_wide(words + team + member, squares, every)
-    counts = elements_of(tl.arange(0, LANES), RUNS, S, columns, ROWS, POSITIONS)
-    count = tl.zeros([1, 1], tl.float64) + RUNS.to(tl.float64) * S.to(tl.float64)
-    means = awaited_wide(words, team, LANES)
-    mean, squares = merged_members(means, awaited_wide(words + team, team, LANES), counts, count)
+    n = elements_of(member, team, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
+    counts = elements_of(tl.arange(0, LANES), team, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
+
+    words = WORDS + statistic * (2 * EXCHANGES) * team
+    mean, squares = merged_moments(words, widened(stored, ACC), mask, member, team, n, counts, share, LANES)
+    rstd = tl.rsqrt((squares * share + eps).to(ACC))
     if RESCUE:
-        if tl.sum(trusted(squares / count + eps).to(tl.int32)) == 0:
-            mean, squares = rescued_runs(X, first, stride, RUNS, S, count, RAGGED, ACC, ROWS, POSITIONS)
-    rstd = tl.rsqrt(squares / count + eps)
-    unbiased = squares / (count - 1.0)
+        if tl.sum(trusted(squares * share + eps).to(tl.int32)) == 0:
+            # Of x over a power of two; widened anew, so that it is not held.
+            x = stored.to(ACC)
+            largest = tl.max(tl.reshape(tl.abs(x), [1, x.numel]), axis=1, keep_dims=True).to(tl.float64)
+            words += 2 * team
+            publish_wide(words + 2 * member, largest, largest)
+            largest, _ = awaited_wide(words, team, LANES)
+            unit = power_of_two_below((tl.zeros([1, 1], tl.float64) + tl.max(largest, axis=0)).to(tl.float32))
+            words += 2 * team
+            x = x * (1.0 / unit)
+            mean, squares = merged_moments(words, x, mask, member, team, n, counts, share, LANES)
+            unit = unit.to(tl.float64)
+            mean, squares = mean * unit, squares * unit * unit
+            rstd = tl.rsqrt(squares * share + eps).to(ACC)
     here = statistic + tl.zeros([1, 1], tl.int64)
     teller = tl.full([1, 1], member == 0, tl.int1)
     tl.store(MEAN + here, mean.to(MEAN.dtype.element_ty), mask=teller)
     tl.store(RSTD + here, rstd.to(RSTD.dtype.element_ty), mask=teller)
-    if VAR is not None:
-        tl.store(VAR + here, unbiased, mask=teller)
-    update_running(RUNNING_MEAN, here, mean, momentum, teller)
-    update_running(RUNNING_VAR, here, unbiased, momentum, teller)
+    if VAR is not None or RUNNING_VAR is not None:
+        unbiased = squares / (RUNS.to(tl.float64) * S.to(tl.float64) - 1.0)
+        if VAR is not None:
+            tl.store(VAR + here, unbiased, mask=teller)
+        update_running(RUNNING_MEAN, here, mean, momentum, teller)
+        update_running(RUNNING_VAR, here, unbiased, momentum, teller)
 
-    xhat = normalized(stored, mean.to(ACC), rstd.to(ACC), ACC)
+    xhat = normalized(stored, mean.to(ACC), rstd, ACC)
     y = activated(before_activation(xhat, w, b, RESIDUAL, offsets, mask), ACTIVATION)
     tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=mask)
 
@@ -151,6 +174,7 @@ def split_backward(
     C,
     RUNS,
     S,
+    share: tl.float64,
     OVER_SAMPLES: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -174,34 +198,42 @@ def split_backward(
     here = statistic + tl.zeros([1, 1], tl.int64)
     mean, rstd = tl.load(MEAN + here).to(ACC), tl.load(RSTD + here).to(ACC)
     w, b = load_parameters_of_runs(W, B, parameters + runs * step, C, live, PER_SAMPLE)
-    dz, xhat = gradient_of_turn(DY, X, RESIDUAL, offsets, mask, mean, rstd, w, b, ACTIVATION, RAGGED, ACC)
+    dy, x = load(DY + offsets, mask), load(X + offsets, mask)
+    xhat = normalized(x, mean, rstd, ACC)
+    dz = through_activation(widened(dy, ACC), xhat, w, b, RESIDUAL, offsets, mask, ACTIVATION)
+    if RAGGED and ACTIVATION is not None:
+        dz = tl.where(mask, dz, 0.0)
     if DZ is not None:
         tl.store(DZ + offsets, dz.to(DZ.dtype.element_ty), mask=mask)
 
     of_x, of_1 = row_sums(dz * xhat, dz)
     if not OVER_SAMPLES:
-        part = (first // C * columns + member % columns) * C + first % C + runs
+        sample = statistic.to(tl.int32) // (C // RUNS)
+        part = (sample.to(tl.int64) * columns + member % columns) * C + (first - sample.to(tl.int64) * C) + runs
         if DY_XHAT is not None:
             tl.store(DY_XHAT + part, of_x, mask=live)
         if DY_SUM is not None:
             tl.store(DY_SUM + part, of_1, mask=live)
         of_x, of_1 = affine_backward(of_x, w, 0.0), affine_backward(of_1, w, 0.0)
     words = WORDS + statistic * 2 * team
-    every = tl.full([1, 1], True, tl.int1)
-    publish_wide(words + member, tl.sum(of_x.to(tl.float64), axis=0, keep_dims=True), every)
-    publish_wide(words + team + member, tl.sum(of_1.to(tl.float64), axis=0, keep_dims=True), every)
-    of_x = team_sum(awaited_wide(words, team, LANES))
-    of_1 = team_sum(awaited_wide(words + team, team, LANES))
+    of_x = tl.sum(of_x.to(tl.float64), axis=0, keep_dims=True)
+    of_1 = tl.sum(of_1.to(tl.float64), axis=0, keep_dims=True)
+    publish_wide(words + 2 * member, of_x, of_1)
+    of_x, of_1 = awaited_wide(words, team, LANES)
+    of_x, of_1 = team_sum(of_x), team_sum(of_1)
     if OVER_SAMPLES:
         teller = tl.full([1, 1], member == 0, tl.int1)
         if DW is not None:
             tl.store(DW + here, of_x.to(DW.dtype.element_ty), mask=teller)
         if DB is not None:
             tl.store(DB + here, of_1.to(DB.dtype.element_ty), mask=teller)
-    size = RUNS.to(tl.float64) * S.to(tl.float64)
-    c1, c2 = (of_x / size).to(ACC), (of_1 / size).to(ACC)
+    c1, c2 = (of_x * share).to(ACC), (of_1 * share).to(ACC)
     if OVER_SAMPLES:  # the weight is one
         of_channel, _ = load_parameters_of_runs(W, None, here, C, here < C, PER_SAMPLE)
         c1, c2 = affine_backward(c1, of_channel, 0.0), affine_backward(c2, of_channel, 0.0)
+    # Widened by other means than the first time, so that the compiler holds dy and x as they came, in half the registers.
+    xhat = (widened(x, ACC) - mean) * rstd
+    if ACTIVATION is None:
+        dz = dy.to(ACC)
     dx = dx_of(affine_backward(dz, w, 0.0), xhat, rstd, c1, c2, True)
     tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=mask)

@@ -30,8 +30,8 @@ def runs_of(statistic, C, RUNS, OVER_SAMPLES: tl.constexpr, PER_SAMPLE: tl.const
         return statistic, C, statistic.to(tl.int32), 0
     elif PER_SAMPLE:
         return statistic * RUNS, 1, statistic * RUNS, 1
-    else:
-        return statistic * RUNS, 1, (statistic * RUNS % C).to(tl.int32), 1
+    else:  # statistic·RUNS % C, in 32 bits
+        return statistic * RUNS, 1, statistic.to(tl.int32) % (C // RUNS) * RUNS, 1
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from ..channel_reference import Averages, ChannelGradients
 from ..kernels.channel import channel_apply, channel_combine, channel_moments
 from ..kernels.channel_backward import channel_apply_backward, channel_combine_backward, channel_sums
 from ..kernels.channel_held import held_backward, held_forward
-from ..kernels.channel_split import split_backward, split_forward
+from ..kernels.channel_split import EXCHANGES, split_backward, split_forward
 from ..kernels.channel_whole import channel_backward, channel_forward
 from ..launch import Device, describe, empty, empty_like, launch
 from ..tuning import (
@@ -71,7 +71,18 @@ def forward(
 
     if (whole := _whole(problem, x, stats, 1)) is not None:
         y = empty_like(x)
-        args = y, *statistics, *whole.words(device), x, weight, bias, residual, *whole.shape, problem.eps, momentum
+        args = (
+            y,
+            *statistics,
+            *whole.words(EXCHANGES.value, device),
+            x,
+            weight,
+            bias,
+            residual,
+            *whole.shape,
+            problem.eps,
+            momentum,
+        )
         options = whole.options | dict(RESCUE=stats == torch.float32)
         options.update(PER_SAMPLE=_is_of_samples(weight, bias), ACTIVATION=problem.activation)
         if isinstance(whole.plan, ChannelWhole):
@@ -261,18 +272,18 @@ class _Whole(NamedTuple):
 
     plan: ChannelWhole | ChannelHeld | ChannelSplit
     sets: int
-    shape: tuple[int, ...]
+    shape: tuple[int | float, ...]
     options: dict[str, Any]
 
     @property
     def programs(self) -> int:
         return self.plan.programs(self.sets)
 
-    def words(self, device: torch.device) -> tuple[Tensor, ...]:
+    def words(self, exchanges: int, device: torch.device) -> tuple[Tensor, ...]:
         """What a team's programs tell each other goes in there."""
-        return (
-            (words_of_teams(launch, self.sets, 2 * self.plan.team, device),) if isinstance(self.plan, ChannelSplit) else ()
-        )
+        if not isinstance(self.plan, ChannelSplit):
+            return ()
+        return (words_of_teams(launch, self.sets, 2 * exchanges * self.plan.team, device),)
 
 
 def _whole(problem: Problem, x: Tensor, stats: torch.dtype, tensors: int) -> _Whole | None:
@@ -283,7 +294,9 @@ def _whole(problem: Problem, x: Tensor, stats: torch.dtype, tensors: int) -> _Wh
     sets, runs = view.width, view.samples
     if not spec.over_samples:
         sets, runs = view.samples * problem.num_groups, view.width // problem.num_groups
-    plan = choose_whole(sets, runs, view.s, widest(x.dtype, stats), tensors, spec.over_samples, size)
+    plan = choose_whole(
+        sets, runs, view.s, widest(x.dtype, stats), tensors, spec.over_samples, problem.activation is None, size
+    )
     if plan is None:
         return None
     options = dict(
@@ -295,12 +308,15 @@ def _whole(problem: Problem, x: Tensor, stats: torch.dtype, tensors: int) -> _Wh
         POSITIONS=plan.tile.chunk,
         **started_by(plan.tile, size),
     )
-    shape: tuple[int, ...] = x.shape[1], runs, view.s
+    shape: tuple[int | float, ...] = x.shape[1], runs, view.s
     if isinstance(plan, ChannelHeld):
         shape = x.shape[1], sets, runs, view.s
         options.update(APART=plan.apart)
     elif isinstance(plan, ChannelSplit):
+        shape = *shape, 1.0 / (runs * view.s)
         options.update(LANES=plan.lanes)
+        if plan.registers:
+            options.update(maxnreg=plan.registers)
     else:
         options.update(STAGES=plan.stages)
     return _Whole(plan, sets, shape, options)
@@ -324,12 +340,12 @@ def _backward_of_whole(
     # Sums of the statistics' own channels are dw and db; those of each run of a sample are to be added up.
     over_samples, of_samples = problem.spec.over_samples, _is_of_samples(weight, bias)
     of_statistics = (dw, db) if over_samples else (None, None)
-    parts = samples * (whole.plan.members(whole.shape[-1]) if isinstance(whole.plan, ChannelSplit) else 1)
+    parts = samples * (whole.plan.members(int(whole.shape[2])) if isinstance(whole.plan, ChannelSplit) else 1)
     of_runs = tuple(
         None if over_samples or out is None else empty((parts, channels), rstd.dtype, device) for out in (dw, db)
     )
     inputs = dy, x, mean, rstd, weight, bias, residual
-    args: tuple[Any, ...] = (dx, *of_statistics, dz, *of_runs, *whole.words(device), *inputs, *whole.shape)
+    args: tuple[Any, ...] = (dx, *of_statistics, dz, *of_runs, *whole.words(1, device), *inputs, *whole.shape)
     options = whole.options | dict(PER_SAMPLE=of_samples, ACTIVATION=problem.activation)
     launch(_WHOLE[type(whole.plan)][1], (whole.programs,), device, args, options)
     if any(t is not None for t in of_runs):

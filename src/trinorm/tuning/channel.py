@@ -1,7 +1,6 @@
 """Which launch each problem of the channel family gets: the tiles of each pass, and how far a program walks.
 
-Sizes are those of the view that a pass has of x (kernels/channel_tiles.py). Nothing here is measured yet but that tiles of
-2048 to 4096 elements by 4 warps reach .62 to .64 of the copy in three launches (H200, bf16, 42 to 268 MB).
+Sizes are those of the view that a pass has of x (kernels/channel_tiles.py). Figures are device times on an H200, bf16.
 """
 
 from __future__ import annotations
@@ -24,14 +23,16 @@ _SUMS: dict[tuple[bool, int], _Pass] = {
 _APPLY: dict[tuple[bool, int], _Pass] = {
     (False, 1): (4096, 4, 1, 1 << 20),
     (False, 2): (4096, 4, 1, 1 << 20),
-    (True, 1): (4096, 4, 4, 8),
+    (True, 1): (4096, 4, 1, 1 << 20),
     (True, 2): (4096, 4, 4, 8),
 }
 
 # Positions of a tile, channels first: no more than these, as what is ragged at a channel's end is idle.
 _POSITIONS = 1024
 
-# Channels of a tile, channels last: a line of memory of 2-byte numbers.
+# Channels of a tile, channels last: a line or two of memory of 2-byte numbers, if they are all there. µs with one and with
+# two, forward and backward: BatchNorm 65536x1024 124, 185 and 118, 176; 64x256x56x56 100, 145 and 100, 138; GroupNorm
+# 4x512x128x128 64.8, 92.1 and 65.7, 92.7; 16x320x64x64 44.5, 60.3 and, with half a tile idle, 50.0, 77.9.
 _CHANNELS = 64
 
 # The most tiles that a program walks, as a lane's sums are one after the other.
@@ -56,9 +57,13 @@ _SMALL_WHOLE = (1024, 1)
 _HELD = {1: (8 << 10, 4096, 2048, 4096), 2: (32 << 10, 2048, 4096, 4096)}
 _HELD_WARPS = 4
 
-# Of a pass by teams, by the tensors that are read: elements of a program's tile of 2-byte numbers, its warps, and the least
-# elements of a statistic.
-_SPLIT = {1: (4096, 4, 1 << 14), 2: (4096, 4, 1 << 14)}
+# Of a pass by teams: elements of a program's tile of 2-byte numbers, its warps, registers of a thread, and the least
+# elements of a statistic. Ratios to the copy and the add, and in brackets those of the best other launch: GroupNorm
+# 16x320x64x64 0.69 (0.67), 0.74 (0.58); 4x512x128x128 0.74 (0.56), 0.79 (0.56); 2x320x128x128 0.74 (0.48), 0.72 (0.53);
+# BatchNorm 64x256x56x56 0.70 (0.53), 0.76 (0.53); 256x512x2048, by twice the tile, 1.04 (0.99), 0.80 (0.58); InstanceNorm
+# 16x64x256x256 0.73 (0.66), 0.79 (0.57); 64x256x8192 0.79 (0.75), 0.92 (0.61). As many registers as the compiler likes cost
+# programs at work: 4x512x128x128 0.69, 0.72. Of 20480 elements (8x640x32x32) 11.2 µs and 16.6, read again 11.1 and 16.4.
+_SPLIT = 4096, 4, 64, 1 << 15
 
 # The share of the multiprocessors, 1 over this, that statistics should keep at work.
 _LEAST_SHARE = 2
@@ -127,15 +132,15 @@ def _walk(
 
 @functools.lru_cache(maxsize=1024)
 def choose_whole(
-    sets: int, runs: int, s: int, itemsize: int, tensors: int, over_samples: bool, device: Device
+    sets: int, runs: int, s: int, itemsize: int, tensors: int, over_samples: bool, plain: bool, device: Device
 ) -> ChannelWhole | ChannelHeld | ChannelSplit | None:
     """The launch of a pass whose programs, or teams, have whole statistics, of ``runs`` runs of s positions of so many
-    tensors; None where there are too few statistics for the device.
+    tensors; None where there are too few statistics for the device. plain: there is no activation.
     """
     enough = sets * _LEAST_SHARE >= device.multiprocessors
     if enough and (held := _held(runs, s, itemsize, tensors, over_samples)) is not None:
         return held
-    if (split := _split(sets, runs, s, itemsize, tensors, device)) is not None:
+    if (split := _split(runs, s, itemsize, plain, device)) is not None:
         return split
     if not enough:
         return None
@@ -147,16 +152,18 @@ def choose_whole(
     return ChannelWhole(replace(tile, warps=warps), 3, ragged)
 
 
-def _split(sets: int, runs: int, s: int, itemsize: int, tensors: int, device: Device) -> ChannelSplit | None:
+def _split(runs: int, s: int, itemsize: int, plain: bool, device: Device) -> ChannelSplit | None:
     """The launch whose teams hold their statistics; None where they are too small to be worth it, or too large."""
-    elements, warps, least = _SPLIT[tensors]
+    elements, warps, registers, least = _SPLIT
     if not device.programs_wait or runs * s < least:
         return None
     for times in (1, 2, 4):
         tile, ragged = _tile_of_runs(runs, s, times * elements * 2 // max(2, itemsize))
         team = -(-runs // tile.rows) * -(-s // tile.chunk)
         if team <= min(32 * warps * times, device.multiprocessors // 2):
-            return ChannelSplit(replace(tile, warps=warps * times), team, ragged)
+            # An activation's registers, and fp64's, spill where others fit.
+            most = registers if plain and itemsize <= 4 else None
+            return ChannelSplit(replace(tile, warps=warps * times), team, ragged, most)
     return None
 
 
@@ -237,7 +244,7 @@ def _layer(m: int, c: int, unit: int, itemsize: int, tensors: int, held: int, de
 def _tile(width: int, s: int, itemsize: int, last: bool, elements: int, warps: int) -> Tile:
     elements = elements * 2 // max(2, itemsize)
     if last:
-        rows = min(_power_of_two(width), _CHANNELS)
+        rows = min(_power_of_two(width), _CHANNELS if width % (2 * _CHANNELS) else 2 * _CHANNELS)
         return Tile(rows, min(_power_of_two(s), elements // rows), warps)
     chunk = min(_power_of_two(s), _POSITIONS, elements)
     return Tile(min(_power_of_two(width), elements // chunk), chunk, warps)

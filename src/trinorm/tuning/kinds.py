@@ -187,17 +187,18 @@ class ChannelHeld:
 @dataclass(frozen=True)
 class ChannelSplit:
     """A team of ``team`` programs has a statistic, of which each holds a ``tile`` of runs by positions. ragged: as
-    ChannelWhole's.
+    ChannelWhole's. registers: as RowBackwardSplit's.
     """
 
     tile: Tile
     team: int
     ragged: bool
+    registers: int | None = None
 
     @property
     def lanes(self) -> int:
-        """How many threads read the team's words: all, of which one warp or two have any to read."""
-        return 32 * self.tile.warps
+        """How many threads read the team's words: those of each warp, or, where one cannot hold them, of all."""
+        return 32 if self.team <= 32 else 32 * self.tile.warps
 
     def members(self, s: int) -> int:
         """Over how many of the team a run of s positions goes."""

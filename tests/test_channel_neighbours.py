@@ -1,0 +1,116 @@
+"""What a channel norm does to its result at once: activations, residuals, each sample's scale and shift."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from machine import ON_GPU
+from test_channels import check, draw, groups_of, norm
+from trinorm import channel_reference as reference
+from trinorm.channel_reference import Given
+from trinorm.compare import assert_no_worse
+from trinorm.spec import ACTIVATIONS, BATCH_NORM, CHANNEL_NORMS, GROUP_NORM, INSTANCE_NORM, Activation, ChannelNorm
+
+
+@pytest.fixture(params=CHANNEL_NORMS, ids=lambda spec: spec.name)
+def spec(request: pytest.FixtureRequest) -> ChannelNorm:
+    return request.param
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(3, 12, 5, 6), *([(16, 320, 64, 64)] if ON_GPU else ())], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if ON_GPU else ())], ids=str)
+def test_activations(
+    spec: ChannelNorm,
+    activation: Activation,
+    shape: tuple[int, ...],
+    last: bool,
+    dtype: torch.dtype,
+    by: str,
+    device: torch.device,
+) -> None:
+    if last and by == "whole":
+        pytest.skip("channels first alone")
+    drawn, dy = draw(shape, dtype, dtype, last, device)
+    check(spec, groups_of(spec, shape, 4), drawn, dy, activation=activation)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_activations_of_given_statistics(last: bool, device: torch.device) -> None:
+    drawn, dy = draw((3, 40, 5, 6), torch.float32, torch.float32, last, device)
+    given = Given(torch.randn(40, device=device), torch.rand(40, device=device) + 0.5)
+    check(BATCH_NORM, 40, drawn, dy, given, "silu")
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("given", [False, True], ids=["taken", "given"])
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("shape", [(3, 12, 5, 6), *([(64, 256, 56, 56)] if ON_GPU else ())], ids=str)
+def test_residuals(
+    spec: ChannelNorm,
+    activation: Activation | None,
+    given: bool,
+    last: bool,
+    shape: tuple[int, ...],
+    by: str,
+    device: torch.device,
+) -> None:
+    """Added before the activation; also those of the other order in memory, and alone in wanting a gradient."""
+    if (last and by == "whole") or (given and spec is not BATCH_NORM):
+        pytest.skip("channels first alone" if last else "BatchNorm alone")
+    drawn, dy = draw(shape, torch.float32, torch.float32, last, device)
+    of_channels = torch.randn(2, shape[1], device=device)
+    statistics = Given(of_channels[0], of_channels[1].abs() + 0.5) if given else None
+    residual = torch.randn(shape, device=device, requires_grad=True)
+    groups = groups_of(spec, shape, 4)
+    check(spec, groups, [*drawn, residual], dy, statistics, activation)
+    x, weight, bias = (t.detach() for t in drawn)
+    y = norm(spec, x, groups, weight, bias, statistics, activation=activation, residual=residual)
+    (alone,) = torch.autograd.grad(y, residual, dy)
+    both = norm(spec, *drawn[:1], groups, *drawn[1:], statistics, activation=activation, residual=residual)
+    assert torch.equal(alone, torch.autograd.grad(both, residual, dy, retain_graph=True)[0])
+    without = norm(spec, *drawn[:1], groups, *drawn[1:], statistics, activation=activation, residual=residual.detach())
+    assert torch.equal(torch.autograd.grad(without, drawn[0], dy)[0], torch.autograd.grad(both, drawn[0], dy)[0])
+
+
+@pytest.mark.parametrize("spec", [GROUP_NORM, INSTANCE_NORM], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("shape", [(3, 12, 5, 6), *([(8, 640, 32, 32)] if ON_GPU else ())], ids=str)
+def test_scale_and_shift(
+    spec: ChannelNorm, affine: bool, last: bool, shape: tuple[int, ...], by: str, device: torch.device
+) -> None:
+    """Those of each sample: value and gradients, beside the same in torch's ops, of which float64's are the oracle."""
+    if last and by == "whole":
+        pytest.skip("channels first alone")
+    drawn, dy = draw(shape, torch.float32, torch.float32, last, device)
+    groups = groups_of(spec, shape, 4)
+    drawn = [
+        *(drawn if affine else drawn[:1]),
+        *(torch.randn(*shape[:2], 1, 1, device=device).requires_grad_() for _ in "ab"),
+    ]
+
+    def by_torch(*tensors: Tensor) -> Tensor:
+        x, *parameters, scale, shift = tensors
+        weight, bias = parameters or (None, None)
+        return F.silu(reference.composite(spec, x, groups, weight, bias, 1e-5) * (1 + scale) + shift)
+
+    def ours(*tensors: Tensor) -> Tensor:
+        x, *parameters, scale, shift = tensors
+        weight, bias = parameters or (None, None)
+        return norm(spec, x, groups, weight, bias, activation="silu", scale=scale, shift=shift)
+
+    wide = [t.detach().double().requires_grad_() for t in drawn]
+    results = [
+        (y.detach(), *torch.autograd.grad(y, of, dy.to(y.dtype)))
+        for y, of in ((ours(*drawn), drawn), (by_torch(*wide), wide), (by_torch(*drawn), drawn))
+    ]
+    for what, got, want, theirs in zip(("y", "dx", "dw", "db", "ds", "dt"), *results, strict=False):
+        assert got.shape == want.shape
+        assert_no_worse(what, got, want, theirs)
+    (alone,) = torch.autograd.grad(norm(spec, drawn[0], groups, None, None, shift=drawn[-1]), drawn[-1], dy)
+    torch.testing.assert_close(alone, dy.sum((2, 3), keepdim=True), rtol=1e-4, atol=1e-4)
