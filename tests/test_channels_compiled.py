@@ -13,14 +13,14 @@ import pytest
 # In a process of its own: where there is no GPU, this one interprets the kernels.
 SCRIPT = """
 import itertools, json, sys, torch
-from trinorm.inspection import compile_call
+from trinorm.inspection import compile_call, read
 from trinorm.launch import describe
 from trinorm.ops import channels
 from trinorm.ops.channels import Problem
 from trinorm.spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM
 from trinorm.tuning import channel as tuning
 
-calls = []
+calls, binaries = [], []
 channels.launch = lambda kernel, grid, device, args, options: calls.append((kernel, args, options))
 channels.describe = lambda device: describe(torch.device("meta"))
 problems = (
@@ -46,10 +46,11 @@ for (problem, shape), (last, whole) in itertools.product(problems, ways):
         if sys.argv[1] != "sm_90":
             options.pop("launch_pdl")
             options["PDL"] = False
-        found = compile_call(kernel, args, options, sys.argv[1])
-        print(json.dumps(dict(
-            kernel=found.kernel, spills=found.spills, loads=max(found.loads), stores=max(found.stores)
-        )))
+        binaries.append(compile_call(kernel, args, options, sys.argv[1]))
+for found in read(binaries):
+    print(json.dumps(dict(
+        kernel=found.kernel, spills=found.spills, loads=max(found.loads), stores=max(found.stores)
+    )))
 """
 WRITING = (
     *("channel_apply", "channel_apply_backward", "channel_forward", "channel_backward"),
