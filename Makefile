@@ -49,5 +49,7 @@ $(READY): pyproject.toml constraints.txt src/trinorm/__init__.py
 	@$(BIN)/python -m pip --version 2>/dev/null || $(PYTHON) -m venv $(VENV) || { \
 		$(PYTHON) -m venv --without-pip $(VENV) && \
 		$(PYTHON) -m pip install --target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" pip; }
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test,lint]'
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[test,lint]'
+	@# By all cores, which pip does by one. What is of another Python's syntax is left.
+	@$(BIN)/python -m compileall -qq -j 0 "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
 	touch $@

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
-import functools
+import itertools
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -23,7 +24,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from .launch import plain
 from .ops import rows
-from .targets import TARGETS
+from .targets import TARGETS, Target
 
 # Kinds of instruction, by how their mnemonics start; the first that fits counts. What none fits is "alu": integers, logic,
 # comparisons, moves. Widening bf16 is one of those (a shift); narrowing to it is a conversion.
@@ -73,13 +74,10 @@ class Instruction(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """The resources of one kernel compiled for one target.
+class Resources:
+    """What one kernel takes, compiled for one target.
 
-    registers: per thread. spills: bytes of local memory per thread. shared: bytes per program. warps: of a program.
-    loads, stores: how many global accesses of each width in bits, e.g. ``{128: 4}``. instructions: how many of each of
-    KINDS, without padding. loop: those of the longest loop that touches global memory; empty where none does. loop_bytes:
-    what a thread loads and stores there in one turn.
+    warps: of a program. registers: per thread. spills: bytes of local memory per thread. shared: bytes per program.
     """
 
     kernel: str
@@ -88,6 +86,24 @@ class Compiled:
     registers: int
     spills: int
     shared: int
+
+
+@dataclass(frozen=True)
+class Binary(Resources):
+    """With its machine code, as Triton has it: a cubin (NVIDIA), or LLVM's assembly (AMD)."""
+
+    code: Any
+
+
+@dataclass(frozen=True)
+class Compiled(Resources):
+    """With what its machine code is made of.
+
+    loads, stores: how many global accesses of each width in bits, e.g. ``{128: 4}``. instructions: how many of each of
+    KINDS, without padding. loop: those of the longest loop that touches global memory; empty where none does. loop_bytes:
+    what a thread loads and stores there in one turn.
+    """
+
     loads: dict[int, int]
     stores: dict[int, int]
     instructions: dict[str, int]
@@ -95,7 +111,7 @@ class Compiled:
     loop_bytes: int
 
 
-def compile_call(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any], target: str) -> Compiled:
+def compile_call(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any], target: str) -> Binary:
     """Compile ``kernel`` as calling it with ``args`` and ``options`` would, for ``target`` (a key of TARGETS).
 
     Tensors may live on the meta device: of a pointer, only its dtype counts, and it is taken as 16-byte aligned.
@@ -109,16 +125,33 @@ def compile_call(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, 
     # Where a kernel asks what it is compiled for, the answer is the active driver's.
     with mock.patch.object(triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: gpu)):
         compiled = triton.compile(source, target=gpu, options=parsed.__dict__)
-    read = _read_cuda if gpu.backend == "cuda" else _read_hip
-    registers, spills, code = read(compiled.asm)
-    loop = longest_loop(code)
-    return Compiled(
+    code = compiled.asm["cubin" if gpu.backend == "cuda" else "amdgcn"]
+    registers, spills = _used_cuda(code) if gpu.backend == "cuda" else _used_hip(code)
+    return Binary(
         kernel=kernel.__name__,
         target=target,
         warps=parsed.num_warps,
         registers=registers,
         spills=spills,
         shared=compiled.metadata.shared,
+        code=code,
+    )
+
+
+def read(binaries: Iterable[Binary]) -> list[Compiled]:
+    """What the machine code of each is made of; all are for one target. NVIDIA's disassembler takes .3 to .5 s to start."""
+    given = list(binaries)
+    if not given:
+        return []
+    target, codes = TARGETS[given[0].target], list(dict.fromkeys(binary.code for binary in given))
+    listed = dict(zip(codes, _sass_of(codes, target) if target.gpu.backend == "cuda" else map(amdgcn, codes), strict=True))
+    return [_compiled(binary, listed[binary.code]) for binary in given]
+
+
+def _compiled(binary: Binary, code: list[Instruction]) -> Compiled:
+    loop = longest_loop(code)
+    return Compiled(
+        **{field.name: getattr(binary, field.name) for field in fields(Resources)},
         loads=_widths(code, "global load"),
         stores=_widths(code, "global store"),
         instructions=_mix(code),
@@ -169,26 +202,43 @@ def _kind(mnemonic: str, kinds: Mapping[str, str]) -> str:
     return next((kind for kind, start in kinds.items() if re.match(start, mnemonic)), "alu")
 
 
-def _read_cuda(asm: dict[str, Any]) -> tuple[int, int, list[Instruction]]:
-    """Registers, spills and code."""
-    text = _listing(asm["cubin"])
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return used["REG"], used["STACK"] + used["LOCAL"], sass(text)
+def _used_cuda(cubin: bytes) -> tuple[int, int]:
+    """Registers and spills."""
+    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _nvidia("cuobjdump", "--dump-resource-usage", given=cubin)))
+    return int(used["REG"]), int(used["STACK"]) + int(used["LOCAL"])
 
 
-@functools.lru_cache(maxsize=256)
-def _listing(cubin: bytes) -> str:
-    """Kept, as cuobjdump takes .5 to .9 s to start, and different calls come to the same kernel."""
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        command = [tool, "--dump-resource-usage", "--dump-sass", str(path)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def _sass_of(cubins: Sequence[bytes], target: Target) -> list[list[Instruction]]:
+    """The instructions of each, from one listing of all their code, one after the other."""
+    arch, codes = target.gpu.arch, [_code(cubin) for cubin in cubins]
+    listing = _nvidia("nvdisasm", "--binary", f"SM{arch}{'a' if arch >= 90 else ''}", given=b"".join(codes))
+    ends = list(itertools.accumulate(map(len, codes)))
+    found: list[list[Instruction]] = [[] for _ in codes]
+    for instruction in sass(listing):
+        found[bisect.bisect_right(ends, instruction.address)].append(instruction)
+    return found
+
+
+def _code(cubin: bytes) -> bytes:
+    """Its instructions: what an ELF file has in sections that are executable."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count = struct.unpack_from("<HH", cubin, 0x3A)
+    sections = [struct.unpack_from("<8xQ8xQQ", cubin, table + size * i) for i in range(count)]
+    executable = 4
+    return b"".join(cubin[start : start + length] for flags, start, length in sections if flags & executable)
+
+
+def _nvidia(tool: str, *options: str, given: bytes) -> str:
+    """What one of the tools that Triton brings prints of a file."""
+    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", tool)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(given)
+        file.flush()
+        return subprocess.run([path, *options, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def sass(text: str) -> list[Instruction]:
-    """The instructions of cuobjdump's listing of one kernel, without the padding at its end."""
+    """The instructions of nvdisasm's listing of machine code, without the padding at each kernel's end."""
     code = []
     line = r"^\s+/\*([0-9a-f]{4,})\*/\s+(@\S+ )?(\S+)(?: (.*?))?\s*;"
     for number, predicate, mnemonic, operands in re.findall(line, text, re.MULTILINE):
@@ -206,11 +256,10 @@ def sass(text: str) -> list[Instruction]:
     return code
 
 
-def _read_hip(asm: dict[str, Any]) -> tuple[int, int, list[Instruction]]:
-    """Registers, spills and code."""
-    text = asm["amdgcn"]
-    used = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)}
-    return used["vgpr_count"], used["private_segment_fixed_size"], amdgcn(text)
+def _used_hip(text: str) -> tuple[int, int]:
+    """Registers and spills."""
+    used = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text))
+    return int(used["vgpr_count"]), int(used["private_segment_fixed_size"])
 
 
 _HIP_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "ushort": 16, "byte": 8, "ubyte": 8}
@@ -256,7 +305,8 @@ def recorded(target: str = "sm_90") -> Iterator[list[Call]]:
 
     >>> with recorded() as calls:
     ...     rows.forward(RMS_NORM, torch.empty(8192, 4096, device="meta"), 1, None, None, 1e-6, save=True)
-    >>> compile_call(calls[0].kernel, calls[0].args, calls[0].options, "sm_90").registers
+    >>> binaries = [compile_call(call.kernel, call.args, call.options, "sm_90") for call in calls]
+    >>> binaries[0].registers, read(binaries)[0].instructions
     """
     calls: list[Call] = []
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import triton
 
-from ..inspection import Call, Compiled, compile_call, recorded
+from ..inspection import Binary, Call, Compiled, compile_call, read, recorded
 from ..ops import rows
 from ..targets import SCHEDULERS, TARGETS, Occupancy, occupancy
 from .cases import OPS, Case
@@ -129,15 +129,22 @@ class Prediction:
             yield json.dumps({"pass": case.pass_, **found})
 
 
-def predict(case: Case, target: str = TARGET) -> Prediction:
-    """Compile what the case would launch on ``target``."""
-    kernels = []
-    for call in launches(case, target):
-        compiled = compile_call(call.kernel, call.args, call.options, target)
-        options = call.options | {name: value for name, value in _ORDINARY.items() if name in call.options}
-        same = options == call.options
-        kernels.append(Kernel(call, compiled, compiled if same else compile_call(call.kernel, call.args, options, target)))
-    return Prediction(case, target, tuple(kernels))
+def predict(cases: Iterable[Case], target: str = TARGET) -> list[Prediction]:
+    """Compile what each case would launch on ``target``."""
+    asked = [(case, [(call, *_binaries(call, target)) for call in launches(case, target)]) for case in cases]
+    found = iter(read([binary for _, kernels in asked for _, *both in kernels for binary in both]))
+    return [
+        Prediction(case, target, tuple(Kernel(call, next(found), next(found)) for call, *_ in kernels))
+        for case, kernels in asked
+    ]
+
+
+def _binaries(call: Call, target: str) -> tuple[Binary, Binary]:
+    """The kernel's, and its ordinary one's."""
+    options = call.options | {name: value for name, value in _ORDINARY.items() if name in call.options}
+    compiled = compile_call(call.kernel, call.args, call.options, target)
+    same = options == call.options
+    return compiled, compiled if same else compile_call(call.kernel, call.args, options, target)
 
 
 def launches(case: Case, target: str = TARGET) -> list[Call]:

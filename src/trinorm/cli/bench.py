@@ -9,7 +9,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -216,13 +216,15 @@ def _predict(args: argparse.Namespace, console: Console) -> int:
     tables = _tables(args, PASSES)
     with _progress(console) as progress:
         task = progress.add_task("", total=len(tables) * len(shapes))
-        for table in tables:
-            predictions = []
-            for case in _cases(table, shapes):
+
+        def shown(cases: Iterable[Case]) -> Iterator[Case]:
+            for case in cases:
                 progress.update(task, description=f"{_description(case)} compile")
-                predictions.append(predict(case))
+                yield case
                 progress.advance(task)
-            console.print(report.prediction_table(predictions))
+
+        for table in tables:
+            console.print(report.prediction_table(predict(shown(_cases(table, shapes)))))
     return status
 
 

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         for dtype, op, pass_, (m, n) in itertools.product(args.dtype, args.op, args.passes, args.shapes)
     ]
     shown = track(cases, "compile", console=Console(stderr=True), transient=True)
-    predictions = [predict(case, args.target) for case in shown]
+    predictions = predict(shown, args.target)
     if args.json is not None:
         lines = "".join(f"{line}\n" for prediction in predictions for line in prediction.to_json())
         if to_file:
