@@ -15,11 +15,11 @@ import torch
 
 import trinorm
 from machine import ON_GPU
-from trinorm.cases import DTYPES, NASTY, NORMAL, Case, Values
+from trinorm.cases import DTYPES, NASTY, NORMAL, Case, Inputs, Values
 from trinorm.cli import check, main
 from trinorm.ops import CALLS, road, rows
 
-CASE = Case(8, 17)
+CASE = Case((8, 17))
 NORMS = ("layer_norm", "rms_norm")
 # A casting mode differs where it rounds, which bf16 shows: on a CPU in that dtype alone.
 RUNS = (
@@ -202,23 +202,24 @@ def test_a_number_of_workers_that_is_none_is_refused(workers: str, capsys: pytes
     assert "is not a whole number from 1 on" in capsys.readouterr().err
 
 
+def drawn(values: Values, dtype: torch.dtype) -> Inputs:
+    return Case((9, 33), values).inputs(check.OPS["layer_norm"], dtype, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("values", [NORMAL, *NASTY], ids=lambda values: values.name)
 def test_powers_of_two_come_out_exactly(values: Values, dtype: torch.dtype) -> None:
     if not values.fits(dtype):
         assert dtype == torch.float16
         return
-    inputs = Case(9, 33, values).inputs(dtype, torch.device("cpu"), bias=True)
-    x, _ = inputs.unscaled()
-    assert torch.equal((x.double() * inputs.scale).nan_to_num(), inputs.x.double().nan_to_num())
-    assert (
-        torch.equal(inputs.x, Case(9, 33, values).inputs(dtype, torch.device("cpu"), bias=True).x)
-        or values.name == "one NaN"
-    )
+    inputs = drawn(values, dtype)
+    x = inputs.unscaled().x
+    assert torch.equal((x.double() * inputs.scale).nan_to_num(), inputs.of.x.double().nan_to_num())
+    assert torch.equal(inputs.of.x, drawn(values, dtype).of.x) or values.name == "one NaN"
 
 
 def test_values_are_as_named() -> None:
-    x = {v.name: Case(9, 33, v).inputs(torch.float32, torch.device("cpu"), bias=True).x.double() for v in NASTY}
+    x = {values.name: drawn(values, torch.float32).of.x.double() for values in NASTY}
     assert (x["mean 1e4, std 1e-2"].mean() - 1e4).abs() < 0.01
     assert 0.005 < x["mean 1e4, std 1e-2"].std() < 0.02
     assert (x["rows of one value"].amax(1) == x["rows of one value"].amin(1)).all()

@@ -54,6 +54,7 @@ FLOW = (
     "targets",
     "inspection",
     "forced",
+    "norms",
     "cases",
     "bench",
     "cli",

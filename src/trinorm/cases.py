@@ -6,25 +6,41 @@ Every draw is seeded: a case gives the same numbers on every run and every devic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .norms import Arguments, Norm, Shape
+
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 EPS = 1e-5
+# For 0, which torch's batch_norm refuses: it is lost beside the variance of any row here.
+NO_EPS = 1e-300
+
+# The orders of memory that the channel norms read, by name.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": Tensor.contiguous,
+    "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+}
+
+
+def layouts(shape: Shape) -> tuple[str, ...]:
+    """Those that torch has, and tells apart, for a tensor of this shape: images' and volumes' are two."""
+    two = len(shape) in (4, 5) and shape[1] > 1 and math.prod(shape[2:]) > 1
+    return tuple(LAYOUTS) if two else ("contiguous",)
 
 
 @dataclass(frozen=True)
 class Values:
-    """One kind of rows.
+    """One kind of rows: of the elements that share statistics (norms.py).
 
     draw: from standard normal values (float64, but of float32's precision, so that an oracle in float64 has digits to
     spare) and the finfo of the dtype they will have. exponents: row i is then multiplied by the power of two
-    ``2**exponents[i % len(exponents)]``. Rows of unequal exponents need an eps of 0: see Inputs.unscaled.
+    ``2**exponents[i % len(exponents)]``. Rows of unequal exponents need NO_EPS: see Inputs.unscaled.
     """
 
     name: str
@@ -36,6 +52,11 @@ class Values:
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether the dtype can hold the exponents."""
         return self._largest_exponent < math.log2(torch.finfo(dtype).max) - 4
+
+    @property
+    def scaled(self) -> bool:
+        """Whether rows are multiplied by anything."""
+        return any(self.exponents)
 
     @property
     def extreme(self) -> bool:
@@ -71,70 +92,67 @@ NASTY = (
     Values("zero weight", _as_drawn, zero_weight=True),
     Values("one NaN", _with_one(math.nan)),
     Values("one Inf", _with_one(math.inf)),
-    Values("small and large rows", _as_drawn, exponents=(6, 0, -6), eps=0.0),
+    Values("small and large rows", _as_drawn, exponents=(6, 0, -6), eps=NO_EPS),
     # Squares of these leave float32's range: 2^100 is 1.3e30.
     Values("1e30", _as_drawn, exponents=(100,)),
-    Values("1e-30", _as_drawn, exponents=(-100,), eps=0.0),
-    Values("1e30, 1 and 1e-30 by rows", _as_drawn, exponents=(100, 0, -100), eps=0.0),
+    Values("1e-30", _as_drawn, exponents=(-100,), eps=NO_EPS),
+    Values("1e30, 1 and 1e-30 by rows", _as_drawn, exponents=(100, 0, -100), eps=NO_EPS),
 )
 
 
 class Inputs(NamedTuple):
-    """The arguments of one call and of its backward. scale: ``(rows, 1)`` float64, the power of two in each row of x."""
+    """One call, its backward, and the power of two in each element of x, in float64."""
 
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
+    of: Arguments
     dy: Tensor
-    eps: float
     scale: Tensor
 
-    def unscaled(self) -> tuple[Tensor, float]:
-        """x without its powers of two (exactly: cases see to that), and the eps that makes it the same problem.
+    def unscaled(self) -> Arguments:
+        """With x without its powers of two (exactly: cases see to that), and the eps that makes it the same problem.
 
         Norms are scale invariant but for eps. With ``s`` a row's scale, x and eps give y, dw and db of ``x / s`` and
         ``eps / s**2``, ``s`` times its mean and ``1 / s`` times its rstd and dx: no digit changes. On the unscaled
         problem torch's own result is an answer, and so a yardstick, even where x squared overflows in torch.
         """
-        x = (self.x.detach() / self.scale).to(self.x.dtype)
-        return x, self.eps / self.scale[0].item() ** 2
+        x = (self.of.x.detach() / self.scale).to(self.of.x.dtype)
+        return self.of._replace(x=x, eps=self.of.eps / self.scale.flatten()[0].item() ** 2)
 
 
 @dataclass(frozen=True)
 class Case:
-    """``rows`` rows of ``columns`` elements. weight: a key of WEIGHTS, for the weight and for the bias of ops with one."""
+    """An x of a shape, in a layout, whose rows have some values. weight: what weight_dtype knows, for the bias too."""
 
-    rows: int
-    columns: int
+    shape: Shape
     values: Values = NORMAL
     weight: str = "same"
+    layout: str = "contiguous"
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.columns} {self.values.name}"
+        layout = "" if self.layout == "contiguous" else " channels last"
+        return f"{'x'.join(map(str, self.shape))}{layout} {self.values.name}"
 
-    def inputs(self, dtype: torch.dtype, device: torch.device, *, bias: bool, seed: int = 0) -> Inputs:
+    def inputs(self, norm: Norm, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
         """The case's tensors, x and dy of ``dtype``. Each seed is another draw of them."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(device, torch.float64)
 
+        def placed(rows: Tensor) -> Tensor:
+            return LAYOUTS[self.layout](norm.of_rows(rows, self.shape))
+
+        m, n = norm.rows(torch.empty(self.shape, device="meta")).shape
         exponents = torch.tensor(self.values.exponents, dtype=torch.float64, device=device)
-        scale = exponents.exp2()[torch.arange(self.rows, device=device) % len(exponents), None]
+        scale = exponents.exp2()[torch.arange(m, device=device) % len(exponents), None].expand(m, n)
         # Rounded before it is scaled up, and scaled down before it is read: either way its powers of two come out exactly.
-        x = self.values.draw(normal(self.rows, self.columns), torch.finfo(dtype)).to(dtype) * scale
-        dy, w, b = normal(self.rows, self.columns), normal(self.columns), normal(self.columns)
+        x = self.values.draw(normal(m, n), torch.finfo(dtype)).to(dtype) * scale
+        dy, (w, b) = normal(m, n), (normal(*norm.parameter_shape(self.shape)) for _ in range(2))
         if self.values.zero_weight:
             w.zero_()
         of = weight_dtype(self.weight, dtype)
-        return Inputs(
-            x=x.to(dtype),
-            weight=None if of is None else w.to(of),
-            bias=None if of is None or not bias else b.to(of),
-            dy=dy.to(dtype),
-            eps=self.values.eps,
-            scale=scale,
-        )
+        weight, bias = (None if of is None else w.to(of), None if of is None or not norm.biased else b.to(of))
+        arguments = Arguments(placed(x.to(dtype)), weight, bias, self.values.eps)
+        return Inputs(arguments, placed(dy.to(dtype)), placed(scale))
 
 
 def weight_dtype(weight: str, dtype: torch.dtype) -> torch.dtype | None:
@@ -149,29 +167,64 @@ def weights(dtype: torch.dtype) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Shapes:
-    """``(rows, columns)`` that meet every kind of weight, those that meet weights of x's dtype, and the nasty values'."""
+    """Shapes that meet every kind of weight, those that meet weights of x's dtype, and the nasty values'.
 
-    every_weight: tuple[tuple[int, int], ...]
-    same_weight: tuple[tuple[int, int], ...]
-    nasty: tuple[tuple[int, int], ...]
+    turns: cases take turns with the layouts, and dtypes with the weights and the nasty values, where else each meets each.
+    """
 
-    def cases(self, dtype: torch.dtype) -> list[Case]:
+    every_weight: tuple[Shape, ...]
+    same_weight: tuple[Shape, ...]
+    nasty: tuple[Shape, ...]
+    turns: bool = False
+
+    def cases(self, dtype: torch.dtype) -> Iterator[Case]:
         """What to check for x of ``dtype``."""
-        return [
-            *(Case(*shape, NORMAL, weight) for shape in self.every_weight for weight in weights(dtype)),
-            *(Case(*shape) for shape in self.same_weight),
-            *(Case(*shape, values) for shape in self.nasty for values in NASTY if values.fits(dtype)),
-        ]
+        nasty, of_weight = [values for values in NASTY if values.fits(dtype)], weights(dtype)
+        if self.turns:
+            # So that fp32 gets the large mean, which fewer digits do not hold, and a half the fp32 weight.
+            turn = list(DTYPES.values()).index(dtype) + 2
+            nasty, of_weight = nasty[turn % len(DTYPES) :: len(DTYPES)], of_weight[-turn % len(of_weight) :][:1]
+        kinds = [(shape, NORMAL, weight) for shape in self.every_weight for weight in of_weight]
+        kinds += [(shape, NORMAL, "same") for shape in self.same_weight]
+        kinds += [(shape, values, "same") for shape in self.nasty for values in nasty]
+        for i, kind in enumerate(kinds):
+            of_shape = layouts(kind[0])
+            for layout in [of_shape[i % len(of_shape)]] if self.turns else of_shape:
+                yield Case(*kind, layout)
 
 
-QUICK = Shapes(every_weight=((33, 1), (8, 129)), same_weight=(), nasty=((8, 65),))
+class Sizes(NamedTuple):
+    """The shapes of both families: rows × columns, and samples × channels × positions."""
 
-# The interpreter takes milliseconds a program: few rows, and a shape for each of the kernels.
-INTERPRETED = Shapes(every_weight=((33, 1), (600, 5), (8, 129)), same_weight=((8, 1000), (8, 4097)), nasty=((8, 129),))
+    rows: Shapes
+    channels: Shapes
 
-# Each width compiles anew, for every dtype: a few, and rows enough for each of the kernels.
-GPU = Shapes(
-    every_weight=((4099, 1), (128, 768), (1030, 768)),
-    same_weight=((1030, 128), (1030, 1000), (1030, 4096), (600, 8192), (600, 12288), (33, 100003), (8, 1048576)),
-    nasty=((40, 129), (1030, 768), (600, 4097), (8, 65536)),
+
+QUICK = Sizes(
+    rows=Shapes(every_weight=((33, 1), (8, 129)), same_weight=(), nasty=((8, 65),)),
+    channels=Shapes(every_weight=(), same_weight=((2, 6, 5, 7),), nasty=(), turns=True),
+)
+
+# The interpreter takes milliseconds a program: few rows, and a shape for each of the kernels; of channels, of which more
+# are in tests/test_channels.py, groups of 3 and of all, a single position, and a single sample.
+INTERPRETED = Sizes(
+    rows=Shapes(every_weight=((33, 1), (600, 5), (8, 129)), same_weight=((8, 1000), (8, 4097)), nasty=((8, 129),)),
+    channels=Shapes(
+        every_weight=((2, 6, 5, 7),), same_weight=((3, 12, 1, 1), (1, 7, 13)), nasty=((3, 6, 3, 3),), turns=True
+    ),
+)
+
+# Each width compiles anew, for every dtype: a few, and rows enough for each of the kernels. Of channels: groups of 3, of
+# 10, of all, of single positions; one sample; primes.
+GPU = Sizes(
+    rows=Shapes(
+        every_weight=((4099, 1), (128, 768), (1030, 768)),
+        same_weight=((1030, 128), (1030, 1000), (1030, 4096), (600, 8192), (600, 12288), (33, 100003), (8, 1048576)),
+        nasty=((40, 129), (1030, 768), (600, 4097), (8, 65536)),
+    ),
+    channels=Shapes(
+        every_weight=((8, 320, 32, 32),),
+        same_weight=((3, 12, 1, 1), (300, 1024), (5, 7, 13), (1, 96, 3, 7, 11), (1, 32, 1024, 700), (3, 4500, 8, 8)),
+        nasty=((16, 96, 31, 17),),
+    ),
 )

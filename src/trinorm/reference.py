@@ -88,9 +88,20 @@ def torch_gradients(
     dy: Tensor,
 ) -> Gradients:
     """The composite's gradients by torch's own backward: the yardstick that ``trinorm.compare`` asks for."""
+
+    def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return composite(spec, x, normalized_shape, weight, bias, eps)
+
+    return gradients_by_autograd(norm, x, weight, bias, dy)
+
+
+def gradients_by_autograd(
+    norm: Callable[..., Tensor], x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor
+) -> Gradients:
+    """Those of ``norm(x, weight, bias)``, as torch's autograd has them."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
     with torch.enable_grad():
-        y = composite(spec, leaves[0], normalized_shape, leaves[1], leaves[2], eps)  # type: ignore[arg-type]
+        y = norm(*leaves)
     found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
     return Gradients(*(None if leaf is None else next(found) for leaf in leaves))
 

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -20,40 +20,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import functional, reference
-from ..cases import DTYPES, GPU, INTERPRETED, QUICK, Case, Inputs, Shapes
+from .. import functional
+from ..cases import DTYPES, GPU, INTERPRETED, QUICK, Case, Inputs, Sizes
+from ..channel_reference import Given
 from ..compare import Comparison, compare
+from ..norms import NORMS, VARIANTS, Arguments, Norm, OfRows
 from ..ops import road
-from ..spec import CASTS, ROW_NORMS, RowNorm
 from . import device, names, positive, refuse
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-@dataclass(frozen=True)
-class Op:
-    """A public function, as ``call(x, normalized_shape, weight, bias, eps)``, and what it computes."""
-
-    spec: RowNorm
-    bias: bool
-    call: Callable[[Tensor, Sequence[int], Tensor | None, Tensor | None, float], Tensor]
-
-
-def _op(spec: RowNorm) -> Op:
-    norm = getattr(functional, spec.name)
-
-    def call(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        return norm(x, shape, weight, *([bias] if spec.center else []), eps, cast=spec.cast)
-
-    return Op(spec, spec.center, call)
-
-
-# By name: each norm, and each in a casting mode of its own.
-OPS = {
-    spec.name if cast == "output" else f"{spec.name}/{cast}": _op(spec.with_cast(cast))
-    for cast, spec in itertools.product(CASTS, ROW_NORMS)
-}
+# By name: each norm, and its variants.
+OPS = NORMS | VARIANTS
 
 # Of a handful of numbers, torch's largest error is chance: torch does a case again, on other draws, until each of its
 # results has had this many elements.
@@ -78,19 +58,21 @@ class Result:
 Step = Callable[[], list[Result]]
 
 
-def steps_of(ops: Iterable[str], dtypes: Iterable[torch.dtype], device: torch.device, shapes: Shapes) -> list[Step]:
-    """Check ``ops`` over ``dtypes`` and ``shapes`` on ``device``; with float64 among the dtypes, gradients numerically too.
+def steps_of(ops: Iterable[str], dtypes: Iterable[torch.dtype], device: torch.device, sizes: Sizes) -> list[Step]:
+    """Check ``ops`` over ``dtypes`` and ``sizes`` on ``device``; with float64 among the dtypes, gradients numerically too.
 
-    The cases of one width are one step: they share kernels, which compile once. A casting mode, which changes what happens
-    to an element, not where it is, meets QUICK's shapes only. Without Triton what is checked is torch's own operators,
-    which extreme values are beyond.
+    The cases of one width are one step: they share kernels, which compile once. A variant, which changes what happens to an
+    element, not where it is, meets QUICK's shapes only. Without Triton what is checked is torch's own operators, which
+    extreme values are beyond.
     """
     steps: list[Step] = []
     for op, dtype in itertools.product(ops, dtypes):
-        by_width: defaultdict[int, list[Case]] = defaultdict(list)
-        for case in (shapes if OPS[op].spec.cast == "output" else QUICK).cases(dtype):
-            if road.HAS_TRITON or not case.values.extreme:
-                by_width[case.columns].append(case)
+        norm, by_width = OPS[op], defaultdict[tuple[int, ...], list[Case]](list)
+        asked = sizes if op in NORMS else QUICK
+        for case in (asked.rows if isinstance(norm, OfRows) else asked.channels).cases(dtype):
+            known = road.HAS_TRITON or not case.values.extreme
+            if known and norm.takes(case.shape) and (norm.follows_scale or not case.values.scaled):
+                by_width[case.shape[1:]].append(case)
         steps += [functools.partial(check_op, op, dtype, device, cases) for cases in by_width.values()]
         if dtype == torch.float64:
             steps.append(functools.partial(check_numerically, op, device))
@@ -98,108 +80,115 @@ def steps_of(ops: Iterable[str], dtypes: Iterable[torch.dtype], device: torch.de
 
 
 def check_op(op: str, dtype: torch.dtype, device: torch.device, cases: Iterable[Case]) -> list[Result]:
-    """y, mean, rstd, dx, dw and db of each case, as far as the case and the op have them.
+    """y, mean, rstd, dx, dw, db and running statistics of each case, as far as the case and the op have them.
 
     mean and rstd are what a kernel saves for the backward; without Triton nothing is, and they are not checked.
     """
-    results: list[Result] = []
+    norm, results = OPS[op], list[Result]()
     for case in cases:
-        draws = -(-SAMPLES // min(case.rows, case.columns))
-        inputs, *others = [case.inputs(dtype, device, bias=OPS[op].bias, seed=seed) for seed in range(draws)]
-        exact = _oracle(OPS[op], inputs)
-        distance = _distance_of_torch(OPS[op], inputs, exact)
-        for other in others:
-            again = _distance_of_torch(OPS[op], other, _oracle(OPS[op], other))
+        of_case = functools.partial(case.inputs, norm, dtype, device)
+        inputs = of_case()
+        draws = -(-SAMPLES // min(len(norm.rows(inputs.of.x)), case.shape[1]))
+        exact = _oracle(norm, inputs)
+        distance = _distance_of_torch(norm, inputs, exact)
+        for seed in range(1, draws):
+            other = of_case(seed)
+            again = _distance_of_torch(norm, other, _oracle(norm, other))
             distance = {what: torch.maximum(so_far, again[what]) for what, so_far in distance.items()}
-        weight_dtype = None if inputs.weight is None else inputs.weight.dtype
+        weight_dtype = None if inputs.of.weight is None else inputs.of.weight.dtype
         results += [
             Result(
                 op, dtype, weight_dtype, str(case), compare(what, value, exact[what], exact[what] + distance[what], terms)
             )
-            for what, value in _ours(OPS[op], inputs).items()
-            for terms in [_row_size(inputs) if what == "mean" else None]
+            for what, value in _ours(norm, inputs, exact["mean"]).items()
+            for terms in [_row_size(norm, inputs) if what == "mean" else None]
         ]
     return results
 
 
 def check_numerically(op: str, device: torch.device) -> list[Result]:
     """The backward against finite differences of the forward, in float64: torch.autograd.gradcheck, with its tolerances."""
-    case = Case(3, 5)
-    x, weight, bias, _, eps, _ = case.inputs(torch.float64, device, bias=OPS[op].bias)
+    norm = OPS[op]
+    case = Case((3, 5) if isinstance(norm, OfRows) else (2, 3, 2))
+    x, weight, bias, eps = case.inputs(norm, torch.float64, device).of
     leaves = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return norm.call(functional, Arguments(x, weight, bias, eps), norm.running(x))
+
     worst = ""
     try:
-        torch.autograd.gradcheck(lambda x, w, b=None: OPS[op].call(x, (case.columns,), w, b, eps), leaves)
+        torch.autograd.gradcheck(call, leaves, fast_mode=True)
     except RuntimeError as error:
         worst = str(error)
     comparison = Comparison("gradcheck", float("nan"), float("nan"), not worst, worst)
     return [Result(op, torch.float64, torch.float64, str(case), comparison)]
 
 
-def _ours(op: Op, inputs: Inputs) -> dict[str, Tensor]:
+def _ours(norm: Norm, inputs: Inputs, exact_mean: Tensor) -> dict[str, Tensor]:
     """The op's results, each row's power of two taken out again (exactly)."""
-    x, weight, bias, dy, eps, scale = inputs
-    present = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
-    y = op.call(x, x.shape[-1:], weight, bias, eps)
-    dx, *sums = torch.autograd.grad(y, present, dy)
+    of, scale = inputs.of, inputs.scale
+    present = [t.requires_grad_() for t in (of.x, of.weight, of.bias) if t is not None]
+    running = norm.running(of.x)
+    y = norm.call(functional, of, running)
+    dx, *sums = torch.autograd.grad(y, present, norm.settled(inputs.unscaled(), inputs.dy))
     mean = rstd = None
     if road.HAS_TRITON:
-        from ..ops import rows
-
         with torch.no_grad():
-            _, mean, rstd = rows.forward(op.spec, x, 1, weight, bias, eps, save=True)
+            _, mean, rstd = norm.forward(of, save=True)
+    of_row = norm.rows(scale)[:, 0]
+    if mean is not None:
+        # Of a row with an infinity the mean may be NaN, as that of torch's own group_norm and layer_norm is.
+        mean = torch.where(mean.isnan() & exact_mean.isinf(), exact_mean.to(mean.dtype), mean)
     return _present(
         y=y.detach(),
-        mean=None if mean is None else (mean / scale[:, 0]).to(mean.dtype),
-        rstd=None if rstd is None else (rstd * scale[:, 0]).to(rstd.dtype),
+        mean=None if mean is None else (mean / of_row).to(mean.dtype),
+        rstd=None if rstd is None else (rstd * of_row).to(rstd.dtype),
         dx=(dx * scale).to(dx.dtype),
         **dict(zip(("dw", "db"), sums, strict=False)),
+        **_named(running),
     )
 
 
-def _oracle(op: Op, inputs: Inputs) -> dict[str, Tensor]:
-    x, eps = inputs.unscaled()
-    problem = (op.spec, x, x.shape[-1:], inputs.weight, inputs.bias, eps)
-    return _present(**reference.oracle(*problem)._asdict(), **reference.oracle_gradients(*problem, inputs.dy)._asdict())
-
-
-def _by_torch(op: Op, inputs: Inputs) -> dict[str, Tensor]:
-    x, eps = inputs.unscaled()
-    shape = x.shape[-1:]
-    problem = (op.spec, x, shape, inputs.weight, inputs.bias, eps)
-    # Statistics are saved in the accumulator's dtype; torch on CPU would round them to x's.
-    wide = x if x.dtype == torch.float64 else x.float()
-    mean: Tensor | None = None
-    if op.spec.center:
-        _, mean, rstd = torch.ops.aten.native_layer_norm(wide, shape, None, None, eps)
-    else:
-        _, rstd = torch.ops.aten._fused_rms_norm(wide, shape, None, eps)
-    dx = reference.torch_gradients(*problem, inputs.dy).dx
-    # A NaN or Inf in one row can be in all of torch's sums, also where the oracle's is finite: the other rows' sums then.
-    sound = x.isfinite().all(-1, keepdim=True)
-    rest = (op.spec, torch.where(sound, x, 0), *problem[2:])
-    _, dw, db = reference.torch_gradients(*rest, torch.where(sound, inputs.dy, 0))
+def _oracle(norm: Norm, inputs: Inputs) -> dict[str, Tensor]:
+    of = inputs.unscaled()
+    running = norm.running(of.x)
     return _present(
-        y=reference.composite(*problem),
-        mean=None if mean is None else mean.flatten(),
-        rstd=rstd.flatten(),
-        dx=dx,
-        dw=dw,
-        db=db,
+        **norm.oracle(of)._asdict(),
+        **norm.oracle_gradients(of, norm.settled(of, inputs.dy))._asdict(),
+        **_named(None if running is None else norm.running_after(of.x, running) or running),
     )
 
 
-def _row_size(inputs: Inputs) -> Tensor:
+def _by_torch(norm: Norm, inputs: Inputs) -> dict[str, Tensor]:
+    of, dy = inputs.unscaled(), norm.settled(inputs.unscaled(), inputs.dy)
+    # Statistics are saved in the accumulator's dtype; torch on CPU would round them to x's.
+    mean, rstd = norm.torch_statistics(of.x if of.x.dtype == torch.float64 else of.x.float(), of.eps)
+    running = norm.running(of.x)
+    y = norm.composite(of, running)
+    dx = norm.torch_gradients(of, dy).dx
+    # A NaN or Inf in one row can be in all of torch's sums, also where the oracle's is finite: the other rows' sums then.
+    rows = norm.rows(of.x)
+    sound = norm.of_rows(rows.isfinite().all(-1, keepdim=True).expand_as(rows), of.x.shape)
+    _, dw, db = norm.torch_gradients(of._replace(x=torch.where(sound, of.x, 0)), torch.where(sound, dy, 0))
+    return _present(y=y, mean=mean, rstd=rstd, dx=dx, dw=dw, db=db, **_named(running))
+
+
+def _row_size(norm: Norm, inputs: Inputs) -> Tensor:
     """The root mean square of each row: the size of the terms of its mean."""
-    return inputs.unscaled()[0].double().square().mean(-1).sqrt().nan_to_num(0.0, posinf=0.0)
+    return norm.rows(inputs.unscaled().x).double().square().mean(-1).sqrt().nan_to_num(0.0, posinf=0.0)
 
 
-def _distance_of_torch(op: Op, inputs: Inputs, exact: dict[str, Tensor]) -> dict[str, Tensor]:
+def _distance_of_torch(norm: Norm, inputs: Inputs, exact: dict[str, Tensor]) -> dict[str, Tensor]:
     """How far torch's results lie from the oracle's, element by element; 0 where either is not finite."""
     return {
         what: (value.detach().double() - exact[what]).abs().nan_to_num(0.0, posinf=0.0)
-        for what, value in _by_torch(op, inputs).items()
+        for what, value in _by_torch(norm, inputs).items()
     }
+
+
+def _named(running: Given | None) -> dict[str, Tensor]:
+    return {} if running is None else dict(run_mean=running.mean, run_var=running.var)
 
 
 def _present(**tensors: Tensor | None) -> dict[str, Tensor]:
@@ -251,8 +240,8 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(highlight=False)
     console.print(f"{how}, {where}.")
-    shapes = QUICK if args.quick else GPU if place.type == "cuda" else INTERPRETED
-    plan = args.op, [DTYPES[name] for name in args.dtype], place, shapes
+    sizes = QUICK if args.quick else GPU if place.type == "cuda" else INTERPRETED
+    plan = args.op, [DTYPES[name] for name in args.dtype], place, sizes
     start = time.monotonic()
     try:
         with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
@@ -272,7 +261,7 @@ def run(args: argparse.Namespace) -> int:
 # Compiling takes most of the time (H200: 206 s of one process), and the GPU is one.
 _MOST_WORKERS = 8
 
-Plan = tuple[list[str], list[torch.dtype], torch.device, Shapes]
+Plan = tuple[list[str], list[torch.dtype], torch.device, Sizes]
 
 # A worker's steps, the same list in each: they hold functions that draw values, which do not travel.
 _steps: list[Step] = []
@@ -289,13 +278,13 @@ def _done(plan: Plan, workers: int) -> Iterator[list[Result]]:
         yield from pool.map(_step, range(len(steps_of(*plan))))
 
 
-def _start_worker(ops: list[str], dtypes: list[torch.dtype], device: torch.device, shapes: Shapes, threads: int) -> None:
+def _start_worker(ops: list[str], dtypes: list[torch.dtype], device: torch.device, sizes: Sizes, threads: int) -> None:
     torch.set_num_threads(threads)
     if device.type == "cpu" and road.HAS_TRITON:
         from .. import interpreter
 
         interpreter.install()
-    _steps[:] = steps_of(ops, dtypes, device, shapes)
+    _steps[:] = steps_of(ops, dtypes, device, sizes)
 
 
 def _cores() -> int:

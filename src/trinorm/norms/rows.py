@@ -1,0 +1,140 @@
+"""LayerNorm and RMSNorm; and LayerNorm over channels, whose rows lie across memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..channel_reference import Given
+from ..reference import Exact, Gradients
+from ..spec import LAYER_NORM, RowNorm
+from .norm import Arguments, Norm, Normalized, Shape, all_gradients
+
+
+@dataclass(frozen=True)
+class OfRows(Norm):
+    """LayerNorm and RMSNorm of rows × columns."""
+
+    spec: RowNorm
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def centers(self) -> bool:
+        return self.spec.center
+
+    @property
+    def biased(self) -> bool:
+        return self.spec.center
+
+    def takes(self, shape: Shape) -> bool:
+        return len(shape) == 2
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x
+
+    def of_rows(self, rows: Tensor, shape: Shape) -> Tensor:
+        return rows
+
+    def call(self, functions: ModuleType, of: Arguments, running: Given | None = None) -> Tensor:
+        how: dict[str, Any] = {} if self.spec.cast == "output" else dict(cast=self.spec.cast)
+        parameters = (of.weight, of.bias) if self.biased else (of.weight,)
+        return getattr(functions, self.name)(of.x, of.x.shape[1:], *parameters, of.eps, **how)
+
+    def module(self, namespace: ModuleType, x: Tensor, eps: float) -> torch.nn.Module | None:
+        made = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}[self.name]
+        return getattr(namespace, made)(x.shape[1], eps=eps, device=x.device)
+
+    def oracle(self, of: Arguments) -> Exact:
+        return reference.oracle(self.spec, of.x, of.x.shape[1:], *of[1:])
+
+    def oracle_gradients(self, of: Arguments, dy: Tensor) -> Gradients:
+        return reference.oracle_gradients(self.spec, of.x, of.x.shape[1:], *of[1:], dy)
+
+    def composite(self, of: Arguments, running: Given | None = None) -> Tensor:
+        return reference.composite(self.spec, of.x, of.x.shape[1:], *of[1:])
+
+    def torch_statistics(self, x: Tensor, eps: float) -> tuple[Tensor | None, Tensor]:
+        if self.centers:
+            _, mean, rstd = torch.ops.aten.native_layer_norm(x, x.shape[1:], None, None, eps)
+            return mean.flatten(), rstd.flatten()
+        return None, torch.ops.aten._fused_rms_norm(x, x.shape[1:], None, eps)[1].flatten()
+
+    def forward(self, of: Arguments, *, save: bool) -> Normalized:
+        from ..ops import rows
+
+        return Normalized(*rows.forward(self.spec, of.x, 1, *of[1:], save=save))
+
+    def backward(self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor) -> tuple[Tensor | None, ...]:
+        from ..ops import rows
+
+        return rows.backward(self.spec, dy, of.x, 1, of.weight, mean, rstd, **all_gradients(of))
+
+
+@dataclass(frozen=True)
+class OverChannels(Norm):
+    """LayerNorm over the channels at each position."""
+
+    @property
+    def name(self) -> str:
+        return "channel_layer_norm"
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+    def of_rows(self, rows: Tensor, shape: Shape) -> Tensor:
+        return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+    def call(self, functions: ModuleType, of: Arguments, running: Given | None = None) -> Tensor:
+        if functions is F:  # which has no such function: as users write it
+            return F.layer_norm(of.x.movedim(1, -1), of.x.shape[1:2], *of[1:]).movedim(-1, 1)
+        return functions.channel_layer_norm(*of)
+
+    def module(self, namespace: ModuleType, x: Tensor, eps: float) -> torch.nn.Module | None:
+        made = getattr(namespace, "ChannelLayerNorm", None)
+        return None if made is None else made(x.shape[1], eps=eps, device=x.device)
+
+    def oracle(self, of: Arguments) -> Exact:
+        found = reference.oracle(LAYER_NORM, *self._last(of))
+        return found._replace(y=found.y.movedim(-1, 1))
+
+    def oracle_gradients(self, of: Arguments, dy: Tensor) -> Gradients:
+        dx, dw, db = reference.oracle_gradients(LAYER_NORM, *self._last(of), dy.movedim(1, -1))
+        return Gradients(None if dx is None else dx.movedim(-1, 1), dw, db)
+
+    def composite(self, of: Arguments, running: Given | None = None) -> Tensor:
+        return reference.composite(LAYER_NORM, *self._last(of)).movedim(-1, 1)
+
+    def torch_statistics(self, x: Tensor, eps: float) -> tuple[Tensor | None, Tensor]:
+        return OfRows(LAYER_NORM).torch_statistics(self.rows(x), eps)
+
+    def forward(self, of: Arguments, *, save: bool) -> Normalized:
+        from ..ops import channel_layers, rows
+
+        x = of.x.movedim(1, -1)
+        if x.is_contiguous():
+            y, *statistics = rows.forward(LAYER_NORM, x, 1, *of[1:], save=save)
+            return Normalized(y.movedim(-1, 1), *statistics)
+        return Normalized(*channel_layers.forward(*of, save=save))
+
+    def backward(self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor) -> tuple[Tensor | None, ...]:
+        from ..ops import channel_layers, rows
+
+        assert mean is not None
+        x = of.x.movedim(1, -1)
+        if x.is_contiguous():
+            dx, *sums = rows.backward(LAYER_NORM, dy.movedim(1, -1), x, 1, of.weight, mean, rstd, **all_gradients(of))
+            return None if dx is None else dx.movedim(-1, 1), *sums
+        return channel_layers.backward(dy, of.x, of.weight, mean, rstd, **all_gradients(of))
+
+    def _last(self, of: Arguments) -> tuple[Tensor, torch.Size, Tensor | None, Tensor | None, float]:
+        """As LayerNorm's: channels last."""
+        return of.x.movedim(1, -1), of.x.shape[1:2], *of[1:]
