@@ -24,6 +24,7 @@ from trinorm.bench.providers import OURS, Provider
 from trinorm.bench.records import Provenance, Record
 from trinorm.cli import bench
 from trinorm.compare import Comparison
+from trinorm.norms import ROW_OPS
 
 ON_GPU = torch.cuda.is_available()
 HERE = Provenance(gpu="Made-up GPU 9", torch="0.0", triton="0.0", commit=None, date="2000-01-01")
@@ -34,7 +35,7 @@ STILL = SimpleNamespace(synchronize=lambda: None)
 def case(
     op: str = "layer_norm", pass_: str = "forward", m: int = 6, n: int = 40, dtype: torch.dtype = torch.bfloat16
 ) -> Case:
-    return Case(op, pass_, m, n, dtype, dtype)
+    return Case(op, pass_, (m, n) if op in ROW_OPS else (3, 6, 5, 4), dtype, dtype)
 
 
 def record(of: Case, provider: str, device_us: float | None, **others: object) -> Record:
@@ -110,7 +111,7 @@ def test_bytes_of_the_seed_shape(op: str, pass_: str, expected: int) -> None:
 
 
 def test_bytes_count_the_weights_own_dtype() -> None:
-    assert Case("rms_norm", "forward", 2, 8, torch.float16, torch.float32).bytes == 2 * 2 * 8 * 2 + 8 * 4
+    assert Case("rms_norm", "forward", (2, 8), torch.float16, torch.float32).bytes == 2 * 2 * 8 * 2 + 8 * 4
 
 
 @pytest.mark.parametrize("pass_", cases.PASSES)
@@ -174,7 +175,7 @@ def verified(norm: providers.Norm, expected: measure.Expected) -> list[Compariso
 def test_a_wrong_gradient_is_found() -> None:
     of = case("rms_norm", "backward")
     expected = measure.expect(of, of.draw(torch.device("cpu")))
-    comparisons = verified(lambda x, w: F.rms_norm(x, (of.n,), w.detach() + 0 * w, 1e-6), expected)
+    comparisons = verified(lambda x, w: F.rms_norm(x, of.shape[1:], w.detach() + 0 * w, 1e-6), expected)
     assert [(found.what, found.ok) for found in comparisons] == [("dx", True), ("dw", False)]
 
 
@@ -246,7 +247,7 @@ def test_a_record_holds_what_was_measured_and_a_failure_says_why(pass_: str, unt
 
 def test_ours_is_not_timed_when_it_is_wrong_and_a_peer_is_marked(untimed: list[int]) -> None:
     def doubled(of: Case) -> providers.Norm:
-        return lambda x, w: 2 * F.rms_norm(x, (of.n,), w, 1e-6)
+        return lambda x, w: 2 * F.rms_norm(x, of.shape[1:], w, 1e-6)
 
     ours, peer = measured(case("rms_norm"), [Provider(OURS, doubled), Provider("peer", doubled)])
     assert ours.device_us is None
@@ -339,7 +340,7 @@ def test_plots_are_drawn_along_the_axes_that_have_two_sizes(tmp_path: Path) -> N
 # --- with no GPU ---
 
 
-@pytest.mark.parametrize("op", cases.OPS)
+@pytest.mark.parametrize("op", ROW_OPS)
 def test_launches_are_written_down_and_not_made(op: str) -> None:
     (kernel, _, args, options), *others = predict.launches(case(op, m=4, n=96))
     assert kernel.fn.__name__ == "row_forward"

@@ -18,7 +18,7 @@ HERE = Provenance(gpu="Made-up GPU 9", torch="0.0", triton="0.0", commit=None, d
 
 def record(pass_: str, m: int, n: int, provider: str = OURS, device_us: float | None = 4.0) -> Record:
     """A record whose times are made up: the ceiling takes 2 µs."""
-    of = Record.of(Case("rms_norm", pass_, m, n, torch.bfloat16, torch.bfloat16), provider, HERE)
+    of = Record.of(Case("rms_norm", pass_, (m, n), torch.bfloat16, torch.bfloat16), provider, HERE)
     return replace(of, ceiling_us=2.0, device_us=device_us)
 
 

@@ -31,7 +31,7 @@ def kernel(programs: int, nbytes: int, code: Compiled = CODE) -> Kernel:
 
 
 def prediction(*kernels: Kernel, pass_: str = "forward", m: int = 1024, n: int = 1024) -> Prediction:
-    return Prediction(Case("rms_norm", pass_, m, n, torch.bfloat16, torch.bfloat16), "sm_90", kernels)
+    return Prediction(Case("rms_norm", pass_, (m, n), torch.bfloat16, torch.bfloat16), "sm_90", kernels)
 
 
 def test_straight_code_runs_once_in_every_warp() -> None:

@@ -21,7 +21,7 @@ from trinorm.bench.counters import Kernel, Refused
 from trinorm.cli import main, profile
 
 SAMPLE = (Path(__file__).parent / "data" / "ncu.csv").read_text()
-CASE = Case("layer_norm", "backward", 8192, 4096, torch.bfloat16, torch.bfloat16)
+CASE = Case("layer_norm", "backward", (8192, 4096), torch.bfloat16, torch.bfloat16)
 
 
 def with_columns(columns: dict[str, tuple[str, str]]) -> str:
@@ -123,8 +123,8 @@ def test_table_stands_between_the_ceiling_and_the_fewest_bytes() -> None:
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("op", OPS)
 def test_bytes_are_read_or_written(op: str, pass_: str) -> None:
-    case = Case(op, pass_, 6, 40, torch.float16, torch.float32)
-    x, weights = 6 * 40 * 2, 40 * 4 * (1 + OPS[op].bias)
+    case = Case(op, pass_, (6, 40), torch.float16, torch.float32)
+    x, weights = 6 * 40 * 2, 40 * 4 * (1 + OPS[op].norm.biased)
     read, written = (x + weights, x) if pass_ == "forward" else (2 * x + 40 * 4, x + weights)
     assert (case.bytes_read, case.bytes_written) == (read, written)
 
@@ -138,7 +138,7 @@ def test_command_counts_what_the_child_brackets_and_leaves_the_clocks_alone() ->
     executable, flag, code = command[-3:]
     assert (executable, flag) == (sys.executable, "-c")
     compile(code, "child", "exec")
-    assert code.endswith("run_once('layer_norm', 'backward', 8192, 4096, 'bf16')")
+    assert code.endswith("run_once('layer_norm', 'backward', (8192, 4096), 'bf16')")
 
 
 def put_ncu(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -189,7 +189,7 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 @pytest.mark.skipif(shutil.which("ncu") is None or not torch.cuda.is_available(), reason="needs a GPU and ncu")
 @pytest.mark.parametrize("pass_", PASSES)
 def test_a_real_call_is_counted(pass_: str) -> None:
-    case = Case("rms_norm", pass_, 8192, 4096, torch.bfloat16, torch.bfloat16)
+    case = Case("rms_norm", pass_, (8192, 4096), torch.bfloat16, torch.bfloat16)
     ceiling, kernels = counters.profile(case)
     assert kernels[0].name == ("row_forward" if pass_ == "forward" else "row_backward")
     for kernel in (ceiling, kernels[0]):
@@ -197,6 +197,6 @@ def test_a_real_call_is_counted(pass_: str) -> None:
         # From cold caches, everything is read once and nothing much more; what is written may stay in L2. torch.add, whose
         # time is the ceiling, does not read the weight, and was seen 8 sectors short of x and dy.
         assert kernel.bytes_read is not None
-        assert kernel.bytes_read > case.bytes_read - 2 * case.n * case.weight_dtype.itemsize
+        assert kernel.bytes_read > case.bytes_read - 2 * case.shape[1] * case.weight_dtype.itemsize
         assert kernel.bytes_read < 1.2 * case.bytes_read
         assert kernel.stalls

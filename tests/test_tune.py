@@ -14,11 +14,12 @@ import torch
 from rich.console import Console
 
 from trinorm.bench import sweep, timing
-from trinorm.bench.cases import NAMED_SHAPES, OPS, PASSES, Case
+from trinorm.bench.cases import NAMED_SHAPES, PASSES, Case
 from trinorm.bench.records import Provenance
 from trinorm.bench.sweep import Launch, Trial
 from trinorm.cli import main, tune
 from trinorm.forced import forced
+from trinorm.norms import ROW_OPS
 from trinorm.ops import rows
 from trinorm.tuning import RowBackward, RowBackwardFew, RowForward, RowForwardWide, Tile
 
@@ -29,7 +30,7 @@ FORWARD = RowForward(Tile(2, 128, 4), tiles=1, stream=False, preload=False, earl
 
 
 def case(pass_: str = "forward", m: int = 5, n: int = 300, op: str = "layer_norm") -> Case:
-    return Case(op, pass_, m, n, torch.float32, torch.float32)
+    return Case(op, pass_, (m, n), torch.float32, torch.float32)
 
 
 # --- which launches are tried ---
@@ -41,8 +42,8 @@ def test_every_field_of_every_launch_is_swept() -> None:
 
 
 @pytest.mark.parametrize("pass_", PASSES)
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("shape", NAMED_SHAPES["matrix"])
+@pytest.mark.parametrize("op", ROW_OPS)
+@pytest.mark.parametrize("shape", NAMED_SHAPES["matrix"]["rms_norm"])
 def test_what_is_chosen_today_is_among_the_candidates(op: str, pass_: str, shape: tuple[int, int]) -> None:
     of = case(pass_, *shape, op)
     today = sweep.chosen(of, META)
@@ -140,7 +141,7 @@ def test_compiling_tells_what_spills_and_what_cannot_be_compiled() -> None:
         from trinorm.bench.cases import Case
         from trinorm.bench.sweep import compiled
         from trinorm.tuning import RowForward, Tile
-        case = Case("layer_norm", "forward", 8192, 4096, torch.bfloat16, torch.bfloat16)
+        case = Case("layer_norm", "forward", (8192, 4096), torch.bfloat16, torch.bfloat16)
         tiles = [Tile(1, 1024, 8), Tile(8, 4096, 4), Tile(1, 1000, 8)]
         launches = [RowForward(tile, tiles=1, stream=True, preload=False, early=True) for tile in tiles]
         found = [compiled(case, launch, "sm_90") for launch in launches]
@@ -196,7 +197,7 @@ def test_a_wrong_result_is_found(pass_: str, device: torch.device, monkeypatch: 
     wrong = sweep.Check(case(pass_, op="rms_norm"), device)()
     assert wrong is not None
     assert wrong.startswith("y: error" if pass_ == "forward" else "dx: error")
-    assert (check() is None) == (pass_ == "forward"), "a forward is bound when the check is made, a backward when it is run"
+    assert check() is not None
 
 
 class _Pool:

@@ -1,14 +1,17 @@
-"""What is measured: one op, one pass, one shape and its dtypes."""
+"""What is measured: one op, one pass, one shape in one layout and its dtypes."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..spec import LAYER_NORM, RMS_NORM, RowNorm
+from ..cases import LAYOUTS, layouts
+from ..norms import NORMS, ROW_OPS, Norm, Shape
 
 # The passes of one norm. A chain is a forward many times over, each norm's y the next one's x: what decoding does.
 PASSES = ("forward", "backward")
@@ -16,7 +19,7 @@ CHAIN = "chain"
 LINKS = 32
 # What torch moves the same bytes with, and next to no arithmetic.
 CEILINGS = {"forward": "copy", "backward": "add", CHAIN: "copy"}
-# What an eager call costs the host. The kernels' size does not enter, so these are measured at the seed's shape.
+# What an eager call costs the host. The kernels' size does not enter, so these are measured at one small shape.
 HOST = "host"
 HOST_PASSES = ("host_forward", "host_forward_with_grad", "host_forward_and_backward")
 
@@ -25,7 +28,16 @@ SMALL_BELOW = 1 << 22
 
 # The first is the seed's own. The others: where the memory is the limit, the narrow, the few rows of decoding, the wide.
 SEED_SHAPE = (128, 768)
-SHAPES = (SEED_SHAPE, (32768, 1024), (8192, 4096), (8192, 5120), (8192, 8192), (262144, 128), (16, 4096), (4096, 16384))
+SHAPES: tuple[Shape, ...] = (
+    SEED_SHAPE,
+    (32768, 1024),
+    (8192, 4096),
+    (8192, 5120),
+    (8192, 8192),
+    (262144, 128),
+    (16, 4096),
+    (4096, 16384),
+)
 
 # What a plot needs besides: hidden sizes at one batch size, and batch sizes at one hidden size.
 SWEEPS = (
@@ -33,47 +45,98 @@ SWEEPS = (
     *((m, 4096) for m in (1, 128, 1024, 4096, 32768)),
 )
 
-# Shapes by name, for --shapes: every width from 64 to 262144 and the row counts of decoding, and four of them for the
-# dtypes that need no more.
-NAMED_SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
-    "matrix": (
-        SEED_SHAPE,
-        *((m, 4096) for m in (1, 16, 64, 256)),
-        (64, 8192),
-        (2048, 4096),
-        (262144, 64),
-        (262144, 128),
-        (364800, 128),  # a shape that users of other libraries report
-        (131072, 256),
-        (32768, 1024),
-        (16384, 768),
-        (16384, 2048),
-        *((8192, n) for n in (3072, 4096, 5120, 7168, 8192)),
-        (4096, 12288),
-        (4096, 16384),
-        (2048, 32768),
-        (1024, 65536),
-        (512, 131072),
-        (256, 262144),
+# Of the channel norms: what diffusion models, ResNets, style transfer, sequence models and ConvNeXt have.
+CHANNEL_SHAPES: dict[str, tuple[Shape, ...]] = {
+    "group_norm": ((16, 320, 64, 64), (8, 640, 32, 32), (4, 512, 128, 128), (1, 128, 1024, 1024)),
+    "instance_norm": ((16, 64, 256, 256), (64, 256, 1024)),
+    "batch_norm": ((64, 256, 56, 56), (32, 1024, 14, 14), (65536, 1024), (256, 512, 2048)),
+    "channel_layer_norm": ((64, 96, 56, 56), (64, 384, 14, 14), (64, 768, 7, 7), (4, 256, 64, 64), (8, 1536, 16, 16)),
+}
+
+# Shapes by name, for --shapes, of each op that they are for. Of rows, every width from 64 to 262144 and the row counts of
+# decoding, and four of them for the dtypes that need no more; of channels, those above.
+NAMED_SHAPES: dict[str, Mapping[str, tuple[Shape, ...]]] = {
+    "matrix": dict.fromkeys(
+        ROW_OPS,
+        (
+            SEED_SHAPE,
+            *((m, 4096) for m in (1, 16, 64, 256)),
+            (64, 8192),
+            (2048, 4096),
+            (262144, 64),
+            (262144, 128),
+            (364800, 128),  # a shape that users of other libraries report
+            (131072, 256),
+            (32768, 1024),
+            (16384, 768),
+            (16384, 2048),
+            *((8192, n) for n in (3072, 4096, 5120, 7168, 8192)),
+            (4096, 12288),
+            (4096, 16384),
+            (2048, 32768),
+            (1024, 65536),
+            (512, 131072),
+            (256, 262144),
+        ),
     ),
-    "quartet": (SEED_SHAPE, (32768, 1024), (8192, 4096), (4096, 16384)),
+    "quartet": dict.fromkeys(ROW_OPS, (SEED_SHAPE, (32768, 1024), (8192, 4096), (4096, 16384))),
+    "channels": CHANNEL_SHAPES,
 }
 
 
 @dataclass(frozen=True)
 class Op:
-    """An op as it is measured: with its weight, with its bias where the signature has one, and its usual eps."""
+    """An op as it is measured: with its weight, with its bias where the signature has one, and its usual eps.
+
+    shapes: where none are asked for. host: the shape of the passes of the host.
+    """
 
     title: str
-    spec: RowNorm
-    bias: bool
+    norm: Norm
     eps: float
+    shapes: tuple[Shape, ...]
+    host: Shape
+
+
+def _of_rows(title: str, name: str, eps: float) -> Op:
+    return Op(title, NORMS[name], eps, SHAPES, SEED_SHAPE)
+
+
+def _of_channels(title: str, name: str, eps: float) -> Op:
+    return Op(title, NORMS[name], eps, CHANNEL_SHAPES[name], (2, 64, 8, 8))
 
 
 OPS = {
-    "layer_norm": Op("LayerNorm", LAYER_NORM, bias=True, eps=1e-5),
-    "rms_norm": Op("RMSNorm", RMS_NORM, bias=False, eps=1e-6),
+    "layer_norm": _of_rows("LayerNorm", "layer_norm", 1e-5),
+    "rms_norm": _of_rows("RMSNorm", "rms_norm", 1e-6),
+    "group_norm": _of_channels("GroupNorm", "group_norm", 1e-5),
+    "instance_norm": _of_channels("InstanceNorm", "instance_norm", 1e-5),
+    "batch_norm": _of_channels("BatchNorm", "batch_norm", 1e-5),
+    "channel_layer_norm": _of_channels("LayerNorm over channels", "channel_layer_norm", 1e-6),
 }
+
+
+def shapes_of(op: str, asked: Iterable[Shape | str] | None) -> list[Shape]:
+    """The shapes to measure an op at: those asked for, by themselves or as lists by name; else its own.
+
+    Raises ValueError for one that the op does not take.
+    """
+    if asked is None:
+        return list(OPS[op].shapes)
+    found: list[Shape] = []
+    for one in asked:
+        found += NAMED_SHAPES[one].get(op, ()) if isinstance(one, str) else [one]
+    for shape in found:
+        if not OPS[op].norm.takes(shape):
+            wanted = "rows x columns" if op in ROW_OPS else "N x C x ..., with more than one element to a statistic"
+            raise ValueError(f"{op} takes no {'x'.join(map(str, shape))}, but {wanted}")
+    return list(dict.fromkeys(found))
+
+
+def size(shape: Shape, layout: str) -> str:
+    """``8192×4096``, ``16×320×64×64``, ``16×320×64×64 NHWC``."""
+    order = "" if layout == "contiguous" else f" N{'DHW'[5 - len(shape) :]}C"
+    return "×".join(map(str, shape)) + order
 
 
 class Inputs(NamedTuple):
@@ -92,17 +155,35 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """``m`` rows of ``n`` elements, contiguous, through one pass of one op, or through a chain of forwards.
+    """An x of a shape, rows × columns or N × C × ..., through one pass of one op, or through a chain of forwards.
 
     A backward makes every gradient.
     """
 
     op: str
     pass_: str
-    m: int
-    n: int
+    shape: Shape
     dtype: torch.dtype
     weight_dtype: torch.dtype
+    layout: str = "contiguous"
+
+    @classmethod
+    def all(cls, op: str, pass_: str, shapes: Iterable[Shape], dtype: torch.dtype) -> list[Case]:
+        """The cases worth measuring of these shapes, in every layout, with weights of x's dtype."""
+        cases = [cls(op, pass_, shape, dtype, dtype, layout) for shape in shapes for layout in layouts(shape)]
+        return [case for case in cases if case.worthwhile]
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.pass_} {self.size}"
+
+    @property
+    def size(self) -> str:
+        return size(self.shape, self.layout)
+
+    @property
+    def elements(self) -> int:
+        """Of x."""
+        return math.prod(self.shape)
 
     @property
     def backward(self) -> bool:
@@ -116,7 +197,7 @@ class Case:
     @property
     def worthwhile(self) -> bool:
         """Whether its time says something: a chain of large norms takes what they take alone."""
-        return self.pass_ != CHAIN or self.m * self.n < SMALL_BELOW
+        return self.pass_ != CHAIN or self.elements < SMALL_BELOW
 
     @property
     def bytes(self) -> int:
@@ -130,16 +211,19 @@ class Case:
     @property
     def bytes_read(self) -> int:
         """Those of ``bytes`` that are read."""
-        rows, parameters = (2, 1) if self.backward else (1, 1 + OPS[self.op].bias)
-        return self._bytes(rows, parameters)
+        return self._bytes(2, 1) if self.backward else self._bytes(1, self._parameters)
 
     @property
     def bytes_written(self) -> int:
         """Those of ``bytes`` that are written."""
-        return self._bytes(1, 1 + OPS[self.op].bias if self.backward else 0)
+        return self._bytes(1, self._parameters if self.backward else 0)
 
-    def _bytes(self, rows: int, parameters: int) -> int:
-        return self.n * (rows * self.m * self.dtype.itemsize + parameters * self.weight_dtype.itemsize)
+    @property
+    def _parameters(self) -> int:
+        return 1 + OPS[self.op].norm.biased
+
+    def _bytes(self, tensors: int, parameters: int) -> int:
+        return tensors * self.elements * self.dtype.itemsize + parameters * self.shape[1] * self.weight_dtype.itemsize
 
     def draw(self, device: torch.device, generator: torch.Generator | None = None) -> Inputs:
         """Random inputs; for a backward they require grad and come with dy."""
@@ -147,12 +231,13 @@ class Case:
         def normal(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.randn(shape, dtype=dtype, device=device, generator=generator)
 
-        parameter = (self.norms, self.n) if self.pass_ == CHAIN else (self.n,)
+        place = LAYOUTS[self.layout]
+        parameter = (self.norms, self.shape[1]) if self.pass_ == CHAIN else self.shape[1:2]
         inputs = Inputs(
-            x=normal(self.m, self.n, dtype=self.dtype),
+            x=place(normal(*self.shape, dtype=self.dtype)),
             weight=1 + normal(*parameter, dtype=self.weight_dtype) / 8,
-            bias=normal(*parameter, dtype=self.weight_dtype) if OPS[self.op].bias else None,
-            dy=normal(self.m, self.n, dtype=self.dtype) if self.backward else None,
+            bias=normal(*parameter, dtype=self.weight_dtype) if OPS[self.op].norm.biased else None,
+            dy=place(normal(*self.shape, dtype=self.dtype)) if self.backward else None,
         )
         for argument in inputs.arguments:
             argument.requires_grad_(self.backward)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from .cases import size
 from .providers import PEERS
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Subject(NamedTuple):
 
     def __str__(self) -> str:
         weight = "" if self.weight_dtype == self.dtype else f", {self.weight_dtype} weight"
-        return f"{self.op} {self.pass_} {'×'.join(map(str, self.shape))} {self.dtype}{weight}"
+        return f"{self.op} {self.pass_} {size(self.shape, self.layout)} {self.dtype}{weight}"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,8 @@ def measure_host(
     records: dict[str, Record] = {}
     right: dict[str, _Eager] = {}
     for provider in providers:
+        if case.op not in provider.ops:
+            continue
         served = provider.served(case)
         inputs = served.draw(device, torch.Generator(device).manual_seed(0))
         for name, build in _subjects(provider, served, inputs):
@@ -81,10 +84,12 @@ def _subjects(provider: Provider, case: Case, inputs: Inputs) -> Iterator[tuple[
         yield f"{provider.name}.nn", functools.partial(_module, _MODULES[provider.name], case, inputs, dy)
 
 
-def _module(namespace: object, case: Case, inputs: Inputs, dy: Tensor) -> _Eager:
+def _module(namespace: ModuleType, case: Case, inputs: Inputs, dy: Tensor) -> _Eager:
     """The module of a namespace like torch.nn, with the parameters given."""
     op = OPS[case.op]
-    module: torch.nn.Module = getattr(namespace, op.title)(case.n, eps=op.eps, device=inputs.x.device)
+    module = op.norm.module(namespace, inputs.x, op.eps)
+    if module is None:
+        raise NotImplementedError(f"{namespace.__name__} has no module for {case.op}")
     for name, parameter in (("weight", inputs.weight), ("bias", inputs.bias)):
         if parameter is not None:
             setattr(module, name, torch.nn.Parameter(parameter.detach()))

@@ -13,8 +13,8 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
 
-from .. import reference
 from ..compare import Comparison, compare
+from ..norms import Arguments
 from .cases import CHAIN, OPS, Case, Inputs
 from .providers import OURS, Norm, Provider
 from .records import Provenance, Record
@@ -34,13 +34,15 @@ class Expected(NamedTuple):
 def measure(
     case: Case, providers: Sequence[Provider], provenance: Provenance, device: torch.device, started: Callable[[str], None]
 ) -> list[Record]:
-    """A record for each provider; one that fails says why in its record. ``started`` hears each name before its turn.
+    """A record for each provider that has the op; one that fails says why in its record.
 
-    A provider that takes weights of one dtype only is measured with those, beside a ceiling of its own.
+    ``started`` hears each name before its turn. A provider that takes weights of one dtype only is measured with those,
+    beside a ceiling of its own.
     """
     records: list[Record] = []
     stream = torch.cuda.Stream(device)
-    for served, group in itertools.groupby(providers, key=lambda provider: provider.served(case)):
+    serving = [provider for provider in providers if case.op in provider.ops]
+    for served, group in itertools.groupby(serving, key=lambda provider: provider.served(case)):
         with (
             torch.cuda.stream(stream),
             torch.set_grad_enabled(case.backward),
@@ -162,22 +164,22 @@ def ceiling_calls(case: Case, sets: Sequence[Inputs]) -> list[TimedCall]:
 def expect(case: Case, inputs: Inputs) -> Expected:
     """What a case's results should be."""
     op = OPS[case.op]
+    norm = op.norm
     if inputs.dy is None:
 
         def exact_y(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            return reference.oracle(op.spec, x, (case.n,), weight, bias, op.eps).y
+            return norm.oracle(Arguments(x, weight, bias, op.eps)).y
 
         def y_by_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            return reference.composite(op.spec, x, (case.n,), weight, bias, op.eps)
+            return norm.composite(Arguments(x, weight, bias, op.eps))
 
         norms: tuple[Norm, Norm] = (exact_y, y_by_torch)
         if case.pass_ == CHAIN:
             norms = chained(exact_y), chained(y_by_torch)
-        y, by_torch_y = (norm(*inputs.arguments) for norm in norms)
+        y, by_torch_y = (function(*inputs.arguments) for function in norms)
         return Expected(inputs, (("y", y, by_torch_y),))
-    call = op.spec, inputs.x, (case.n,), inputs.weight, inputs.bias, op.eps
-    exact = reference.oracle_gradients(*call, inputs.dy)
-    by_torch = reference.torch_gradients(*call, inputs.dy)
+    of = Arguments(inputs.x, inputs.weight, inputs.bias, op.eps)
+    exact, by_torch = norm.oracle_gradients(of, inputs.dy), norm.torch_gradients(of, inputs.dy)
     return Expected(
         inputs,
         tuple(

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from ..norms import ROW_OPS
 from .cases import CEILINGS, OPS, PASSES, SMALL_BELOW
 from .providers import OURS
 from .records import Record
@@ -22,7 +23,7 @@ _AXES = ("batch size", "hidden size")
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Write PNGs for each op and dtype; their paths. On the left the forward, on the right the backward.
+    """Write PNGs for each op of rows and dtype; their paths. On the left the forward, on the right the backward.
 
     One for each axis of the shape along which there are at least two sizes: above, the time of a call; below, the
     ceiling's time over it. And one of that ratio over hidden size, where at least two were measured with enough rows for
@@ -31,7 +32,7 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     figures: dict[Path, Figure] = {}
     by_op: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
-        if record.pass_ in PASSES:
+        if record.pass_ in PASSES and record.op in ROW_OPS:
             by_op[record.op, record.dtype].append(record)
     for (op, dtype), of_op in by_op.items():
         name, title = f"{op}-{dtype}", f"{OPS[op].title}, {dtype}"

@@ -12,7 +12,7 @@ import torch
 import triton
 
 from ..inspection import Binary, Call, Compiled, compile_call, read, recorded
-from ..ops import rows
+from ..norms import Arguments
 from ..targets import SCHEDULERS, TARGETS, Occupancy, occupancy
 from .cases import OPS, Case
 
@@ -99,7 +99,7 @@ class Prediction:
         speed, case = TARGETS[self.target].speed, self.case
         if speed is None or self.microseconds is None:
             return None
-        moved = (3 if case.backward else 2) * case.m * case.n * case.dtype.itemsize
+        moved = (3 if case.backward else 2) * case.elements * case.dtype.itemsize
         return (speed.launch + moved / speed.memory) * 1e6 / self.microseconds
 
     def to_json(self) -> Iterator[str]:
@@ -109,7 +109,8 @@ class Prediction:
             compiled, ordinary = asdict(kernel.compiled), asdict(kernel.ordinary)
             found: dict[str, Any] = dict(
                 op=case.op,
-                shape=(case.m, case.n),
+                shape=case.shape,
+                layout=case.layout,
                 dtype=str(case.dtype).removeprefix("torch."),
                 weight_dtype=str(case.weight_dtype).removeprefix("torch."),
                 launch=i,
@@ -149,15 +150,14 @@ def _binaries(call: Call, target: str) -> tuple[Binary, Binary]:
 
 def launches(case: Case, target: str = TARGET) -> list[Call]:
     """What the case would launch on ``target``. Nothing runs."""
-    op = OPS[case.op]
-    meta = torch.device("meta")
+    op, meta = OPS[case.op], torch.device("meta")
     x, weight, bias, dy = case.draw(meta)
+    of = Arguments(x, weight, bias, op.eps)
     with recorded(target) as calls, torch.no_grad():
         if dy is None:
-            rows.forward(op.spec, x, 1, weight, bias, op.eps, save=False)
+            op.norm.forward(of, save=False)
         else:
-            rstd = torch.empty(case.m, dtype=torch.float64 if case.dtype == torch.float64 else torch.float32, device=meta)
-            mean = torch.empty_like(rstd) if op.spec.center else None
-            db = None if bias is None else bias.dtype
-            rows.backward(op.spec, dy, x, 1, weight, mean, rstd, dx=True, dw=weight.dtype, db=db)
+            stats = torch.promote_types(case.dtype, torch.float32)
+            rstd = torch.empty(len(op.norm.rows(x)), dtype=stats, device=meta)
+            op.norm.backward(dy, of, torch.empty_like(rstd) if op.norm.centers else None, rstd)
     return calls

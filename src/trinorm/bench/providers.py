@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
+from ..norms import ROW_OPS, Arguments, num_groups
 from .cases import OPS, Case
 
 # (x, weight) -> y or (x, weight, bias) -> y, differentiable.
@@ -24,11 +25,14 @@ OURS = "trinorm"
 
 @dataclass(frozen=True)
 class Provider:
-    """A name, and the norm that it offers for a case. weight_dtypes: by op, where it takes weights of one dtype only."""
+    """A name, and the norm that it offers for a case. weight_dtypes: by op, where it takes weights of one dtype only. ops:
+    those that it has.
+    """
 
     name: str
     build: Callable[[Case], Norm]
     weight_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    ops: Collection[str] = tuple(OPS)
 
     def served(self, case: Case) -> Case:
         """The case, with the weight dtype that this provider takes."""
@@ -47,12 +51,13 @@ def load(peers: Sequence[str]) -> tuple[list[Provider], dict[str, str]]:
 
 
 def _functional(functions: ModuleType, case: Case) -> Norm:
-    """The norm of a module with torch.nn.functional's signatures."""
+    """The norm of a module with torch.nn.functional's signatures; of the running statistics that some have, without."""
     op = OPS[case.op]
-    norm, shape, eps = getattr(functions, case.op), (case.n,), op.eps
-    if op.bias:
-        return lambda x, weight, bias: norm(x, shape, weight, bias, eps)
-    return lambda x, weight: norm(x, shape, weight, eps)
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return op.norm.call(functions, Arguments(x, weight, bias, op.eps))
+
+    return norm
 
 
 def _compiled(case: Case) -> Norm:
@@ -67,11 +72,14 @@ def _liger() -> Provider:
 
     def build(case: Case) -> Norm:
         eps = OPS[case.op].eps
+        if case.op == "group_norm":
+            c = case.shape[1]
+            return lambda x, weight, bias: norms.liger_group_norm(x, weight, bias, c, num_groups(c), eps)
         if case.op == "layer_norm":
             return lambda x, weight, bias: norms.liger_layer_norm(x, weight, bias, eps)
         return lambda x, weight: norms.liger_rms_norm(x, weight, eps)
 
-    return Provider("liger", build)
+    return Provider("liger", build, ops=(*ROW_OPS, "group_norm"))
 
 
 def _quack() -> Provider:
@@ -100,7 +108,7 @@ def _quack() -> Provider:
             return lambda x, weight, bias: layer_norm(x, weight, bias, eps)
         return lambda x, weight, bias: norms.layernorm_fwd(x, weight, bias, eps)
 
-    return Provider("quack", build, {"layer_norm": torch.float32})
+    return Provider("quack", build, {"layer_norm": torch.float32}, ROW_OPS)
 
 
 PEERS: dict[str, Callable[[], Provider]] = {

@@ -71,7 +71,7 @@ class Record:
 
     op: str
     pass_: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     layout: str
     dtype: str
     weight_dtype: str
@@ -100,8 +100,8 @@ class Record:
         return cls(
             op=case.op,
             pass_=case.pass_,
-            shape=(case.m, case.n),
-            layout="contiguous",
+            shape=case.shape,
+            layout=case.layout,
             dtype=_name(case.dtype),
             weight_dtype=_name(case.weight_dtype),
             provider=provider,

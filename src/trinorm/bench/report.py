@@ -10,14 +10,15 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..inspection import KINDS
-from .cases import CEILINGS, HOST_PASSES, OPS
+from ..norms import ROW_OPS
+from .cases import CEILINGS, HOST_PASSES, OPS, size
 from .predict import Prediction
 from .providers import OURS
 from .records import Record
 
 
 def table(records: Sequence[Record]) -> Table:
-    """The records of one op, pass and dtype; those of a shape stand together."""
+    """The records of one op, pass and dtype; those of a shape and layout stand together."""
     first = records[0]
     ceiling = CEILINGS[first.pass_]
     found = Table(
@@ -29,14 +30,14 @@ def table(records: Sequence[Record]) -> Table:
             "host µs: an eager call on the CPU. error: largest distance from float64 over that of torch's own result."
         ),
     )
-    headers = ("rows × columns", "provider", "µs", "mean ± std", "GB/s", f"of {ceiling}", "× torch", "host µs", "error")
-    for header in headers:
-        found.add_column(header, justify="left" if header in headers[:2] else "right", no_wrap=True)
-    for shape, group in itertools.groupby(records, key=lambda record: record.shape):
+    words = (_shape_header(first.op), "provider")
+    for header in (*words, "µs", "mean ± std", "GB/s", f"of {ceiling}", "× torch", "host µs", "error"):
+        found.add_column(header, justify="left" if header in words else "right", no_wrap=True)
+    for shape, group in itertools.groupby(records, key=_size):
         rows = list(group)
         by_torch = next((row.device_us for row in rows if row.provider == "torch"), None)
         found.add_section()
-        found.add_row(_size(shape), ceiling, _number(rows[0].ceiling_us), style="dim")
+        found.add_row(shape, ceiling, _number(rows[0].ceiling_us), style="dim")
         for row in rows:
             found.add_row("", *_cells(row, by_torch), style="bold" if row.provider == OURS else None)
     return found
@@ -64,7 +65,7 @@ def host_table(records: Sequence[Record]) -> Table:
     found = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
-        title=f"{OPS[first.op].title}, {_size(first.shape)}, {first.dtype}: host time of an eager call",
+        title=f"{OPS[first.op].title}, {_size(first)}, {first.dtype}: host time of an eager call",
         caption=(
             "µs: median time that a call keeps the CPU.\n"
             "/ torch: that over the time of torch's own function, or module, in the same process."
@@ -87,7 +88,7 @@ def host_table(records: Sequence[Record]) -> Table:
 
 def failures(records: Sequence[Record]) -> list[str]:
     """A line for each shape and provider of a table that lacks its figures, with the reason."""
-    return list(dict.fromkeys(f"{row.provider}, {_size(row.shape)}: {row.failure}" for row in records if row.failure))
+    return list(dict.fromkeys(f"{row.provider}, {_size(row)}: {row.failure}" for row in records if row.failure))
 
 
 def first_calls(records: Sequence[Record]) -> list[str]:
@@ -139,9 +140,9 @@ def prediction_table(predictions: Sequence[Prediction]) -> Table:
             "of add: their time over it. Nothing was timed."
         ),
     )
-    words = ("rows × columns", "kernel", "limit")
+    words = (_shape_header(first.case.op), "kernel", "limit")
     headers = (
-        *("rows × columns", "kernel", "warps", "registers", "spills", "shared", "resident", "limit", "loads", "stores"),
+        *(*words[:2], "warps", "registers", "spills", "shared", "resident", "limit", "loads", "stores"),
         *("MB", "memory", "issue", "µs", f"of {CEILINGS[first.case.pass_]}"),
     )
     for header in headers:
@@ -152,7 +153,7 @@ def prediction_table(predictions: Sequence[Prediction]) -> Table:
         for i, kernel in enumerate(prediction.kernels):
             compiled, resident = kernel.compiled, kernel.occupancy
             found.add_row(
-                _size((prediction.case.m, prediction.case.n)) if i == 0 else "",
+                prediction.case.size if i == 0 else "",
                 compiled.kernel,
                 str(compiled.warps),
                 str(compiled.registers),
@@ -183,13 +184,14 @@ def instruction_table(predictions: Sequence[Prediction]) -> Table:
             "between types, but to widen bf16 is alu. fma: products and sums."
         ),
     )
-    for header in ("rows × columns", "kernel", "total", *KINDS):
-        left = header in ("rows × columns", "kernel")
+    words = (_shape_header(first.case.op), "kernel")
+    for header in (*words, "total", *KINDS):
+        left = header in words
         found.add_column(header, justify="left" if left else "right", no_wrap=left or header == "total")
     for prediction in predictions:
         found.add_section()
         for i, kernel in enumerate(prediction.kernels):
-            size = _size((prediction.case.m, prediction.case.n)) if i == 0 else ""
+            size = prediction.case.size if i == 0 else ""
             every, code = (sum(of.instructions.values()) for of in (kernel.compiled, kernel.ordinary))
             total = str(code) if code == every else f"({every}) {code}"
             found.add_row(size, kernel.compiled.kernel, total, *_counts(kernel.ordinary.instructions))
@@ -213,8 +215,12 @@ def _widths(accesses: dict[int, int]) -> str:
     return " ".join(f"{count}×{width}" for width, count in accesses.items())
 
 
-def _size(shape: tuple[int, int]) -> str:
-    return f"{shape[0]}×{shape[1]}"
+def _size(record: Record) -> str:
+    return size(record.shape, record.layout)
+
+
+def _shape_header(op: str) -> str:
+    return "rows × columns" if op in ROW_OPS else "N × C × ..."
 
 
 def _number(value: float | None) -> str:

@@ -16,7 +16,7 @@ from .. import tuning
 from ..forced import forced
 from ..inspection import compile_call
 from ..launch import describe
-from ..ops import rows
+from ..norms import Arguments, OfRows
 from ..tuning import RowBackwardSplit, RowBackwardWide, RowForwardSplit, RowForwardWide, Tile
 from .cases import OPS, Case, Inputs
 from .measure import TimedCall, ceiling_calls, compared, expect, reason
@@ -80,7 +80,7 @@ class Trial:
         """One line."""
         found = asdict(self) | dict(
             op=case.op,
-            shape=(case.m, case.n),
+            shape=case.shape,
             dtype=str(case.dtype).removeprefix("torch."),
             kind=type(self.launch).__name__,
             today=self.launch == today,
@@ -100,15 +100,16 @@ def kinds(pass_: str) -> dict[str, type]:
 def chosen(case: Case, device: torch.device) -> Launch:
     """What tuning chooses for the case."""
     itemsize = 8 if torch.float64 in (case.dtype, case.weight_dtype) else case.dtype.itemsize
-    size = OPS[case.op].spec, case.m, case.n, itemsize
-    return _CHOOSE[case.pass_](*size, describe(device))
+    norm, (m, n) = OPS[case.op].norm, case.shape
+    assert isinstance(norm, OfRows)
+    return _CHOOSE[case.pass_](norm.spec, m, n, itemsize, describe(device))
 
 
 def start(case: Case, kind: type, device: torch.device) -> Launch:
     """A launch of this kind to begin with: the case's own, or that of the nearest problem that has one."""
-    widths = (case.n, *(1 << k for k in range(6, 20)), _NO_BLOCKS)
-    sizes = itertools.product(widths, (case.m, 1, 128, 1 << 15))
-    return next(found for n, m in sizes if isinstance(found := chosen(replace(case, m=m, n=n), device), kind))
+    m, n = case.shape
+    sizes = itertools.product((n, *(1 << k for k in range(6, 20)), _NO_BLOCKS), (m, 1, 128, 1 << 15))
+    return next(found for n, m in sizes if isinstance(found := chosen(replace(case, shape=(m, n)), device), kind))
 
 
 # Rows that no block divides, nor any program holds.
@@ -133,18 +134,19 @@ def _powers(least: int, most: int) -> list[int]:
 
 def variants(launch: Launch, field: str, case: Case) -> Iterator[Launch]:
     """The launch with one field changed to each value worth trying."""
+    n = case.shape[1]
     if field == "tile":
-        for tile in tiles(case.n, held=not isinstance(launch, _STEPPING)):
+        for tile in tiles(n, held=not isinstance(launch, _STEPPING)):
             # The columns' tile of a launch that has one goes by the same warps.
             same_warps = {"sums": replace(launch.sums, warps=tile.warps)} if hasattr(launch, "sums") else {}
-            if _possible(found := replace(launch, tile=tile, **same_warps), case.n):
+            if _possible(found := replace(launch, tile=tile, **same_warps), n):
                 yield found
     elif field == "sums":
         for rows_, chunk in itertools.product((32, 64, 128, 256), (16, 32, 64, 128)):
             yield replace(launch, sums=Tile(rows_, chunk, launch.tile.warps))
     else:
         for value in _VALUES.get(field, ()):
-            if _possible(found := replace(launch, **{field: value}), case.n):
+            if _possible(found := replace(launch, **{field: value}), n):
                 yield found
 
 
@@ -187,17 +189,15 @@ def compiled(case: Case, launch: Launch, target: str) -> Trial:
 def direct(case: Case, inputs: Inputs) -> TimedCall:
     """One call past autograd and past what is remembered of calls, so that what is forced is what runs."""
     op = OPS[case.op]
-    forward = functools.partial(rows.forward, op.spec, inputs.x, 1, inputs.weight, inputs.bias, op.eps)
+    of = Arguments(inputs.x, inputs.weight, inputs.bias, op.eps)
     if inputs.dy is None:
-        return lambda: forward(save=False).y
-    dy, db = inputs.dy, None if inputs.bias is None else inputs.bias.dtype
-    _, mean, rstd = forward(save=True)
+        return lambda: op.norm.forward(of, save=False).y
+    dy = inputs.dy
+    _, mean, rstd = op.norm.forward(of, save=True)
     assert rstd is not None
 
     def backward() -> tuple[torch.Tensor, ...]:
-        weight = inputs.weight
-        found = rows.backward(op.spec, dy, inputs.x, 1, weight, mean, rstd, dx=True, dw=weight.dtype, db=db)
-        return tuple(gradient for gradient in found if gradient is not None)
+        return tuple(gradient for gradient in op.norm.backward(dy, of, mean, rstd) if gradient is not None)
 
     return backward
 
@@ -244,7 +244,8 @@ class Check:
     """Whether the case's launch of the moment is right on a few rows: what is wrong, or nothing."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        few = replace(case, m=max(1, min(case.m, _CHECKED_ROWS, _CHECKED_ELEMENTS // case.n)))
+        m, n = case.shape
+        few = replace(case, shape=(max(1, min(m, _CHECKED_ROWS, _CHECKED_ELEMENTS // n)), n))
         self._expected = expect(few, few.draw(device, torch.Generator(device).manual_seed(0)))
         self._call = direct(few, self._expected.inputs)
 

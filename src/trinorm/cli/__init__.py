@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -38,26 +39,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def shape(text: str) -> tuple[int, int]:
-    """``128x768`` as a pair, for an argument's ``type``."""
-    m, _, n = text.partition("x")
-    if not (m.isdecimal() and n.isdecimal() and int(m) and int(n)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape; write rows x columns, e.g. 128x768")
-    if int(n) > MAX_COLUMNS:
+def shape(text: str) -> tuple[int, ...]:
+    """``128x768`` as a tuple, for an argument's ``type``."""
+    sizes = text.split("x")
+    if len(sizes) < 2 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a shape; write rows x columns, e.g. 128x768, or N x C x ..., e.g. 16x320x64x64"
+        )
+    found = tuple(map(int, sizes))
+    if found[1] > MAX_COLUMNS:
         raise argparse.ArgumentTypeError(f"{text!r} is too wide; a row has at most {MAX_COLUMNS:,} columns")
-    if int(m) * int(n) > MAX_ELEMENTS:
+    if math.prod(found) > MAX_ELEMENTS:
         raise argparse.ArgumentTypeError(f"{text!r} is too large; a tensor has at most {MAX_ELEMENTS:,} elements")
-    return int(m), int(n)
+    return found
 
 
-def shapes(text: str) -> list[tuple[int, int]]:
-    """``128x768,8192x4096`` as pairs, for an argument's ``type``; a name of NAMED_SHAPES stands for its list."""
+def shapes(text: str) -> list[tuple[int, ...] | str]:
+    """``128x768,8192x4096`` as tuples, for an argument's ``type``; names of NAMED_SHAPES as they are."""
     from ..bench.cases import NAMED_SHAPES
 
-    found: list[tuple[int, int]] = []
-    for part in text.split(","):
-        found += NAMED_SHAPES[part] if part in NAMED_SHAPES else [shape(part)]
-    return list(dict.fromkeys(found))
+    return [part if part in NAMED_SHAPES else shape(part) for part in dict.fromkeys(text.split(","))]
 
 
 def names(known: Iterable[str]) -> Callable[[str], list[str]]:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..bench.cases import CHAIN, HOST, NAMED_SHAPES, OPS, PASSES, SEED_SHAPE, SHAPES, SWEEPS, Case
+from ..bench.cases import CHAIN, HOST, NAMED_SHAPES, OPS, PASSES, SEED_SHAPE, SWEEPS, Case, shapes_of
 from ..bench.providers import OURS, PEERS, load
 from ..bench.records import Record, provenance, results_path
 from ..cases import DTYPES
+from ..norms import ROW_OPS, Shape
 from ..ops.road import HAS_TRITON, INTERPRETED
 from . import names, no_folder, refuse, shapes, unwritable, wide_console
 
@@ -39,11 +40,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
             "check through Triton's interpreter, and show what compiling for an H200 tells."
         ),
     )
-    parser.add_argument("--op", type=names(OPS), default=list(OPS), help=f"comma-separated: {', '.join(OPS)}")
+    known = f"comma-separated: {', '.join(OPS)}; the first two if not given"
+    parser.add_argument("--op", type=names(OPS), default=list(ROW_OPS), help=known)
     parser.add_argument(
         "--shapes",
         type=shapes,
-        help=f"rows x columns, comma-separated, e.g. 128x768,8192x4096; or a list's name: {', '.join(NAMED_SHAPES)}",
+        help=(
+            "comma-separated: rows x columns, e.g. 128x768,8192x4096; of channel norms, which are measured in both orders "
+            "of memory where torch has two, and GroupNorm with 32 groups, N x C x ..., e.g. 16x320x64x64; or the name of "
+            f"a list: {', '.join(NAMED_SHAPES)}"
+        ),
     )
     parser.add_argument("--dtype", type=names(DTYPES), default=["bf16"], help=f"comma-separated: {', '.join(DTYPES)}")
     parser.add_argument(
@@ -53,7 +59,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         default=list(PASSES),
         help=(
             "comma-separated: forward, backward (these two if not given); chain: one of many forwards in a CUDA graph, "
-            "each of what the one before wrote, below 2^22 elements; host: eager calls of functions and modules, at 128x768"
+            "each of what the one before wrote, below 2^22 elements; host: eager calls of functions and modules, at "
+            "128x768 or 2x64x8x8"
         ),
     )
     parser.add_argument("--peers", type=_peers, default=list(PEERS), help=f"comma-separated: {', '.join(PEERS)}; or none")
@@ -94,6 +101,11 @@ def run(args: argparse.Namespace) -> int:
         return refuse("bench", "Triton is not installed, so there is no kernel to measure or compile")
     if INTERPRETED:
         return refuse("bench", "TRITON_INTERPRET is set, which leaves nothing to time or compile; unset it")
+    try:
+        for op in args.op:
+            shapes_of(op, args.shapes)
+    except ValueError as error:
+        return refuse("bench", f"--shapes: {error}")
     return _measure(args, wide_console()) if torch.cuda.is_available() else _predict(args, wide_console())
 
 
@@ -135,15 +147,15 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
     for name, reason in absent.items():
         console.print(f"{name} is not measured: {reason}", markup=False)
 
-    shapes = list(args.shapes or SHAPES + SWEEPS * (args.plot is not None))
     tables = _tables(args, (*PASSES, CHAIN))
-    hosted = [Case(op, "backward", *SEED_SHAPE, DTYPES[dtype], DTYPES[dtype]) for dtype in args.dtype for op in args.op]
+    cases = {table: _cases(table, _shapes(args, table[0])) for table in tables}
+    hosted = [Case(op, "backward", OPS[op].host, DTYPES[dtype], DTYPES[dtype]) for dtype in args.dtype for op in args.op]
     hosted *= HOST in args.passes
     # Each record says where it comes from, so runs of one day may share a file.
     opened = contextlib.nullcontext() if path is None else path.open("a")
     with _progress(console) as progress, opened as file:
-        counts = [len(_cases(table, shapes)) for table in tables]
-        task = progress.add_task("", total=sum(counts) * len(providers) + len(hosted))
+        measured_ones = (case.op in provider.ops for of in cases.values() for case in of for provider in providers)
+        task = progress.add_task("", total=sum(measured_ones) + len(hosted))
 
         def write(records: Iterable[Record]) -> None:
             if file is not None:
@@ -155,12 +167,12 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
             for line in report.failures(records):
                 console.print(line, style="red", markup=False)
 
-        def measured(table: _Table, shapes: Iterable[tuple[int, int]]) -> list[Record]:
+        def measured(cases: Iterable[Case]) -> list[Record]:
             records: list[Record] = []
-            for case in _cases(table, shapes):
+            for case in cases:
 
                 def started(provider: str, case: Case = case) -> None:
-                    progress.update(task, description=f"{_description(case)} {provider}")
+                    progress.update(task, description=f"{case} {provider}")
 
                 found = measure(case, providers, here, device, started)
                 progress.advance(task, len(found))
@@ -169,11 +181,11 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
             return records
 
         # The seed's own table comes first.
-        by_table = {table: measured(table, [shape for shape in shapes if shape == SEED_SHAPE]) for table in tables}
+        by_table = {table: measured(case for case in of if case.shape == SEED_SHAPE) for table, of in cases.items()}
         for records in filter(None, by_table.values()):
             console.print(report.seed(records), end="\n\n")
         for table, records in by_table.items():
-            records += measured(table, [shape for shape in shapes if shape != SEED_SHAPE])
+            records += measured(case for case in cases[table] if case.shape != SEED_SHAPE)
             if records:
                 show(report.table(records), records)
 
@@ -212,19 +224,18 @@ def _predict(args: argparse.Namespace, console: Console) -> int:
     if args.json or args.plot:
         console.print("--json and --plot hold measurements only: nothing is written.")
     status = _check_interpreted(args)
-    shapes = args.shapes or SHAPES
-    tables = _tables(args, PASSES)
+    cases = [_cases(table, shapes_of(table[0], args.shapes)) for table in _tables(args, PASSES)]
     with _progress(console) as progress:
-        task = progress.add_task("", total=len(tables) * len(shapes))
+        task = progress.add_task("", total=sum(map(len, cases)))
 
         def shown(cases: Iterable[Case]) -> Iterator[Case]:
             for case in cases:
-                progress.update(task, description=f"{_description(case)} compile")
+                progress.update(task, description=f"{case} compile")
                 yield case
                 progress.advance(task)
 
-        for table in tables:
-            console.print(report.prediction_table(predict(shown(_cases(table, shapes)))))
+        for of_table in filter(None, cases):
+            console.print(report.prediction_table(predict(shown(of_table))))
     return status
 
 
@@ -245,14 +256,15 @@ def _tables(args: argparse.Namespace, passes: Sequence[str]) -> list[_Table]:
     return [(op, pass_, DTYPES[dtype]) for dtype in args.dtype for op in args.op for pass_ in asked]
 
 
-def _cases(table: _Table, shapes: Iterable[tuple[int, int]]) -> list[Case]:
+def _shapes(args: argparse.Namespace, op: str) -> list[Shape]:
+    """What is measured of an op: what was asked for, and without that, what a plot needs besides."""
+    more = SWEEPS if args.shapes is None and args.plot is not None and op in ROW_OPS else ()
+    return list(dict.fromkeys([*shapes_of(op, args.shapes), *more]))
+
+
+def _cases(table: _Table, shapes: Iterable[Shape]) -> list[Case]:
     op, pass_, dtype = table
-    cases = [Case(op, pass_, m, n, dtype, weight_dtype=dtype) for m, n in shapes]
-    return [case for case in cases if case.worthwhile]
-
-
-def _description(case: Case) -> str:
-    return f"{case.op} {case.pass_} {case.m}×{case.n}"
+    return Case.all(op, pass_, shapes, dtype)
 
 
 def _progress(console: Console) -> Progress:

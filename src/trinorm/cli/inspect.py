@@ -8,14 +8,14 @@ import itertools
 import sys
 from pathlib import Path
 
-from ..bench import cases as bench_cases
-from ..bench.cases import OPS, PASSES, Case
+from ..bench.cases import OPS, PASSES, SHAPES, Case, shapes_of
 from ..cases import DTYPES
+from ..norms import ROW_OPS
 from ..ops.road import HAS_TRITON, INTERPRETED
 from . import names, refuse, shapes, unwritable, wide_console
 
-# What is measured; wide rows of which there are few; and wider ones, so that every kernel is met.
-SHAPES = (*bench_cases.SHAPES, (256, 12288), (1024, 65536), (1024, 66000))
+# Rows as measured; wide ones of which there are few; and wider ones, so that every kernel is met.
+ROWS = (*SHAPES, (256, 12288), (1024, 65536), (1024, 66000))
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,13 +34,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             "meant, and after one of Triton's version: trinorm inspect --json benchmarks/instructions/sm_90.jsonl"
         ),
     )
-    parser.add_argument("op", nargs="?", type=names(OPS), default=list(OPS), help=f"comma-separated: {', '.join(OPS)}")
+    parser.add_argument(
+        "op",
+        nargs="?",
+        type=names(OPS),
+        default=list(ROW_OPS),
+        help=f"comma-separated: {', '.join(OPS)}; the first two if not given",
+    )
     parser.add_argument(
         "--shape",
         dest="shapes",
         type=shapes,
-        default=SHAPES,
-        help="rows x columns, comma-separated, e.g. 8192x4096; a selection that meets every kernel unless given",
+        help=(
+            "comma-separated: rows x columns, e.g. 8192x4096; or N x C x ..., e.g. 16x320x64x64, in both orders of memory; "
+            "unless given, a selection, of rows one that meets every kernel"
+        ),
     )
     parser.add_argument("--dtype", type=names(DTYPES), default=["bf16"], help=f"comma-separated: {', '.join(DTYPES)}")
     parser.add_argument(
@@ -73,9 +81,14 @@ def run(args: argparse.Namespace) -> int:
     to_file = args.json not in (None, Path("-"))
     if to_file and (fault := unwritable(args.json)):
         return refuse("inspect", fault)
+    try:
+        by_op = {op: shapes_of(op, ROWS if args.shapes is None and op in ROW_OPS else args.shapes) for op in args.op}
+    except ValueError as error:
+        return refuse("inspect", f"--shape: {error}")
     cases = [
-        Case(op, pass_, m, n, DTYPES[dtype], weight_dtype=DTYPES[dtype])
-        for dtype, op, pass_, (m, n) in itertools.product(args.dtype, args.op, args.passes, args.shapes)
+        case
+        for dtype, op, pass_ in itertools.product(args.dtype, args.op, args.passes)
+        for case in Case.all(op, pass_, by_op[op], DTYPES[dtype])
     ]
     shown = track(cases, "compile", console=Console(stderr=True), transient=True)
     predictions = predict(shown, args.target)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..bench.cases import OPS, PASSES, Case
+from ..bench.cases import OPS, PASSES, Case, shapes_of
 from ..bench.counters import Kernel, Refused, profile
 from ..cases import DTYPES
 from ..ops.road import HAS_TRITON
-from . import refuse, shape, wide_console
+from . import refuse, wide_console
+from . import shape as shape_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,8 +32,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
             "issue slots, what warps waited for, and what that means. Needs a GPU and leave to read its counters."
         ),
     )
-    parser.add_argument("op", choices=OPS, metavar="op", help=" or ".join(OPS))
-    parser.add_argument("--shape", type=shape, required=True, help="rows x columns, e.g. 8192x4096")
+    parser.add_argument("op", choices=OPS, metavar="op", help=f"one of {', '.join(OPS)}")
+    parser.add_argument(
+        "--shape", type=shape_of, required=True, help="rows x columns, e.g. 8192x4096, or N x C x ..., e.g. 16x320x64x64"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the weights (bf16)")
     parser.add_argument("--pass", dest="pass_", choices=PASSES, default="forward", help="(forward)")
     parser.set_defaults(func=run)
@@ -47,8 +50,12 @@ def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("rich") is None:
         return refuse("profile", "rich is not installed; pip install 'trinorm[bench]'")
 
-    (m, n), dtype = args.shape, DTYPES[args.dtype]
-    case = Case(args.op, args.pass_, m, n, dtype, dtype)
+    dtype = DTYPES[args.dtype]
+    try:
+        (shape,) = shapes_of(args.op, [args.shape])
+    except ValueError as error:
+        return refuse("profile", f"--shape: {error}")
+    case = Case(args.op, args.pass_, shape, dtype, dtype)
     try:
         ceiling, kernels = profile(case)
     except Refused as refusal:
@@ -65,7 +72,7 @@ def table(case: Case, ceiling: Kernel, kernels: list[Kernel]) -> Table:
     found = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
-        title=f"{OPS[case.op].title} {case.pass_}, {case.m}×{case.n}, {str(case.dtype).removeprefix('torch.')}",
+        title=f"{OPS[case.op].title} {case.pass_}, {case.size}, {str(case.dtype).removeprefix('torch.')}",
         caption=(
             "Each kernel starts with cold caches. of ceiling: its bandwidth over that of the first row's kernel. sectors: "
             "of a request to L2, 4 at best.\nwarps: at work on a multiprocessor, of those that fit. issue: cycles in which "

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..bench.cases import CEILINGS, OPS, PASSES, Case
+from ..bench.cases import CEILINGS, OPS, PASSES, Case, shapes_of
 from ..bench.records import provenance
 from ..cases import DTYPES
+from ..norms import ROW_OPS
 from ..ops.road import HAS_TRITON, INTERPRETED
 from . import refuse, shapes, unwritable, wide_console
 
@@ -42,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
             "fastest beside today's; nothing is changed: the tables are edited by hand, with the ratio beside each row."
         ),
     )
-    parser.add_argument("op", choices=OPS, metavar="op", help=" or ".join(OPS))
+    parser.add_argument("op", choices=ROW_OPS, metavar="op", help=" or ".join(ROW_OPS))
     parser.add_argument("--shapes", type=shapes, required=True, help="rows x columns, comma-separated; or a list's name")
     parser.add_argument("--pass", dest="pass_", choices=PASSES, default="forward", help="(forward)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the weights (bf16)")
@@ -73,6 +74,10 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.json is not None and (fault := unwritable(args.json)):
         return refuse("tune", fault)
+    try:
+        asked = shapes_of(args.op, args.shapes)
+    except ValueError as error:
+        return refuse("tune", f"--shapes: {error}")
 
     console = wide_console()
     here, stream, dtype = provenance(device), torch.cuda.Stream(device), DTYPES[args.dtype]
@@ -80,12 +85,11 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console)
     opened = contextlib.nullcontext() if args.json is None else args.json.open("a")
     with opened as file, pool, progress, torch.cuda.stream(stream), torch.no_grad():
-        for m, n in args.shapes:
-            case = Case(args.op, args.pass_, m, n, dtype, dtype)
+        for case in (Case(args.op, args.pass_, shape, dtype, dtype) for shape in asked):
             today = sweep.chosen(case, device)
             begin = today if args.kind is None else sweep.start(case, kinds[args.kind], device)
             bench = sweep.Bench(case, today, device, stream, pool, target)
-            evaluate = functools.partial(_followed, bench, progress, f"{args.op} {args.pass_} {m}×{n}")
+            evaluate = functools.partial(_followed, bench, progress, str(case))
             trials = sweep.search(begin, today, case, evaluate)
             console.print(table(case, trials, bench.ceiling_us, today))
             if file is not None:
@@ -113,7 +117,7 @@ def table(case: Case, trials: Sequence[Trial], ceiling_us: float, today: Launch)
     found = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
-        title=f"{OPS[case.op].title} {case.pass_}, {case.m}×{case.n}, {str(case.dtype).removeprefix('torch.')}",
+        title=f"{OPS[case.op].title} {case.pass_}, {case.size}, {str(case.dtype).removeprefix('torch.')}",
         caption=f"{ceiling}: {ceiling_us:.2f} µs. " + ", ".join(f"{count} {what}" for what, count in outcomes.items()),
     )
     found.add_column("launch")
