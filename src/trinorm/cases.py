@@ -151,7 +151,8 @@ class Case:
             w.zero_()
         of = weight_dtype(self.weight, dtype)
         weight, bias = (None if of is None else w.to(of), None if of is None or not norm.biased else b.to(of))
-        arguments = Arguments(placed(x.to(dtype)), weight, bias, self.values.eps)
+        residual = placed(normal(m, n).to(dtype)) if norm.residual else None
+        arguments = Arguments(placed(x.to(dtype)), weight, bias, self.values.eps, residual)
         return Inputs(arguments, placed(dy.to(dtype)), placed(scale))
 
 

@@ -92,18 +92,18 @@ def torch_gradients(
     def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return composite(spec, x, normalized_shape, weight, bias, eps)
 
-    return gradients_by_autograd(norm, x, weight, bias, dy)
+    return Gradients(*gradients_by_autograd(norm, (x, weight, bias), dy))
 
 
 def gradients_by_autograd(
-    norm: Callable[..., Tensor], x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor
-) -> Gradients:
-    """Those of ``norm(x, weight, bias)``, as torch's autograd has them."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
+    norm: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Those of ``norm(*inputs)``, as torch's autograd has them."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
     with torch.enable_grad():
         y = norm(*leaves)
     found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
-    return Gradients(*(None if leaf is None else next(found) for leaf in leaves))
+    return tuple(None if leaf is None else next(found) for leaf in leaves)
 
 
 def autocast_to_fp32(spec: RowNorm, device: str) -> bool:

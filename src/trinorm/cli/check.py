@@ -80,7 +80,7 @@ def steps_of(ops: Iterable[str], dtypes: Iterable[torch.dtype], device: torch.de
 
 
 def check_op(op: str, dtype: torch.dtype, device: torch.device, cases: Iterable[Case]) -> list[Result]:
-    """y, mean, rstd, dx, dw, db and running statistics of each case, as far as the case and the op have them.
+    """y, mean, rstd, every gradient and running statistics of each case, as far as the case and the op have them.
 
     mean and rstd are what a kernel saves for the backward; without Triton nothing is, and they are not checked.
     """
@@ -110,11 +110,11 @@ def check_numerically(op: str, device: torch.device) -> list[Result]:
     """The backward against finite differences of the forward, in float64: torch.autograd.gradcheck, with its tolerances."""
     norm = OPS[op]
     case = Case((3, 5) if isinstance(norm, OfRows) else (2, 3, 2))
-    x, weight, bias, eps = case.inputs(norm, torch.float64, device).of
-    leaves = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
+    of = case.inputs(norm, torch.float64, device).of
+    leaves = [t.requires_grad_() for t in of.differentiable.values()]
 
-    def call(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return norm.call(functional, Arguments(x, weight, bias, eps), norm.running(x))
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        return norm.call(functional, Arguments(x, weight, bias, of.eps, residual), norm.running(x))
 
     worst = ""
     try:
@@ -128,10 +128,11 @@ def check_numerically(op: str, device: torch.device) -> list[Result]:
 def _ours(norm: Norm, inputs: Inputs, exact_mean: Tensor) -> dict[str, Tensor]:
     """The op's results, each row's power of two taken out again (exactly)."""
     of, scale = inputs.of, inputs.scale
-    present = [t.requires_grad_() for t in (of.x, of.weight, of.bias) if t is not None]
+    leaves = {name: t.requires_grad_() for name, t in of.differentiable.items()}
     running = norm.running(of.x)
     y = norm.call(functional, of, running)
-    dx, *sums = torch.autograd.grad(y, present, norm.settled(inputs.unscaled(), inputs.dy))
+    found = torch.autograd.grad(y, list(leaves.values()), norm.settled(inputs.unscaled(), inputs.dy))
+    gradients = dict(zip(leaves, found, strict=True))
     mean = rstd = None
     if road.HAS_TRITON:
         with torch.no_grad():
@@ -144,8 +145,7 @@ def _ours(norm: Norm, inputs: Inputs, exact_mean: Tensor) -> dict[str, Tensor]:
         y=y.detach(),
         mean=None if mean is None else (mean / of_row).to(mean.dtype),
         rstd=None if rstd is None else (rstd * of_row).to(rstd.dtype),
-        dx=(dx * scale).to(dx.dtype),
-        **dict(zip(("dw", "db"), sums, strict=False)),
+        **gradients | dict(dx=(gradients["dx"] * scale).to(of.x.dtype)),
         **_named(running),
     )
 
@@ -166,12 +166,12 @@ def _by_torch(norm: Norm, inputs: Inputs) -> dict[str, Tensor]:
     mean, rstd = norm.torch_statistics(of.x if of.x.dtype == torch.float64 else of.x.float(), of.eps)
     running = norm.running(of.x)
     y = norm.composite(of, running)
-    dx = norm.torch_gradients(of, dy).dx
+    dx, _, _, dr = norm.torch_gradients(of, dy)
     # A NaN or Inf in one row can be in all of torch's sums, also where the oracle's is finite: the other rows' sums then.
     rows = norm.rows(of.x)
     sound = norm.of_rows(rows.isfinite().all(-1, keepdim=True).expand_as(rows), of.x.shape)
-    _, dw, db = norm.torch_gradients(of._replace(x=torch.where(sound, of.x, 0)), torch.where(sound, dy, 0))
-    return _present(y=y, mean=mean, rstd=rstd, dx=dx, dw=dw, db=db, **_named(running))
+    _, dw, db, _ = norm.torch_gradients(of._replace(x=torch.where(sound, of.x, 0)), torch.where(sound, dy, 0))
+    return _present(y=y, mean=mean, rstd=rstd, dx=dx, dw=dw, db=db, dr=dr, **_named(running))
 
 
 def _row_size(norm: Norm, inputs: Inputs) -> Tensor:

@@ -32,12 +32,12 @@ NORMS: dict[str, Norm] = {
 }
 ROW_OPS = tuple(spec.name for spec in ROW_NORMS)
 
-# With other arguments: casting modes; activations, a scale and a shift of each sample, running statistics.
+# With other arguments: casting modes; activations, a scale and a shift of each sample, running statistics, a residual.
 VARIANTS: dict[str, Norm] = {
     **{f"{spec.name}/{cast}": OfRows(spec.with_cast(cast)) for cast in CASTS if cast != "output" for spec in ROW_NORMS},
     "group_norm/silu": OfChannels(GROUP_NORM, "silu", modulated=True),
     "instance_norm/style": OfChannels(INSTANCE_NORM, modulated=True),
     "instance_norm/kept": OfChannels(INSTANCE_NORM, "gelu", statistics="kept"),
-    "batch_norm/kept": OfChannels(BATCH_NORM, "relu", statistics="kept"),
+    "batch_norm/kept": OfChannels(BATCH_NORM, "relu", statistics="kept", residual=True),
     "batch_norm/given": OfChannels(BATCH_NORM, statistics="given"),
 }

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import channel_reference, reference
 from ..channel_reference import Averages, Given
-from ..reference import Exact, Gradients
+from ..channel_reference import ChannelGradients as Gradients
+from ..reference import Exact
 from ..spec import GROUP_NORM, Activation, ChannelNorm
 from .norm import Arguments, Norm, Normalized, Shape, all_gradients
 
@@ -39,6 +40,7 @@ class OfChannels(Norm):
     activation: Activation | None = None
     modulated: bool = False
     statistics: Literal["input", "kept", "given"] = "input"
+    residual: bool = False
 
     @property
     def name(self) -> str:
@@ -91,8 +93,10 @@ class OfChannels(Norm):
         return rows.reshape(shape)
 
     def call(self, functions: ModuleType, of: Arguments, running: Given | None = None) -> Tensor:
-        x, weight, bias, eps = of
+        x, weight, bias, eps, residual = of
         how: dict[str, Any] = {} if self.activation is None else dict(activation=self.activation)
+        if residual is not None:
+            how.update(residual=residual)
         if self.modulated:
             how, weight, bias = how | dict(scale=weight, shift=bias), None, None
         function = getattr(functions, self.name)
@@ -109,14 +113,16 @@ class OfChannels(Norm):
         return getattr(namespace, f"{made}{dims}d")(channels, **how)
 
     def oracle(self, of: Arguments) -> Exact:
-        return channel_reference.oracle(self.spec, *self._problem(of), self._given(of.x), self.activation)
+        return channel_reference.oracle(self.spec, *self._problem(of), self._given(of.x), self.activation, of.residual)
 
     def oracle_gradients(self, of: Arguments, dy: Tensor) -> Gradients:
-        return channel_reference.oracle_gradients(self.spec, *self._problem(of), dy, self._given(of.x), self.activation)
+        how = dy, self._given(of.x), self.activation, of.residual
+        return channel_reference.oracle_gradients(self.spec, *self._problem(of), *how)
 
     def composite(self, of: Arguments, running: Given | None = None) -> Tensor:
         averages = None if running is None or self.statistics != "kept" else Averages(*running, MOMENTUM)
-        return channel_reference.composite(self.spec, *self._problem(of), self._given(of.x), averages, self.activation)
+        how = self._given(of.x), averages, self.activation, of.residual
+        return channel_reference.composite(self.spec, *self._problem(of), *how)
 
     def torch_statistics(self, x: Tensor, eps: float) -> tuple[Tensor | None, Tensor]:
         if self.spec is GROUP_NORM:
@@ -134,8 +140,8 @@ class OfChannels(Norm):
         given = self._given(x)
         problem = channels.Problem(self.spec, num_groups, eps, self.activation, given is not None)
         if given is not None:
-            return Normalized(channels.apply(problem, x, weight, bias, *given), None, None)
-        return Normalized(*channels.forward(problem, x, weight, bias))
+            return Normalized(channels.apply(problem, x, weight, bias, *given, of.residual), None, None)
+        return Normalized(*channels.forward(problem, x, weight, bias, of.residual))
 
     def backward(self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor) -> tuple[Tensor | None, ...]:
         from ..ops import channels
@@ -143,11 +149,12 @@ class OfChannels(Norm):
         assert mean is not None
         x, num_groups, weight, bias, eps = self._problem(of)
         problem = channels.Problem(self.spec, num_groups, eps, self.activation)
-        return channels.backward(problem, dy, x, weight, bias, mean, rstd, **all_gradients(of))
+        how = all_gradients(of) | dict(dr=of.residual is not None)
+        return channels.backward(problem, dy, x, weight, bias, mean, rstd, of.residual, **how)
 
     def _problem(self, of: Arguments) -> tuple[Tensor, int, Tensor | None, Tensor | None, float]:
         """(x, num_groups, weight, bias, eps), the scale as the weight that it comes to."""
-        x, weight, bias, eps = of
+        x, weight, bias, eps, _ = of
         weight = 1 + weight if self.modulated and weight is not None else weight
         return x, self.groups(x), weight, bias, eps
 

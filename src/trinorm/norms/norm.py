@@ -10,19 +10,32 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..channel_reference import ChannelGradients as Gradients
 from ..channel_reference import Given
-from ..reference import Exact, Gradients
+from ..reference import Exact
 
 Shape = tuple[int, ...]
 
 
 class Arguments(NamedTuple):
-    """What every norm takes."""
+    """What every norm takes, and a residual, of which OfChannels knows."""
 
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+    residual: Tensor | None = None
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, Tensor | None, float]:
+        """(weight, bias, eps)."""
+        return self.weight, self.bias, self.eps
+
+    @property
+    def differentiable(self) -> dict[str, Tensor]:
+        """What there is of x, weight, bias and residual, by their gradients' names."""
+        named = zip(Gradients._fields, (self.x, self.weight, self.bias, self.residual), strict=True)
+        return {name: t for name, t in named if t is not None}
 
 
 class Normalized(NamedTuple):
@@ -54,6 +67,11 @@ class Norm(ABC):
     def biased(self) -> bool:
         """Whether there may be a bias."""
         return True
+
+    @property
+    def residual(self) -> bool:
+        """Whether there is one."""
+        return False
 
     @property
     def follows_scale(self) -> bool:
@@ -111,10 +129,10 @@ class Norm(ABC):
     def torch_gradients(self, of: Arguments, dy: Tensor) -> Gradients:
         """The gradients by torch's own backward."""
 
-        def composite(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            return self.composite(Arguments(x, weight, bias, of.eps), self.running(x))
+        def composite(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+            return self.composite(Arguments(x, weight, bias, of.eps, residual), self.running(x))
 
-        return reference.gradients_by_autograd(composite, of.x, of.weight, of.bias, dy)
+        return Gradients(*reference.gradients_by_autograd(composite, (of.x, of.weight, of.bias, of.residual), dy))
 
     @abstractmethod
     def torch_statistics(self, x: Tensor, eps: float) -> tuple[Tensor | None, Tensor]:
@@ -126,7 +144,7 @@ class Norm(ABC):
 
     @abstractmethod
     def backward(self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor) -> tuple[Tensor | None, ...]:
-        """(dx, dw, db), all that there are, by the kernels alone."""
+        """(dx, dw, db, and of OfChannels dr), all that there are, by the kernels alone."""
 
 
 def all_gradients(of: Arguments) -> dict[str, Any]:

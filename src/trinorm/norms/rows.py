@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..channel_reference import ChannelGradients as Gradients
 from ..channel_reference import Given
-from ..reference import Exact, Gradients
+from ..reference import Exact
 from ..spec import LAYER_NORM, RowNorm
 from .norm import Arguments, Norm, Normalized, Shape, all_gradients
 
@@ -54,13 +55,13 @@ class OfRows(Norm):
         return getattr(namespace, made)(x.shape[1], eps=eps, device=x.device)
 
     def oracle(self, of: Arguments) -> Exact:
-        return reference.oracle(self.spec, of.x, of.x.shape[1:], *of[1:])
+        return reference.oracle(self.spec, of.x, of.x.shape[1:], *of.parameters)
 
     def oracle_gradients(self, of: Arguments, dy: Tensor) -> Gradients:
-        return reference.oracle_gradients(self.spec, of.x, of.x.shape[1:], *of[1:], dy)
+        return Gradients(*reference.oracle_gradients(self.spec, of.x, of.x.shape[1:], *of.parameters, dy), None)
 
     def composite(self, of: Arguments, running: Given | None = None) -> Tensor:
-        return reference.composite(self.spec, of.x, of.x.shape[1:], *of[1:])
+        return reference.composite(self.spec, of.x, of.x.shape[1:], *of.parameters)
 
     def torch_statistics(self, x: Tensor, eps: float) -> tuple[Tensor | None, Tensor]:
         if self.centers:
@@ -71,7 +72,7 @@ class OfRows(Norm):
     def forward(self, of: Arguments, *, save: bool) -> Normalized:
         from ..ops import rows
 
-        return Normalized(*rows.forward(self.spec, of.x, 1, *of[1:], save=save))
+        return Normalized(*rows.forward(self.spec, of.x, 1, *of.parameters, save=save))
 
     def backward(self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor) -> tuple[Tensor | None, ...]:
         from ..ops import rows
@@ -95,8 +96,8 @@ class OverChannels(Norm):
 
     def call(self, functions: ModuleType, of: Arguments, running: Given | None = None) -> Tensor:
         if functions is F:  # which has no such function: as users write it
-            return F.layer_norm(of.x.movedim(1, -1), of.x.shape[1:2], *of[1:]).movedim(-1, 1)
-        return functions.channel_layer_norm(*of)
+            return F.layer_norm(of.x.movedim(1, -1), of.x.shape[1:2], *of.parameters).movedim(-1, 1)
+        return functions.channel_layer_norm(of.x, *of.parameters)
 
     def module(self, namespace: ModuleType, x: Tensor, eps: float) -> torch.nn.Module | None:
         made = getattr(namespace, "ChannelLayerNorm", None)
@@ -108,7 +109,7 @@ class OverChannels(Norm):
 
     def oracle_gradients(self, of: Arguments, dy: Tensor) -> Gradients:
         dx, dw, db = reference.oracle_gradients(LAYER_NORM, *self._last(of), dy.movedim(1, -1))
-        return Gradients(None if dx is None else dx.movedim(-1, 1), dw, db)
+        return Gradients(None if dx is None else dx.movedim(-1, 1), dw, db, None)
 
     def composite(self, of: Arguments, running: Given | None = None) -> Tensor:
         return reference.composite(LAYER_NORM, *self._last(of)).movedim(-1, 1)
@@ -121,9 +122,9 @@ class OverChannels(Norm):
 
         x = of.x.movedim(1, -1)
         if x.is_contiguous():
-            y, *statistics = rows.forward(LAYER_NORM, x, 1, *of[1:], save=save)
+            y, *statistics = rows.forward(LAYER_NORM, x, 1, *of.parameters, save=save)
             return Normalized(y.movedim(-1, 1), *statistics)
-        return Normalized(*channel_layers.forward(*of, save=save))
+        return Normalized(*channel_layers.forward(of.x, *of.parameters, save=save))
 
     def backward(self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor) -> tuple[Tensor | None, ...]:
         from ..ops import channel_layers, rows
@@ -137,4 +138,4 @@ class OverChannels(Norm):
 
     def _last(self, of: Arguments) -> tuple[Tensor, torch.Size, Tensor | None, Tensor | None, float]:
         """As LayerNorm's: channels last."""
-        return of.x.movedim(1, -1), of.x.shape[1:2], *of[1:]
+        return of.x.movedim(1, -1), of.x.shape[1:2], *of.parameters
