@@ -55,11 +55,12 @@ def _nothing_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The kernels that a test has launched, one by one."""
-    from trinorm.ops import rows
+    from trinorm.ops import channels, rows
 
     kernels: list[object] = []
     actual = rows.launch
-    monkeypatch.setattr(rows, "launch", lambda kernel, *args: (kernels.append(kernel), actual(kernel, *args))[1])
+    for family in (rows, channels):
+        monkeypatch.setattr(family, "launch", lambda kernel, *args: (kernels.append(kernel), actual(kernel, *args))[1])
     return kernels
 
 

@@ -58,9 +58,9 @@ def compare(what: str, actual: Tensor, exact: Tensor, by_torch: Tensor, terms: T
     return Comparison(what, distance.max().item(), torch_error, ok, worst)
 
 
-def assert_no_worse(what: str, actual: Tensor, exact: Tensor, by_torch: Tensor) -> None:
+def assert_no_worse(what: str, actual: Tensor, exact: Tensor, by_torch: Tensor, terms: Tensor | None = None) -> None:
     """Raise AssertionError unless ``compare`` finds ``actual`` right."""
-    comparison = compare(what, actual, exact, by_torch)
+    comparison = compare(what, actual, exact, by_torch, terms)
     if not comparison.ok:
         raise AssertionError(str(comparison))
 

@@ -15,12 +15,10 @@ from ..channel_reference import Averages, Given
 from ..channel_reference import ChannelGradients as Gradients
 from ..reference import Exact
 from ..spec import GROUP_NORM, Activation, ChannelNorm
-from .norm import Arguments, Norm, Normalized, Shape, all_gradients
+from .norm import MOMENTUM, Arguments, Norm, Normalized, Shape, all_gradients
 
 # A GroupNorm has so many groups; of channels that they do not divide, as many as divide both.
 GROUPS = 32
-
-MOMENTUM = 0.1
 
 
 def num_groups(channels: int) -> int:
@@ -65,7 +63,7 @@ class OfChannels(Norm):
         how: dict[str, Any] = dict(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         return Given(torch.linspace(-1, 1, x.shape[1], **how), torch.linspace(0.5, 2, x.shape[1], **how))
 
-    def running_after(self, x: Tensor, before: Given) -> Given | None:
+    def running_after(self, x: Tensor, before: Given, momentum: float = MOMENTUM) -> Given | None:
         if self.statistics != "kept":
             return None
         lift, lower, quiet = reference.precise(x)
@@ -74,7 +72,7 @@ class OfChannels(Norm):
             of_rows = rows.mean(axis=1)
             unbiased = ((rows - of_rows.reshape(-1, 1)) ** 2).sum(axis=1) / (rows.shape[1] - 1)
             now = (t.reshape(-1, x.shape[1]).mean(axis=0) for t in (of_rows, unbiased))
-            return Given(*(lower(kept + MOMENTUM * (t - kept)) for kept, t in zip((mean, var), now, strict=True)))
+            return Given(*(lower(kept + momentum * (t - kept)) for kept, t in zip((mean, var), now, strict=True)))
 
     def settled(self, of: Arguments, dy: Tensor) -> Tensor:
         if self.activation != "relu":

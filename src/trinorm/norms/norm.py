@@ -16,6 +16,8 @@ from ..reference import Exact
 
 Shape = tuple[int, ...]
 
+MOMENTUM = 0.1
+
 
 class Arguments(NamedTuple):
     """What every norm takes, and a residual, of which OfChannels knows."""
@@ -90,7 +92,7 @@ class Norm(ABC):
         """Running statistics as a call may find them."""
         return None
 
-    def running_after(self, x: Tensor, before: Given) -> Given | None:
+    def running_after(self, x: Tensor, before: Given, momentum: float = MOMENTUM) -> Given | None:
         """What a call makes of them, in float64; None where it leaves them."""
         return None
 
