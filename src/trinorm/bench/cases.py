@@ -98,21 +98,18 @@ class Op:
     host: Shape
 
 
-def _of_rows(title: str, name: str, eps: float) -> Op:
-    return Op(title, NORMS[name], eps, SHAPES, SEED_SHAPE)
-
-
-def _of_channels(title: str, name: str, eps: float) -> Op:
-    return Op(title, NORMS[name], eps, CHANNEL_SHAPES[name], (2, 64, 8, 8))
-
-
+# By the function's name: what a table calls it, and its usual eps.
+_TITLES = {
+    "layer_norm": ("LayerNorm", 1e-5),
+    "rms_norm": ("RMSNorm", 1e-6),
+    "group_norm": ("GroupNorm", 1e-5),
+    "instance_norm": ("InstanceNorm", 1e-5),
+    "batch_norm": ("BatchNorm", 1e-5),
+    "channel_layer_norm": ("LayerNorm over channels", 1e-6),
+}
 OPS = {
-    "layer_norm": _of_rows("LayerNorm", "layer_norm", 1e-5),
-    "rms_norm": _of_rows("RMSNorm", "rms_norm", 1e-6),
-    "group_norm": _of_channels("GroupNorm", "group_norm", 1e-5),
-    "instance_norm": _of_channels("InstanceNorm", "instance_norm", 1e-5),
-    "batch_norm": _of_channels("BatchNorm", "batch_norm", 1e-5),
-    "channel_layer_norm": _of_channels("LayerNorm over channels", "channel_layer_norm", 1e-6),
+    name: Op(title, NORMS[name], eps, *((SHAPES, SEED_SHAPE) if name in ROW_OPS else (CHANNEL_SHAPES[name], (2, 64, 8, 8))))
+    for name, (title, eps) in _TITLES.items()
 }
 
 
