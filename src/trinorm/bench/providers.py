@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
-from ..norms import ROW_OPS, Arguments, num_groups
+from ..norms import ROW_OPS, num_groups
 from .cases import OPS, Case
 
 # (x, weight) -> y or (x, weight, bias) -> y, differentiable.
@@ -53,11 +53,7 @@ def load(peers: Sequence[str]) -> tuple[list[Provider], dict[str, str]]:
 def _functional(functions: ModuleType, case: Case) -> Norm:
     """The norm of a module with torch.nn.functional's signatures; of the running statistics that some have, without."""
     op = OPS[case.op]
-
-    def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return op.norm.call(functions, Arguments(x, weight, bias, op.eps))
-
-    return norm
+    return op.norm.function(functions, case.shape, op.eps)
 
 
 def _compiled(case: Case) -> Norm:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal
@@ -90,18 +91,19 @@ class OfChannels(Norm):
             return rows.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1)
         return rows.reshape(shape)
 
-    def call(self, functions: ModuleType, of: Arguments, running: Given | None = None) -> Tensor:
-        x, weight, bias, eps, residual = of
-        how: dict[str, Any] = {} if self.activation is None else dict(activation=self.activation)
-        if residual is not None:
-            how.update(residual=residual)
-        if self.modulated:
-            how, weight, bias = how | dict(scale=weight, shift=bias), None, None
-        function = getattr(functions, self.name)
+    def function(
+        self, functions: ModuleType, shape: Shape, eps: float, running: Given | None = None, residual: Tensor | None = None
+    ) -> Callable[..., Tensor]:
+        norm = getattr(functions, self.name)
+        how: dict[str, Any] = dict(activation=self.activation, residual=residual)
+        how = {name: given for name, given in how.items() if given is not None}
+        before: tuple[Any, ...] = running or (None, None)
+        after: tuple[Any, ...] = (self.statistics != "given", MOMENTUM, eps)
         if self.spec is GROUP_NORM:
-            return function(x, self.groups(x), weight, bias, eps, **how)
-        taken = self.statistics != "given"
-        return function(x, *(running or (None, None)), weight, bias, taken, MOMENTUM, eps, **how)
+            before, after = (num_groups(shape[1]),), (eps,)
+        if self.modulated:
+            return lambda x, scale, shift: norm(x, *before, None, None, *after, scale=scale, shift=shift, **how)
+        return lambda x, weight, bias: norm(x, *before, weight, bias, *after, **how)
 
     def module(self, namespace: ModuleType, x: Tensor, eps: float) -> torch.nn.Module | None:
         channels, dims, how = x.shape[1], max(1, x.dim() - 2), dict(eps=eps, affine=True, device=x.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -109,8 +110,17 @@ class Norm(ABC):
         """The x that has these rows."""
 
     @abstractmethod
+    def function(
+        self, functions: ModuleType, shape: Shape, eps: float, running: Given | None = None, residual: Tensor | None = None
+    ) -> Callable[..., Tensor]:
+        """Of (x, weight, bias), or of (x, weight) where there is no bias: trinorm.functional's or torch.nn.functional's,
+        called as users call it, with nothing of this class in the way. shape: x's.
+        """
+
     def call(self, functions: ModuleType, of: Arguments, running: Given | None = None) -> Tensor:
-        """y by the function of trinorm.functional or torch.nn.functional."""
+        """y by that function."""
+        parameters = (of.weight, of.bias) if self.biased else (of.weight,)
+        return self.function(functions, of.x.shape, of.eps, running, of.residual)(of.x, *parameters)
 
     @abstractmethod
     def module(self, namespace: ModuleType, x: Tensor, eps: float) -> torch.nn.Module | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -45,10 +46,14 @@ class OfRows(Norm):
     def of_rows(self, rows: Tensor, shape: Shape) -> Tensor:
         return rows
 
-    def call(self, functions: ModuleType, of: Arguments, running: Given | None = None) -> Tensor:
+    def function(
+        self, functions: ModuleType, shape: Shape, eps: float, running: Given | None = None, residual: Tensor | None = None
+    ) -> Callable[..., Tensor]:
+        norm, over = getattr(functions, self.name), shape[1:]
         how: dict[str, Any] = {} if self.spec.cast == "output" else dict(cast=self.spec.cast)
-        parameters = (of.weight, of.bias) if self.biased else (of.weight,)
-        return getattr(functions, self.name)(of.x, of.x.shape[1:], *parameters, of.eps, **how)
+        if self.biased:
+            return lambda x, weight, bias: norm(x, over, weight, bias, eps, **how)
+        return lambda x, weight: norm(x, over, weight, eps, **how)
 
     def module(self, namespace: ModuleType, x: Tensor, eps: float) -> torch.nn.Module | None:
         made = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}[self.name]
@@ -94,10 +99,14 @@ class OverChannels(Norm):
     def of_rows(self, rows: Tensor, shape: Shape) -> Tensor:
         return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
-    def call(self, functions: ModuleType, of: Arguments, running: Given | None = None) -> Tensor:
-        if functions is F:  # which has no such function: as users write it
-            return F.layer_norm(of.x.movedim(1, -1), of.x.shape[1:2], *of.parameters).movedim(-1, 1)
-        return functions.channel_layer_norm(of.x, *of.parameters)
+    def function(
+        self, functions: ModuleType, shape: Shape, eps: float, running: Given | None = None, residual: Tensor | None = None
+    ) -> Callable[..., Tensor]:
+        if functions is not F:
+            norm = functions.channel_layer_norm
+            return lambda x, weight, bias: norm(x, weight, bias, eps)
+        over = shape[1:2]  # torch has none: as its users write it
+        return lambda x, weight, bias: F.layer_norm(x.movedim(1, -1), over, weight, bias, eps).movedim(-1, 1)
 
     def module(self, namespace: ModuleType, x: Tensor, eps: float) -> torch.nn.Module | None:
         made = getattr(namespace, "ChannelLayerNorm", None)
