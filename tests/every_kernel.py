@@ -42,6 +42,10 @@ IMAGES = (
     (GROUP_NORM, (70, 24, 9, 8), 8),
     (BATCH_NORM, (9, 70, 14, 14), 70),
     (BATCH_NORM, (6, 80, 56, 56), 80),
+    # Those of teams: ragged tiles, several runs to a tile, several tiles to a run.
+    (GROUP_NORM, (3, 40, 61, 57), 2),
+    (BATCH_NORM, (16, 70, 56, 56), 70),
+    (INSTANCE_NORM, (3, 5, 256, 256), 5),
 )
 
 
