@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from machine import ON_GPU
+from paths import forget_channel_choices
 
 # A first call compiles, and the interpreter is slow. The same examples on every run.
 hypothesis.settings.register_profile("trinorm", deadline=None, derandomize=True)
@@ -86,11 +87,3 @@ def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Itera
     forget_channel_choices()
     yield request.param
     forget_channel_choices()
-
-
-def forget_channel_choices() -> None:
-    """So that a patched table in tuning/channel.py is asked."""
-    from trinorm.tuning import channel
-
-    for choose in (channel.choose_whole, channel._walk, channel._tile):
-        choose.cache_clear()

@@ -12,6 +12,7 @@ from trinorm.tuning import (
     RowForwardSplit,
     RowForwardWide,
     Tile,
+    channel,
 )
 
 SPECS = [pytest.param(LAYER_NORM, id="layer_norm"), pytest.param(RMS_NORM, id="rms_norm")]
@@ -38,3 +39,9 @@ PATHS = {
 # Teams of 2 to 96 programs: of a power of two and not, of more words than a warp has lanes.
 SPLIT = (RowForwardSplit(Tile(1, 512, 4), 1024), RowBackwardSplit(Tile(1, 512, 4), 1024, stages=3, per_sm=4))
 WIDE = (RowForwardWide(Tile(1, 1024, 4)), RowBackwardWide(Tile(1, 1024, 4), stages=2, per_sm=4))
+
+
+def forget_channel_choices() -> None:
+    """So that a patched table in tuning/channel.py is asked."""
+    for choose in (channel.choose_whole, channel._walk, channel._tile):
+        choose.cache_clear()

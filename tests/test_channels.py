@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import forget_channel_choices
+from paths import forget_channel_choices
 from trinorm import channel_reference as reference
 from trinorm import functional
 from trinorm.channel_reference import Given

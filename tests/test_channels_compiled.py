@@ -9,64 +9,62 @@ from unittest import mock
 import pytest
 import torch
 
-from trinorm.inspection import Compiled, compile_call, read
-from trinorm.launch import describe
+from paths import forget_channel_choices
+from trinorm.inspection import Compiled, compile_call, read, recorded
 from trinorm.ops import channels
 from trinorm.ops.channels import Problem
 from trinorm.spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM
 from trinorm.tuning import channel as tuning
 
+# Statistics that a program reads twice, that a team holds, and that a program holds.
 PROBLEMS = (
     (Problem(GROUP_NORM, 32, 1e-5, "silu"), (16, 256, 56, 56)),
     (Problem(BATCH_NORM, 256, 1e-5), (16, 256, 56, 56)),
     (Problem(GROUP_NORM, 64, 1e-5), (32, 256, 16, 16)),
     (Problem(INSTANCE_NORM, 256, 1e-5), (16, 256, 32, 32)),
 )
+# Channels last; and whole, or in slabs.
 WAYS = (False, True), (False, False), (True, False)
-WRITING = (
+WRITING = {
     *("channel_apply", "channel_apply_backward", "channel_forward", "channel_backward"),
     *("held_forward", "held_backward"),
-)
-READING = ("channel_moments", "channel_sums", *WRITING)
+}
+OF_TEAMS = {"split_forward", "split_backward"}
+READING = {"channel_moments", "channel_sums", *WRITING, *OF_TEAMS}
+COMBINING = {"channel_combine", "channel_combine_backward"}
+
+# As in test_inspection.py: one value, which ptxas parks to keep within the registers that it is given.
+SPILLED_VALUE = 8
 
 
 def compiled(target: str) -> list[Compiled]:
-    calls = []
-    for (problem, shape), (last, whole) in itertools.product(PROBLEMS, WAYS):
-        if (not whole and problem is not PROBLEMS[0][0]) or (target != "sm_90" and problem is PROBLEMS[1][0]):
-            continue
-        x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        x = x.to(memory_format=torch.channels_last) if last else x
-        w = torch.empty(256, dtype=torch.bfloat16, device="meta")
-        with (
-            mock.patch.object(channels, "launch", lambda kernel, grid, device, *call: calls.append((kernel, *call))),
-            mock.patch.object(channels, "describe", return_value=describe(torch.device("meta"))),
-            mock.patch.object(tuning, "_LEAST_SHARE", 2 if whole else 0),
-        ):
-            forget()
-            _, mean, rstd = channels.forward(problem, x, w, w)
-            channels.backward(problem, torch.empty_like(x), x, w, w, mean, rstd, dx=True, dw=w.dtype, db=w.dtype)
-            forget()
-    if target != "sm_90":
-        for _, _, options in calls:
-            options.pop("launch_pdl")
-            options["PDL"] = False
-    return read(compile_call(*call, target) for call in calls)
-
-
-def forget() -> None:
-    """What was chosen with another _LEAST_SHARE."""
-    for choose in (tuning.choose_whole, tuning._walk, tuning._tile):
-        choose.cache_clear()
+    with recorded(target) as calls:
+        for (problem, shape), (last, whole) in itertools.product(PROBLEMS, WAYS):
+            if (not whole and problem is not PROBLEMS[0][0]) or (target == "sm_80" and problem is PROBLEMS[1][0]):
+                continue
+            x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+            x = x.to(memory_format=torch.channels_last) if last else x
+            w = torch.empty(256, dtype=torch.bfloat16, device="meta")
+            with (
+                mock.patch.object(tuning, "_LEAST_SHARE", 2 if whole else 0),
+                mock.patch.object(tuning, "_SPLIT", tuning._SPLIT if whole else (*tuning._SPLIT[:3], 1 << 60)),
+            ):
+                forget_channel_choices()
+                _, mean, rstd = channels.forward(problem, x, w, w)
+                assert mean is not None and rstd is not None
+                channels.backward(problem, torch.empty_like(x), x, w, w, mean, rstd, dx=True, dw=w.dtype, db=w.dtype)
+                forget_channel_choices()
+    return read(compile_call(call.kernel, call.args, call.options, target) for call in calls)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_compiled(target: str, compiling: Executor) -> None:
     found = compiling.submit(compiled, target).result()
-    assert len(found) == 2 * 6 + 3 + 3 + 3 + (2 if target == "sm_90" else 0)
+    of_teams = {*OF_TEAMS, "forget_words"} if target == "sm_90" else set()
+    assert {kernel.kernel for kernel in found} == WRITING | READING - OF_TEAMS | COMBINING | of_teams
     for kernel in found:
-        assert not kernel.spills, kernel
+        assert kernel.spills <= (SPILLED_VALUE if kernel.kernel in OF_TEAMS else 0), kernel
         if kernel.kernel in READING:
             assert max(kernel.loads) == 128, kernel
-        if kernel.kernel in WRITING:
+        if kernel.kernel in WRITING | OF_TEAMS:
             assert max(kernel.stores) == 128, kernel
