@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ from torch import Tensor
 from machine import ON_GPU
 from test_channels import check, draw, groups_of, norm
 from trinorm import channel_reference as reference
+from trinorm import nn
 from trinorm.channel_reference import Given
 from trinorm.compare import assert_no_worse
 from trinorm.spec import ACTIVATIONS, BATCH_NORM, CHANNEL_NORMS, GROUP_NORM, INSTANCE_NORM, Activation, ChannelNorm
@@ -114,3 +118,24 @@ def test_scale_and_shift(
         assert_no_worse(what, got, want, theirs)
     (alone,) = torch.autograd.grad(norm(spec, drawn[0], groups, None, None, shift=drawn[-1]), drawn[-1], dy)
     torch.testing.assert_close(alone, dy.sum((2, 3), keepdim=True), rtol=1e-4, atol=1e-4)
+
+
+def test_modules(device: torch.device) -> None:
+    """The activation is an attribute, the tensors are arguments; state_dict and repr are torch's but for the activation."""
+    x, residual = torch.randn(2, 3, 12, 5, 6, device=device)
+    scale, shift = torch.randn(2, 3, 12, device=device)
+    ours, theirs = (kind(12).to(device) for kind in (nn.BatchNorm2d, torch.nn.BatchNorm2d))
+    ours.activation = "relu"
+    for module in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        module.load_state_dict(theirs.state_dict())
+        torch.testing.assert_close(module(x, residual=residual), F.relu(copy.deepcopy(theirs)(x) + residual))
+        assert "activation='relu'" in repr(module)
+    assert repr(nn.BatchNorm2d(12)) == repr(torch.nn.BatchNorm2d(12))
+
+    group = nn.GroupNorm(4, 12).to(device)
+    group.activation = "silu"
+    z = F.group_norm(x, 4) * (1 + scale[..., None, None]) + shift[..., None, None]
+    torch.testing.assert_close(group(x, scale=scale, shift=shift, residual=residual), F.silu(z + residual))
+    instance = nn.InstanceNorm2d(12)
+    instance.activation = "gelu"
+    torch.testing.assert_close(instance(x), F.gelu(F.instance_norm(x)), rtol=1e-5, atol=1e-5)

@@ -182,6 +182,15 @@ def test_derivatives(spec: ChannelNorm, device: torch.device) -> None:
         torch.testing.assert_close(got, want)
 
 
+def test_folded_into_a_convolution(device: torch.device) -> None:
+    """By torch's own utility, which takes our module for what it is a subclass of."""
+    conv, norm_ = torch.nn.Conv2d(3, 8, 3).to(device).eval(), nn.BatchNorm2d(8).to(device)
+    norm_(torch.randn(4, 8, 5, 5, device=device) + 2)
+    x = torch.randn(2, 3, 9, 9, device=device)
+    folded = torch.nn.utils.fuse_conv_bn_eval(conv, norm_.eval())
+    torch.testing.assert_close(folded(x), norm_(conv(x)), rtol=1e-4, atol=1e-4)
+
+
 def test_compiled(spec: ChannelNorm, device: torch.device) -> None:
     torch._dynamo.reset()
     shape = (2, 12, 5, 6)

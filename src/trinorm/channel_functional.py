@@ -173,7 +173,8 @@ def batch_norm(
     r"""Batch normalization: of each channel, over all samples and positions.
 
     The formula is :func:`group_norm`'s with a channel's statistics. The signature, defaults and meaning are
-    :func:`torch.nn.functional.batch_norm`'s.
+    :func:`torch.nn.functional.batch_norm`'s. Of given statistics it is one pass; to have none at all, torch's own
+    :func:`torch.nn.utils.fuse_conv_bn_eval` folds the module into the convolution before it (but not its activation).
 
     Args:
         input: ``(N, C, *)``, as :func:`group_norm`.
