@@ -202,6 +202,39 @@ def test_nasty_values(spec: ChannelNorm, what: str, last: bool, device: torch.de
     assert all(g.isfinite().all() for g in torch.autograd.grad(y, (x, *drawn[1:]), dy))
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("base", [GROUP_NORM, BATCH_NORM], ids=lambda spec: spec.name)
+def test_large_means_of_many_elements(
+    base: ChannelNorm, last: bool, by: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recurrence of many steps, whose mean is rounded at each: statistics and dx are no worse for it."""
+    if last and by == "whole":
+        pytest.skip("channels first alone")
+    monkeypatch.setattr(tuning, "_WHOLE", ((0, 256, 1),))
+    for table in (tuning._SUMS, tuning._APPLY):
+        for key in table:
+            monkeypatch.setitem(table, key, (256, 1, 2, 0.1 / describe(device).multiprocessors))
+    forget_channel_choices()
+    shape = (16, 4, 32, 32)
+    (x, weight, bias), dy = draw(shape, torch.float32, torch.float32, last, device)
+    x = (1e4 + 1e-2 * x.detach().double()).float().requires_grad_()
+    groups = groups_of(base, shape, 2)
+    problem = base, x.detach(), groups, weight.detach(), bias.detach(), 1e-5
+    _, mean, rstd = channels.forward(channels.Problem(base, groups, 1e-5), x.detach(), None, None)
+    if base is BATCH_NORM:
+        _, torchs_mean, torchs_rstd = torch.native_batch_norm(x.detach(), None, None, None, None, True, 0.0, 1e-5)
+    else:
+        contiguous = x.detach().contiguous()
+        _, torchs_mean, torchs_rstd = torch.native_group_norm(contiguous, None, None, 16, 4, 1024, groups, 1e-5)
+    exact = reference.oracle(*problem)
+    assert mean is not None and rstd is not None
+    assert_no_worse("mean", mean.flatten(), exact.mean, torchs_mean.flatten())
+    assert_no_worse("rstd", rstd.flatten(), exact.rstd, torchs_rstd.flatten())
+    (dx,) = torch.autograd.grad(norm(base, x, groups, weight, bias), x, dy)
+    (torchs_dx,) = torch.autograd.grad(reference.composite(base, x, groups, weight, bias, 1e-5), x, dy)
+    assert_no_worse("dx", dx, reference.oracle_gradients(*problem, dy).dx, torchs_dx)
+
+
 def test_squares_beyond_fp32(spec: ChannelNorm, device: torch.device) -> None:
     (x, weight, bias), _ = draw((2, 12, 9, 11), torch.float32, torch.float32, False, device)
     with torch.no_grad():

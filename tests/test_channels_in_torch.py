@@ -15,7 +15,7 @@ from machine import ON_GPU
 from test_channels import check, draw, groups_of, norm
 from trinorm import functional, nn
 from trinorm.channel_reference import Given
-from trinorm.ops import road
+from trinorm.ops import channel, road
 from trinorm.spec import CHANNEL_NORMS, GROUP_NORM, ChannelNorm
 
 
@@ -182,6 +182,59 @@ def test_derivatives(spec: ChannelNorm, device: torch.device) -> None:
         torch.testing.assert_close(got, want)
 
 
+def test_saved_tensors_come_back_strided(spec: ChannelNorm, device: torch.device) -> None:
+    drawn, dy = draw((3, 12, 5, 6), torch.float32, torch.float32, False, device)
+    groups = groups_of(spec, (3, 12), 4)
+    expected = torch.autograd.grad(norm(spec, drawn[0], groups, *drawn[1:], activation="silu"), drawn, dy)
+    for _ in range(2):  # the second time as it was recorded, if it was
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: torch.stack([t, t], -1)[..., 0], lambda t: t):
+            y = norm(spec, drawn[0], groups, *drawn[1:], activation="silu")
+        for got, want in zip(torch.autograd.grad(y, drawn, dy), expected, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("fill", [2e36, -2e36])
+def test_constant_channels_of_large_values(spec: ChannelNorm, fill: float, by: str, device: torch.device) -> None:
+    """What lies outside a ragged tile has an infinite x̂, which nothing finite may meet."""
+    x = torch.full((4, 8, 7), fill, device=device)
+    x[:, ::2] = torch.randn(4, 4, 7, device=device)
+    x.requires_grad_()
+    y = norm(spec, x, groups_of(spec, x.shape, 8), None, None)
+    assert all(g.isfinite().all() for g in (y, *torch.autograd.grad(y, x, torch.randn_like(x))))
+
+
+def test_relu_passes_on_a_gradient_at_nan(spec: ChannelNorm, device: torch.device) -> None:
+    x, residual = torch.randn(2, 2, 4, 5, 6, device=device)
+    residual[0, 1, 2, 3] = math.nan
+    residual.requires_grad_()
+    y = norm(spec, x, groups_of(spec, x.shape, 2), None, None, activation="relu", residual=residual)
+    (got,) = torch.autograd.grad(y, residual, torch.ones_like(y))
+    (want,) = torch.autograd.grad(F.relu(residual + 0), residual, torch.ones_like(y))
+    assert got[0, 1, 2, 3] == want[0, 1, 2, 3] == 1
+
+
+def test_torchs_own_faults_do_not_come_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of CPU operators: the gradient of one sample in another order, a bias alone, channels-last x that wants none."""
+    monkeypatch.setattr(road, "INTERPRETED", False)
+    x, dy = torch.randn(2, 1, 4, 5, 6)
+    last = dict(memory_format=torch.channels_last)
+    of_x = x.clone().requires_grad_()
+    plain, turned = (torch.autograd.grad(functional.instance_norm(of_x), of_x, t)[0] for t in (dy, dy.contiguous(**last)))
+    assert torch.equal(plain, turned)
+    bias = torch.zeros(4, requires_grad=True)
+    for t in (x, x.contiguous(**last)):
+        y = functional.group_norm(t, 2, None, bias)
+        assert y.stride() == t.stride()
+        torch.testing.assert_close(torch.autograd.grad(y, bias, dy)[0], dy.sum((0, 2, 3)))
+
+
+def test_a_momentum_of_one_call_is_not_kept(device: torch.device) -> None:
+    bn = nn.BatchNorm2d(4, momentum=None).to(device)
+    for _ in range(5):
+        bn(torch.randn(2, 4, 3, 3, device=device))
+    assert len(channel.CALLS._kept) == 0
+
+
 def test_folded_into_a_convolution(device: torch.device) -> None:
     """By torch's own utility, which takes our module for what it is a subclass of."""
     conv, norm_ = torch.nn.Conv2d(3, 8, 3).to(device).eval(), nn.BatchNorm2d(8).to(device)
@@ -233,6 +286,8 @@ def test_bad_input(device: torch.device) -> None:
         (RuntimeError, "running_mean is None", lambda: functional.batch_norm(x, None, w)),
         (ValueError, "running_var is None", lambda: functional.batch_norm(x, w, None, training=True)),
         (RuntimeError, "running_mean requires a gradient", lambda: functional.batch_norm(x, w.clone().requires_grad_(), w)),
+        (TypeError, "num_groups must be an int", lambda: functional.group_norm(x, True)),
+        (RuntimeError, "running_var is one number", lambda: functional.batch_norm(x, w, w[:1].expand(6), training=True)),
         (RuntimeError, "running_mean has shape", lambda: functional.batch_norm(x, w[:2], w)),
         (ValueError, "activation is 'tanh'", lambda: functional.group_norm(x, 2, activation="tanh")),  # type: ignore[arg-type]
         (

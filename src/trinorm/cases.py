@@ -115,7 +115,7 @@ class Inputs(NamedTuple):
         problem torch's own result is an answer, and so a yardstick, even where x squared overflows in torch.
         """
         x = (self.of.x.detach() / self.scale).to(self.of.x.dtype)
-        return self.of._replace(x=x, eps=self.of.eps / self.scale.flatten()[0].item() ** 2)
+        return self.of._replace(x=x, eps=max(self.of.eps / self.scale.flatten()[0].item() ** 2, NO_EPS))
 
 
 @dataclass(frozen=True)

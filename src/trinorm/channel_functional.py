@@ -44,7 +44,7 @@ def group_norm(
         bias: as weight; None is 0.
         eps: added to the variance, so in the input's units squared; >= 0.
         activation: "relu", "silu", "gelu" (by the error function), or None. It is computed before the result is rounded,
-            and its gradient from the input, so that nothing more is kept.
+            and its gradient from the input, so that nothing more is kept. (Where torch's operators compute it, after.)
         scale, shift: ``(N, C)``, or of that shape with dims of 1 behind it, as a diffusion model's time embedding gives
             them; either may be None, which is 0.
         residual: of the input's shape and dtype, such as a block's other branch; None is 0. What leads to it has
@@ -74,7 +74,7 @@ def group_norm(
         if call is not None:
             return call(input, weight, bias, None, None, residual)
     try:
-        num_groups = operator.index(num_groups)
+        num_groups = operator.index(None if isinstance(num_groups, bool) else num_groups)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"group_norm(): num_groups must be an int, not {num_groups!r}") from None
     eps = check_channels("group_norm", input, eps, activation, residual, weight=weight, bias=bias)
@@ -174,7 +174,8 @@ def batch_norm(
 
     The formula is :func:`group_norm`'s with a channel's statistics. The signature, defaults and meaning are
     :func:`torch.nn.functional.batch_norm`'s. Of given statistics it is one pass; to have none at all, torch's own
-    :func:`torch.nn.utils.fuse_conv_bn_eval` folds the module into the convolution before it (but not its activation).
+    :func:`torch.nn.utils.fuse_conv_bn_eval` folds the module into the convolution before it (but not its activation,
+    which torch's converters, ``convert_sync_batchnorm`` too, do not know).
 
     Args:
         input: ``(N, C, *)``, as :func:`group_norm`.
@@ -230,6 +231,8 @@ def _statistics(
     for name, t in (("running_mean", mean), ("running_var", var)):
         if t is not None and t.requires_grad:
             raise RuntimeError(f"{op}(): {name} requires a gradient, which this norm does not give it; detach it")
+        if t is not None and taken and t.stride() == (0,) and t.shape != (1,):
+            raise RuntimeError(f"{op}(): {name} is one number expanded, but is to be written in place; clone it")
     if mean is None or var is None:
         return None, None
     if not taken:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference
 from .reference import Exact, autocasts_to_fp32, in_dtypes_of, in_fp32, keeping_dtype, precise
-from .spec import GROUP_NORM, LAYER_NORM, Activation, ChannelNorm
+from .spec import GROUP_NORM, INSTANCE_NORM, LAYER_NORM, Activation, ChannelNorm
 
 
 class Given(NamedTuple):
@@ -128,15 +128,29 @@ def composite(
             wide = torch.float64 if torch.float64 in dtypes else torch.float32
             x, weight, bias, mean, var = (None if t is None else t.to(wide) for t in (x, weight, bias, mean, var))  # type: ignore[assignment]
         if spec is GROUP_NORM:
-            return F.group_norm(x, num_groups, weight, bias, eps).to(narrow)
+            return _group_norm(x, num_groups, weight, bias, eps).to(narrow)
         how = given is None, 0.0 if averages is None else averages.momentum, eps
         norm = F.batch_norm if spec.over_samples else F.instance_norm
         y = norm(x, mean, var, weight, bias, *how)
+        if spec is INSTANCE_NORM and x.shape[0] == 1 and y.is_contiguous():
+            # torch's backward (2.11 to 2.13) reads the gradient of one sample as contiguous, whatever it is: so it will be.
+            y = y.flatten().view(y.shape)
         if averages is not None:
             for kept, now in zip(found, (mean, var), strict=True):
                 if kept is not None and now is not None and kept is not now:
                     kept.copy_(now)
         return y.to(narrow)
+
+
+def _group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """torch's, around what its CPU backward (2.11 to 2.13) does: without a weight a bias has no gradient but an error, and
+    of channels-last x that wants none the process ends.
+    """
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)
+    if torch.is_grad_enabled() and not (x.requires_grad or x.is_contiguous()):
+        return F.group_norm(x.contiguous(), num_groups, weight, bias, eps).movedim(1, -1).contiguous().movedim(-1, 1)
+    return F.group_norm(x, num_groups, weight, bias, eps)
 
 
 def composite_gradients(
@@ -200,7 +214,7 @@ def activated(z: Tensor, activation: Activation | None) -> Tensor:
 def activated_backward(dy: Tensor, z: Tensor, activation: Activation | None) -> Tensor:
     """dy·f'(z), differentiable."""
     if activation == "relu":
-        return torch.where(z > 0, dy, 0)
+        return torch.where(z <= 0, 0, dy)
     if activation == "silu":
         s = torch.sigmoid(z)
         return dy * (s + z * s * (1 - s))

@@ -3,9 +3,9 @@
 Each of the others is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so checkpoints
 load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input" unless it is
 set), ``cast`` ("output") and ``batch_invariant`` (None) are the functions' arguments of these names; so is ``activation``
-(None) of the channel norms, whose ``forward`` takes the functions' other tensors too: ``bn(x, residual=shortcut)``. With
-``cast`` "gemma" the weight is its distance from 1, where a fresh one is 1: it is to be loaded, or zeroed, as that model's
-is.
+(None) of GroupNorm, InstanceNorm and BatchNorm, the first and last of which take the functions' other tensors too:
+``bn(x, residual=shortcut)``. With ``cast`` "gemma" the weight is its distance from 1, where a fresh one is 1: it is to be
+loaded, or zeroed, as that model's is.
 """
 
 from __future__ import annotations
@@ -176,6 +176,10 @@ class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
     r"""The same of ``(N, C, D, H, W)`` or ``(C, D, H, W)``: :class:`torch.nn.InstanceNorm3d`."""
 
 
+class _OfThisCall(float):
+    """A momentum that no other call will have. Calls are recalled by floats, and by nothing else."""
+
+
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     activation: Activation | None = None
 
@@ -186,7 +190,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if kept_up and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # the mean of all batches so far
-                momentum = 1.0 / float(self.num_batches_tracked)
+                momentum = _OfThisCall(1.0 / float(self.num_batches_tracked))
         of_input = self.training or (self.running_mean is None and self.running_var is None)
         running = (self.running_mean, self.running_var) if kept_up or not of_input else (None, None)
         return functional.batch_norm(

@@ -51,7 +51,7 @@ def activated(z, ACTIVATION: tl.constexpr):
 def activated_backward(dy, z, ACTIVATION: tl.constexpr):
     """dy·f'(z)."""
     if ACTIVATION == "relu":
-        return tl.where(z > 0.0, dy, 0.0)
+        return tl.where(z <= 0.0, 0.0, dy)
     elif ACTIVATION == "silu":
         s = sigmoid(z)
         return dy * (s + z * s * (1.0 - s))

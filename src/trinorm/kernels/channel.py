@@ -21,6 +21,7 @@ from .channel_tiles import (
     last_ones_first,
     load_channel_stats,
     load_parameters,
+    load_pivot,
     statistics_of,
     store_partial,
     walk_of_program,
@@ -47,20 +48,23 @@ def walked_moments(
 
     Each lane runs Welford's recurrence over its own elements; lanes are merged once, at the end.
     """
-    first, step, steps, there = walk
+    begin, first, step, steps, there = walk
+    pivot = load_pivot(X, begin, live, ACC)
     mean = tl.zeros([ROWS, POSITIONS], ACC)
     squares = tl.zeros([ROWS, POSITIONS], ACC)
     turn = tl.zeros([1, 1], ACC)
     for i in tl.range(0, steps, num_stages=STAGES):
         here = lanes_there(i, there, EVEN, SAMPLES, POSITIONS)
-        x = widened(load(X + first + i * step, live & here), ACC)
+        x = widened(load(X + first + i * step, live & here), ACC) - pivot
         x = tl.where(here, x, mean)  # so that a lane without an element has no distance
         turn += 1.0
         delta = x - mean
         mean += delta * (1.0 / turn)
         squares += delta * (x - mean)
     count = lane_counts(steps, there, EVEN, SAMPLES, ACC, POSITIONS)
-    return merged_positions(mean, squares, count, tl.zeros([1, 1], tl.float64) + there * (1 if SAMPLES == 1 else steps))
+    n = tl.zeros([1, 1], tl.float64) + there * (1 if SAMPLES == 1 else steps)
+    mean, squares, n = merged_positions(mean, squares, count, n)
+    return mean + pivot.to(tl.float64), squares, n
 
 
 @triton.jit
@@ -80,7 +84,7 @@ def rescued_walk(
     It is rare, so it takes three plain readings, which need fewer registers than the recurrence: those of what is rare are
     kept for it always.
     """
-    first, step, steps, there = walk
+    _, first, step, steps, there = walk
     largest = tl.zeros([ROWS, POSITIONS], ACC)
     for i in tl.range(0, steps):
         mask = live & lanes_there(i, there, EVEN, SAMPLES, POSITIONS)
@@ -297,7 +301,7 @@ def channel_apply(
     _, sample, channels, live, walk = walk_of_program(
         last_ones_first(), 0, width, S, slab, slabs, LAST, UNIT, EVEN, 1, ROWS, POSITIONS
     )
-    first, step, steps, there = walk
+    _, first, step, steps, there = walk
     sets = statistics_of(sample, channels, width, C, D, LAST, GROUPED)
     mean, rstd = load_channel_stats(MEAN, RSTD, sets, live, eps, VARIANCE, ACC)
     w, b = load_parameters(W, B, sample, channels, width, C, live, LAST, PER_SAMPLE)

@@ -80,7 +80,7 @@ def channel_sums(
     part, sample, channels, live, walk = walk_of_program(
         program, A, width, S, slab, slabs, LAST, UNIT, EVEN, SAMPLES, ROWS, POSITIONS
     )
-    first, step, steps, there = walk
+    _, first, step, steps, there = walk
     sets = statistics_of(sample, channels, width, C, D, LAST, GROUPED)
     mean, rstd = load_channel_stats(MEAN, RSTD, sets, live, eps, VARIANCE, ACC)
     if ACTIVATION is not None:
@@ -223,7 +223,7 @@ def channel_apply_backward(
     _, sample, channels, live, walk = walk_of_program(
         last_ones_first(), 0, width, S, slab, slabs, LAST, UNIT, EVEN, 1, ROWS, POSITIONS
     )
-    first, step, steps, there = walk
+    _, first, step, steps, there = walk
     sets = statistics_of(sample, channels, width, C, D, LAST, GROUPED)
     mean, rstd = load_channel_stats(MEAN, RSTD, sets, live, eps, VARIANCE, ACC)
     w, b = load_parameters(W, B, sample, channels, width, C, live, LAST, PER_SAMPLE)

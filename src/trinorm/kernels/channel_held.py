@@ -223,8 +223,8 @@ def held_backward(
     b = load_or(B, parameters, owners, NO_BIAS, False)
     xhat = normalized(x, mean, rstd, ACC)
     dz = through_activation(widened(dy, ACC), xhat, w, b, RESIDUAL, offsets, mask, ACTIVATION)
-    if RAGGED and ACTIVATION is not None:
-        dz = tl.where(mask, dz, 0.0)
+    if RAGGED:  # where there is no element x̂ may be infinite
+        dz, xhat = tl.where(mask, dz, 0.0), tl.where(mask, xhat, 0.0)
     if DZ is not None:
         tl.store(DZ + offsets, dz.to(DZ.dtype.element_ty), mask=mask)
     of_x, of_1 = row_sums(dz * xhat, dz)

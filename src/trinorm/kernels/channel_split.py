@@ -54,7 +54,8 @@ def tile_moments(x, mask, n):
     squares, drift = row_sums(distance * distance, distance)
     moved = drift * share  # what rounding left in the mean
     squares = tl.maximum(squares - moved * drift, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return center.to(tl.float64) + moved.to(tl.float64), squares.to(tl.float64)
+    mean = center.to(tl.float64) + moved.to(tl.float64)
+    return tl.where(moved == moved, mean, center), squares.to(tl.float64)
 
 
 @triton.jit
@@ -201,8 +202,8 @@ def split_backward(
     dy, x = load(DY + offsets, mask), load(X + offsets, mask)
     xhat = normalized(x, mean, rstd, ACC)
     dz = through_activation(widened(dy, ACC), xhat, w, b, RESIDUAL, offsets, mask, ACTIVATION)
-    if RAGGED and ACTIVATION is not None:
-        dz = tl.where(mask, dz, 0.0)
+    if RAGGED:  # where there is no element x̂ may be infinite
+        dz, xhat = tl.where(mask, dz, 0.0), tl.where(mask, xhat, 0.0)
     if DZ is not None:
         tl.store(DZ + offsets, dz.to(DZ.dtype.element_ty), mask=mask)
 

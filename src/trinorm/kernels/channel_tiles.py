@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .affine import NO_BIAS, NO_WEIGHT
-from .index import first_program, load, load_or, program_count, rows_live
+from .index import first_program, load, load_or, program_count, rows_live, widened
 
 
 @triton.jit
@@ -105,8 +105,9 @@ def walk_of_program(
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """(row of the partials, sample, channels, their mask, walk) of a program, which walks tiles; walk: the first one's
-    element offsets, elements from one to the next, how many there are, and how many positions lie before the program's end.
+    """(row of the partials, sample, channels, their mask, walk) of a program, which walks tiles; walk: where the channels
+    begin, the first tile's element offsets, elements from one to the next, how many there are, and how many positions lie
+    before the program's end.
 
     With SAMPLES == 1 they lie along a slab of one sample's positions; otherwise they are all positions of the channels, a
     tile for each of SAMPLES samples.
@@ -124,8 +125,18 @@ def walk_of_program(
         there = S
         step = tl.full([], 1, tl.int64) * width * S
         steps = tl.minimum(A - team * SAMPLES, SAMPLES)
+    begin = tile_offsets(team * SAMPLES, channels, start, width, S, LAST, 1)
     first = tile_offsets(team * SAMPLES, channels, start, width, S, LAST, POSITIONS)
-    return part, team * SAMPLES, channels, live, (first, step, steps, there)
+    return part, team * SAMPLES, channels, live, (begin, first, step, steps, there)
+
+
+@triton.jit
+def load_pivot(X, offsets, live, ACC: tl.constexpr):
+    """An element of each statistic, 0 if it is not finite. Taken off all of them first, it leaves the digits of deviations
+    that are small beside the mean: a recurrence's own mean is rounded at each step, to as many as the mean has.
+    """
+    x = widened(load(X + offsets, live), ACC)
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 from .activation import activated, before_activation, through_activation
 from .affine import NO_BIAS, NO_WEIGHT, affine_backward
 from .channel import merged_positions, scaled_back, update_running
-from .channel_tiles import in_units
+from .channel_tiles import in_units, load_pivot
 from .index import first_program, load, load_or, widened
 from .overlap import let_next_launch, wait_for_previous
 from .row_backward import dx_of, normalized
@@ -76,13 +76,14 @@ def moments_of_runs(
     element in a turn and one in a later turn, so that each counts its own.
     """
     columns, turns = turns_of(RUNS, S, ROWS, POSITIONS)
+    pivot = load_pivot(X, tl.zeros([1, 1], tl.int64) + first * S, tl.full([1, 1], True, tl.int1), ACC)
     mean = tl.zeros([ROWS, POSITIONS], ACC)
     squares = tl.zeros([ROWS, POSITIONS], ACC)
     count = tl.zeros([ROWS, POSITIONS] if RAGGED else [1, 1], ACC)
     done = tl.zeros([1, 1], ACC)
     for turn in tl.range(0, turns, num_stages=STAGES):
         _, _, offsets, mask = tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
-        x = widened(load(X + offsets, mask), ACC)
+        x = widened(load(X + offsets, mask), ACC) - pivot
         if RAGGED:
             x = tl.where(mask, x, mean)  # so that a lane without an element has no distance
             count += mask.to(ACC)
@@ -98,7 +99,7 @@ def moments_of_runs(
     # The same over rows, by Chan's rule.
     center = tl.sum(mean * of_row, axis=0, keep_dims=True) / tl.sum(of_row, axis=0, keep_dims=True)
     shift = mean - center
-    return center, tl.sum(squares + shift * shift * of_row, axis=0, keep_dims=True)
+    return center + pivot.to(tl.float64), tl.sum(squares + shift * shift * of_row, axis=0, keep_dims=True)
 
 
 @triton.jit
@@ -221,8 +222,8 @@ def gradient_of_turn(
     dy = widened(load(DY + offsets, mask), ACC)
     xhat = normalized(load(X + offsets, mask), mean, rstd, ACC)
     dz = through_activation(dy, xhat, w, b, RESIDUAL, offsets, mask, ACTIVATION)
-    if RAGGED and ACTIVATION is not None:
-        return tl.where(mask, dz, 0.0), xhat
+    if RAGGED:  # where there is no element x̂ may be infinite
+        return tl.where(mask, dz, 0.0), tl.where(mask, xhat, 0.0)
     else:
         return dz, xhat
 

@@ -158,7 +158,8 @@ class ChannelCall:
             return *self._backward((dx, dw, db, False), dy, x, weight, bias, residual, mean, rstd)[:3], dy
         if not any(wanted):
             return (None,) * 4
-        if torch.is_grad_enabled() or not are_plain(dy, x, weight, mean, rstd) or road.observer() is not None:
+        plain = are_plain(dy, x, weight, bias, residual, mean, rstd)
+        if torch.is_grad_enabled() or not plain or road.observer() is not None:
             # Someone differentiates this backward, to whom a kernel's result would silently be a constant, or maps over it.
             statistics = Given(mean, rstd) if problem.given else None
             how = self._bias_dtype, problem.eps, dy, statistics, problem.activation, residual
@@ -170,11 +171,15 @@ class ChannelCall:
             return again(*inputs)
         from . import channels
 
+        dw_dtype = weight.dtype if dw and weight is not None else None
+        db_dtype = self._bias_dtype if db else None
+
         def gradients(*inputs: Tensor | None) -> Results:
-            dw_dtype = weight.dtype if dw and weight is not None else None
-            db_dtype = self._bias_dtype if db else None
             return channels.backward(problem, *inputs, dx=dx, dw=dw_dtype, db=db_dtype, dr=dr)  # type: ignore[arg-type]
 
+        saved = [None if t is None else dense(t) for t in inputs[2:6]]
+        if any(t is not given for t, given in zip(saved, inputs[2:6], strict=True)):  # strided, by a hook
+            return gradients(*inputs[:2], *saved, inputs[6])
         results, again = self._record(key, gradients, *inputs)
         if again is not None:
             self._gradients[key] = again
