@@ -102,10 +102,12 @@ def test_no_more_than_asked_for(spec: ChannelNorm, by_teams: list[str], device: 
     assert torch.equal(dx, torch.autograd.grad(norm(spec, drawn[0], groups, *drawn[1:]), drawn[0], dy)[0])
 
 
-@pytest.mark.parametrize("of", [0.0, 1e4, 2.0**100], ids=str)
-def test_nasty_values(spec: ChannelNorm, of: float, by_teams: list[str], device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("of", "dtype"), [(0.0, torch.float32), (1e4, torch.float32), (2.0**100, torch.float32), (1e4, torch.float64)], ids=str
+)
+def test_nasty_values(spec: ChannelNorm, of: float, dtype: torch.dtype, by_teams: list[str], device: torch.device) -> None:
     """Large means with small variances, and squares beyond fp32."""
-    (x, weight, bias), _ = draw((2, 4, 11, 13), torch.float32, torch.float32, False, device)
+    (x, weight, bias), _ = draw((2, 4, 11, 13), dtype, dtype, False, device)
     with torch.no_grad():
         x = x * of if of > 1e9 else of + 1e-2 * x
         groups = groups_of(spec, (2, 4), 2)

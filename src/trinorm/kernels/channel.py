@@ -44,7 +44,7 @@ def walked_moments(
     POSITIONS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """(mean, sum of squares about it, count) of each of a program's channels, fp64.
+    """(mean from the pivot on, sum of squares about it, count, pivot) of each of a program's channels, fp64.
 
     Each lane runs Welford's recurrence over its own elements; lanes are merged once, at the end.
     """
@@ -64,7 +64,7 @@ def walked_moments(
     count = lane_counts(steps, there, EVEN, SAMPLES, ACC, POSITIONS)
     n = tl.zeros([1, 1], tl.float64) + there * (1 if SAMPLES == 1 else steps)
     mean, squares, n = merged_positions(mean, squares, count, n)
-    return mean + pivot.to(tl.float64), squares, n
+    return mean, squares, n, pivot.to(tl.float64)
 
 
 @triton.jit
@@ -131,6 +131,7 @@ def merged_positions(mean, squares, count, n):
 @triton.jit(do_not_specialize=["A", "width", "S", "slab", "slabs"])
 def channel_moments(
     MEANS,
+    PIVOTS,
     SQUARES,
     X,
     A,
@@ -150,7 +151,9 @@ def channel_moments(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A block of ROWS channels a program, and of each a slab of one sample's positions, or all of SAMPLES samples'."""
+    """A block of ROWS channels a program, and of each a slab of one sample's positions, or all of SAMPLES samples'. PIVOTS:
+    what MEANS count from; None is 0, as far as fp64 has digits enough for both (x is not fp64).
+    """
     wait_for_previous(PDL)
     let_next_launch(PDL)
     width, S = inner_in_units(width, S, LAST, UNIT)
@@ -158,13 +161,17 @@ def channel_moments(
     part, _, channels, live, walk = walk_of_program(
         program, A, width, S, slab, slabs, LAST, UNIT, EVEN, SAMPLES, ROWS, POSITIONS
     )
-    mean, squares, count = walked_moments(X, live, walk, EVEN, SAMPLES, ACC, ROWS, POSITIONS, STAGES)
+    mean, squares, count, pivot = walked_moments(X, live, walk, EVEN, SAMPLES, ACC, ROWS, POSITIONS, STAGES)
     if RESCUE:
         good = trusted(squares / count + eps) | ~live
         if tl.min(good.to(tl.int32)) == 0:
             mean_again, squares_again = rescued_walk(X, live, walk, count, EVEN, SAMPLES, ACC, ROWS, POSITIONS)
-            mean = tl.where(good, mean, mean_again)
+            mean = tl.where(good, mean, mean_again - pivot)
             squares = tl.where(good, squares, squares_again)
+    if PIVOTS is not None:
+        store_partial(PIVOTS, part, width, channels, pivot, live)
+    else:
+        mean += pivot
     store_partial(MEANS, part, width, channels, mean, live)
     store_partial(SQUARES, part, width, channels, squares, live)
 
@@ -197,24 +204,34 @@ def partial_counts(part, live, A, S, slab, slabs, SAMPLES):
 
 
 @triton.jit
-def combined_moments(MEANS, SQUARES, outer, sets, A, S, slab, slabs, R, D, C, SAMPLES, K: tl.constexpr):
+def load_means(MEANS, PIVOTS, base, offsets, live):
+    """Some partial means from ``base`` on."""
+    if PIVOTS is None:
+        return load(MEANS + offsets, live)
+    else:
+        return load(MEANS + offsets, live) + (load(PIVOTS + offsets, live) - base)
+
+
+@triton.jit
+def combined_moments(MEANS, PIVOTS, SQUARES, outer, sets, A, S, slab, slabs, R, D, C, SAMPLES, K: tl.constexpr):
     """(mean, sum of squares about it, count), each ``[1, SETS]`` and fp64. Partials are read twice."""
+    base = 0.0 if PIVOTS is None else load(PIVOTS + outer.to(tl.int64) * R * C + sets * D, sets < C // D)
     count = tl.zeros([K, sets.shape[1]], tl.float64)
     total = tl.zeros([K, sets.shape[1]], tl.float64)
     for start in tl.range(0, R * D, K):
         part, offsets, live = partials_of(start, outer, sets, R, D, C, K)
         n = partial_counts(part, live, A, S, slab, slabs, SAMPLES)
         count += n
-        total += load(MEANS + offsets, live) * n
+        total += tl.where(live, load_means(MEANS, PIVOTS, base, offsets, live), 0.0) * n
     count = tl.maximum(tl.sum(count, axis=0, keep_dims=True), 1.0)
     mean = tl.sum(total, axis=0, keep_dims=True) / count
     squares = tl.zeros([K, sets.shape[1]], tl.float64)
     for start in tl.range(0, R * D, K):
         part, offsets, live = partials_of(start, outer, sets, R, D, C, K)
-        distance = load(MEANS + offsets, live) - mean
+        distance = load_means(MEANS, PIVOTS, base, offsets, live) - mean
         n = partial_counts(part, live, A, S, slab, slabs, SAMPLES)
         squares += load(SQUARES + offsets, live) + tl.where(live, distance * distance * n, 0.0)
-    return mean, tl.sum(squares, axis=0, keep_dims=True), count
+    return mean + base, tl.sum(squares, axis=0, keep_dims=True), count
 
 
 @triton.jit
@@ -234,6 +251,7 @@ def channel_combine(
     RUNNING_MEAN,
     RUNNING_VAR,
     MEANS,
+    PIVOTS,
     SQUARES,
     A,
     S,
@@ -254,7 +272,7 @@ def channel_combine(
     let_next_launch(PDL)
     outer, sets = sets_of_program(first_program().to(tl.int32), C, D, SETS)
     mask = sets < C // D
-    mean, squares, count = combined_moments(MEANS, SQUARES, outer, sets, A, S, slab, slabs, R, D, C, SAMPLES, K)
+    mean, squares, count = combined_moments(MEANS, PIVOTS, SQUARES, outer, sets, A, S, slab, slabs, R, D, C, SAMPLES, K)
     where = outer.to(tl.int64) * (C // D) + sets
     tl.store(MEAN + where, mean.to(MEAN.dtype.element_ty), mask=mask)
     tl.store(RSTD + where, tl.rsqrt(squares / count + eps).to(RSTD.dtype.element_ty), mask=mask)

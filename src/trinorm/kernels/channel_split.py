@@ -15,7 +15,7 @@ import triton.language as tl
 from .activation import activated, before_activation, through_activation
 from .affine import affine_backward
 from .channel import update_running
-from .channel_tiles import in_units
+from .channel_tiles import in_units, load_pivot
 from .channel_whole import load_parameters_of_runs, runs_of, tile_of_turn, turns_of
 from .index import first_program, load, widened
 from .overlap import let_next_launch, wait_for_previous
@@ -123,7 +123,13 @@ def split_forward(
     counts = elements_of(tl.arange(0, LANES), team, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
 
     words = WORDS + statistic * (2 * EXCHANGES) * team
-    mean, squares = merged_moments(words, widened(stored, ACC), mask, member, team, n, counts, share, LANES)
+    x = widened(stored, ACC)
+    pivot = tl.zeros([1, 1], tl.float64)
+    if tl.float64 == ACC:  # in which what members tell has no digits to spare
+        pivot += load_pivot(X, tl.zeros([1, 1], tl.int64) + first * S, tl.full([1, 1], True, tl.int1), ACC)
+        x = tl.where(mask, x - pivot, 0.0)
+    mean, squares = merged_moments(words, x, mask, member, team, n, counts, share, LANES)
+    mean += pivot
     rstd = tl.rsqrt((squares * share + eps).to(ACC))
     if RESCUE:
         if tl.sum(trusted(squares * share + eps).to(tl.int32)) == 0:

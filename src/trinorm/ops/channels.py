@@ -110,7 +110,8 @@ def _take_statistics(
     plan = choose_sums(*view[:3], widest(x.dtype, stats), 1, view.last, spec.over_samples, size)
     teams, blocks, slabs = plan.programs(*view[:3])
     means, squares = (empty((teams * slabs, view.width), torch.float64, device) for _ in range(2))
-    args: tuple[Any, ...] = (means, squares, x, *view[:3], plan.slab, slabs, problem.eps)
+    pivots = empty_like(means) if stats == torch.float64 else None
+    args: tuple[Any, ...] = (means, pivots, squares, x, *view[:3], plan.slab, slabs, problem.eps)
     options = _walked(view, plan, stats, size) | dict(SAMPLES=plan.samples, RESCUE=stats == torch.float32)
     launch(channel_moments, (teams * blocks * slabs,), device, args, options)
 
@@ -118,7 +119,7 @@ def _take_statistics(
     samples = (view.samples, plan.samples) if spec.over_samples else (1, 1)
     combine = choose_combine(d, parts * d)
     shape = samples[0], view.s, plan.slab, slabs, parts, d, view.width, samples[1]
-    args = (*statistics, means, squares, *shape, problem.eps, momentum)
+    args = (*statistics, means, pivots, squares, *shape, problem.eps, momentum)
     options = dict(K=combine.k, SETS=combine.sets, **started_by(combine, size))
     launch(channel_combine, (outer * -(-(view.width // d) // combine.sets),), device, args, options)
 
