@@ -49,7 +49,7 @@ def walked_moments(
     Each lane runs Welford's recurrence over its own elements; lanes are merged once, at the end.
     """
     begin, first, step, steps, there = walk
-    pivot = load_pivot(X, begin, live, ACC)
+    pivot = load_pivot(X, begin, first - begin, live, live & lanes_there(0, there, EVEN, SAMPLES, POSITIONS), ACC)
     mean = tl.zeros([ROWS, POSITIONS], ACC)
     squares = tl.zeros([ROWS, POSITIONS], ACC)
     turn = tl.zeros([1, 1], ACC)

@@ -15,8 +15,8 @@ import triton.language as tl
 from .activation import activated, before_activation, through_activation
 from .affine import affine_backward
 from .channel import update_running
-from .channel_tiles import in_units, load_pivot
-from .channel_whole import load_parameters_of_runs, runs_of, tile_of_turn, turns_of
+from .channel_tiles import in_units
+from .channel_whole import load_parameters_of_runs, pivot_of_run, runs_of, tile_of_turn, turns_of
 from .index import first_program, load, widened
 from .overlap import let_next_launch, wait_for_previous
 from .row_backward import dx_of, normalized
@@ -126,7 +126,7 @@ def split_forward(
     x = widened(stored, ACC)
     pivot = tl.zeros([1, 1], tl.float64)
     if tl.float64 == ACC:  # in which what members tell has no digits to spare
-        pivot += load_pivot(X, tl.zeros([1, 1], tl.int64) + first * S, tl.full([1, 1], True, tl.int1), ACC)
+        pivot += pivot_of_run(X, first, S, ACC, POSITIONS)
         x = tl.where(mask, x - pivot, 0.0)
     mean, squares = merged_moments(words, x, mask, member, team, n, counts, share, LANES)
     mean += pivot

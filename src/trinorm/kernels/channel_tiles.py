@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .affine import NO_BIAS, NO_WEIGHT
 from .index import first_program, load, load_or, program_count, rows_live, widened
+from .stats import row_sum
 
 
 @triton.jit
@@ -131,11 +132,17 @@ def walk_of_program(
 
 
 @triton.jit
-def load_pivot(X, offsets, live, ACC: tl.constexpr):
+def load_pivot(X, first, others, live, mask, ACC: tl.constexpr):
     """An element of each statistic, 0 if it is not finite. Taken off all of them first, it leaves the digits of deviations
     that are small beside the mean: a recurrence's own mean is rounded at each step, to as many as the mean has.
+
+    first: where the statistics begin, ``live``. In fp64, which has no wider dtype to add it again in, it is the mean of the
+    elements at first + ``others`` where ``mask`` is, so that less is left to be added to it.
     """
-    x = widened(load(X + offsets, live), ACC)
+    if tl.float64 == ACC:
+        x = row_sum(load(X + first + others, mask).to(ACC)) / tl.maximum(row_sum(mask.to(ACC)), 1.0)
+    else:
+        x = widened(load(X + first, live), ACC)
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 

@@ -57,6 +57,14 @@ def turns_of(RUNS, S, ROWS: tl.constexpr, POSITIONS: tl.constexpr):
 
 
 @triton.jit
+def pivot_of_run(X, run, S, ACC: tl.constexpr, POSITIONS: tl.constexpr):
+    """channel_tiles.load_pivot of the statistic whose first run this is, ``[1, 1]``."""
+    begin = tl.zeros([1, 1], tl.int64) + run * S
+    positions = tl.arange(0, POSITIONS)[None, :]
+    return load_pivot(X, begin, positions, tl.full([1, 1], True, tl.int1), positions < S, ACC)
+
+
+@triton.jit
 def moments_of_runs(
     X,
     first,
@@ -76,7 +84,7 @@ def moments_of_runs(
     element in a turn and one in a later turn, so that each counts its own.
     """
     columns, turns = turns_of(RUNS, S, ROWS, POSITIONS)
-    pivot = load_pivot(X, tl.zeros([1, 1], tl.int64) + first * S, tl.full([1, 1], True, tl.int1), ACC)
+    pivot = pivot_of_run(X, first, S, ACC, POSITIONS)
     mean = tl.zeros([ROWS, POSITIONS], ACC)
     squares = tl.zeros([ROWS, POSITIONS], ACC)
     count = tl.zeros([ROWS, POSITIONS] if RAGGED else [1, 1], ACC)

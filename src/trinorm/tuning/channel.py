@@ -54,8 +54,8 @@ _SMALL_WHOLE = (1024, 1)
 # (by one run 20.3), GroupNorm 32x512x16x16 6.7 (read again 10), BatchNorm 64x512x7x7 11.5 (by twice the warps 16),
 # 32x1024x14x14 20.1 where reading it again takes 17.0. Backwards: 27.5, 11.2, 11.2, and 20.1 by 4 warps (by 8 warps 25.5,
 # read again 22.9).
-# By sums over the whole tile, on an H100, forwards: BatchNorm 32x1024x14x14 14.2 where reading it again takes 17.9, GroupNorm
-# 16x256x32x32 7.6 and 10.2, both of 16 KB by 4 warps.
+# By sums over the whole tile, on an H100, forwards: BatchNorm 32x1024x14x14 14.2 where reading it again takes 17.9,
+# GroupNorm 16x256x32x32 7.6 and 10.2, both of 16 KB by 4 warps.
 _HELD = {1: (16 << 10, 4096, 2048, 4096), 2: (32 << 10, 2048, 4096, 4096)}
 _HELD_WARPS = 4
 
