@@ -85,8 +85,8 @@ def statistics_apart(x, APART: tl.constexpr):
 
 @triton.jit
 def held_statistic(x, mask, share, STORED: tl.constexpr, APART: tl.constexpr):
-    """(mean, variance) of the elements where ``mask`` is, the mean first; share: 1 over how many they are. STORED: the dtype
-    that x has in memory.
+    """(mean, variance) of the elements where ``mask`` is, the mean first; share: 1 over how many they are. STORED: what
+    x's dtype is in memory.
     """
     x, mask = statistics_apart(x, APART), statistics_apart(mask, APART)
     center = center_of(row_sum(x) * share, STORED)

@@ -46,7 +46,7 @@ def elements_of(member, team, RUNS, S, columns, RAGGED: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def tile_moments(x, mask, n, STORED: tl.constexpr):
-    """(mean, sum of squares about it) of n elements, each ``[1, 1]`` and fp64, of sums in x's dtype, which is STORED in memory."""
+    """(mean, sum of squares about it) of n elements, each ``[1, 1]`` and fp64, of sums in x's dtype (STORED in memory)."""
     share = 1.0 / n.to(x.dtype)
     x = tl.reshape(x, [1, x.numel])
     center = center_of(row_sum(x) * share, STORED)
