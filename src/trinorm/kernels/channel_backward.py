@@ -35,6 +35,32 @@ from .row_backward import dx_of, normalized
 from .stats import row_sum
 
 
+@triton.jit
+def gradient_of(
+    dy,
+    x,
+    RESIDUAL,
+    DZ,
+    offsets,
+    mask,
+    mean,
+    rstd,
+    w,
+    b,
+    ACTIVATION: tl.constexpr,
+    RAGGED: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """(dL/dz, x̂) of a tile of dy and x as they came, 0 past the mask. DZ: where dL/dz goes, or None."""
+    xhat = normalized(x, mean, rstd, ACC)
+    dz = through_activation(widened(dy, ACC), xhat, w, b, RESIDUAL, offsets, mask, ACTIVATION)
+    if RAGGED:  # where there is no element x̂ may be infinite
+        dz, xhat = tl.where(mask, dz, 0.0), tl.where(mask, xhat, 0.0)
+    if DZ is not None:
+        tl.store(DZ + offsets, dz.to(DZ.dtype.element_ty), mask=mask)
+    return dz, xhat
+
+
 @triton.jit(do_not_specialize=["A", "width", "S", "slab", "slabs", "C", "D"])
 def channel_sums(
     DY_XHAT,

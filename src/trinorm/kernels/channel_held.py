@@ -9,13 +9,14 @@ in the accumulator's dtype.
 import triton
 import triton.language as tl
 
-from .activation import activated, before_activation, through_activation
+from .activation import activated, before_activation
 from .affine import NO_BIAS, NO_WEIGHT, affine_backward
 from .channel import update_running
+from .channel_backward import gradient_of
 from .channel_tiles import center_of, in_units
 from .index import first_program, load, load_or, widened
 from .overlap import let_next_launch, wait_for_previous
-from .row_backward import dx_of, normalized
+from .row_backward import dx_of
 from .stats import power_of_two_below, row_sum, row_sums, trusted
 
 
@@ -224,12 +225,7 @@ def held_backward(
     owners = exist if OVER_SAMPLES else live
     w = load_or(W, parameters, owners, NO_WEIGHT, False)
     b = load_or(B, parameters, owners, NO_BIAS, False)
-    xhat = normalized(x, mean, rstd, ACC)
-    dz = through_activation(widened(dy, ACC), xhat, w, b, RESIDUAL, offsets, mask, ACTIVATION)
-    if RAGGED:  # where there is no element x̂ may be infinite
-        dz, xhat = tl.where(mask, dz, 0.0), tl.where(mask, xhat, 0.0)
-    if DZ is not None:
-        tl.store(DZ + offsets, dz.to(DZ.dtype.element_ty), mask=mask)
+    dz, xhat = gradient_of(dy, x, RESIDUAL, DZ, offsets, mask, mean, rstd, w, b, ACTIVATION, RAGGED, ACC)
     of_x, of_1 = row_sums(dz * xhat, dz)
     if DY_XHAT is not None:
         tl.store(DY_XHAT + runs, of_x, mask=live)

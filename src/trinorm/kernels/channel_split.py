@@ -12,9 +12,10 @@ of which all but the first are for a statistic whose squares leave fp32's range.
 import triton
 import triton.language as tl
 
-from .activation import activated, before_activation, through_activation
+from .activation import activated, before_activation
 from .affine import affine_backward
 from .channel import update_running
+from .channel_backward import gradient_of
 from .channel_tiles import center_of, in_units
 from .channel_whole import load_parameters_of_runs, pivot_of_run, runs_of, tile_of_turn, turns_of
 from .index import first_program, load, widened
@@ -207,12 +208,7 @@ def split_backward(
     mean, rstd = tl.load(MEAN + here).to(ACC), tl.load(RSTD + here).to(ACC)
     w, b = load_parameters_of_runs(W, B, parameters + runs * step, C, live, PER_SAMPLE)
     dy, x = load(DY + offsets, mask), load(X + offsets, mask)
-    xhat = normalized(x, mean, rstd, ACC)
-    dz = through_activation(widened(dy, ACC), xhat, w, b, RESIDUAL, offsets, mask, ACTIVATION)
-    if RAGGED:  # where there is no element x̂ may be infinite
-        dz, xhat = tl.where(mask, dz, 0.0), tl.where(mask, xhat, 0.0)
-    if DZ is not None:
-        tl.store(DZ + offsets, dz.to(DZ.dtype.element_ty), mask=mask)
+    dz, xhat = gradient_of(dy, x, RESIDUAL, DZ, offsets, mask, mean, rstd, w, b, ACTIVATION, RAGGED, ACC)
 
     of_x, of_1 = row_sums(dz * xhat, dz)
     if not OVER_SAMPLES:

@@ -13,9 +13,10 @@ Formulas are channel.py's and channel_backward.py's. A program's turn is a tile 
 import triton
 import triton.language as tl
 
-from .activation import activated, before_activation, through_activation
+from .activation import activated, before_activation
 from .affine import NO_BIAS, NO_WEIGHT, affine_backward
 from .channel import merged_positions, scaled_back, update_running
+from .channel_backward import gradient_of
 from .channel_tiles import in_units, load_pivot
 from .index import first_program, load, load_or, widened
 from .overlap import let_next_launch, wait_for_previous
@@ -211,31 +212,6 @@ def channel_forward(
         tl.store(Y + offsets, activated(z, ACTIVATION).to(Y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def gradient_of_turn(
-    DY,
-    X,
-    RESIDUAL,
-    offsets,
-    mask,
-    mean,
-    rstd,
-    w,
-    b,
-    ACTIVATION: tl.constexpr,
-    RAGGED: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """(dL/dz, x̂) of a turn's elements."""
-    dy = widened(load(DY + offsets, mask), ACC)
-    xhat = normalized(load(X + offsets, mask), mean, rstd, ACC)
-    dz = through_activation(dy, xhat, w, b, RESIDUAL, offsets, mask, ACTIVATION)
-    if RAGGED:  # where there is no element x̂ may be infinite
-        return tl.where(mask, dz, 0.0), tl.where(mask, xhat, 0.0)
-    else:
-        return dz, xhat
-
-
 @triton.jit(do_not_specialize=["C", "RUNS", "S"])
 def channel_backward(
     DX,
@@ -283,9 +259,9 @@ def channel_backward(
         dz_sum = tl.zeros([ROWS, POSITIONS], ACC)
         for turn in tl.range(0, turns, num_stages=STAGES):
             _, _, offsets, mask = tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
-            dz, xhat = gradient_of_turn(
-                DY, X, RESIDUAL, offsets, mask, mean, rstd, of_channel, b_of_channel, ACTIVATION, RAGGED, ACC
-            )
+            dy, x = load(DY + offsets, mask), load(X + offsets, mask)
+            w, b = of_channel, b_of_channel
+            dz, xhat = gradient_of(dy, x, RESIDUAL, None, offsets, mask, mean, rstd, w, b, ACTIVATION, RAGGED, ACC)
             dz_xhat += dz * xhat
             dz_sum += dz
         of_x, of_1 = row_sums(dz_xhat, dz_sum)
@@ -303,7 +279,8 @@ def channel_backward(
         for turn in tl.range(0, turns, num_stages=STAGES):
             runs, live, offsets, mask = tile_of_turn(turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
             w, b = load_parameters_of_runs(W, B, parameters + runs, C, live, PER_SAMPLE)
-            dz, xhat = gradient_of_turn(DY, X, RESIDUAL, offsets, mask, mean, rstd, w, b, ACTIVATION, RAGGED, ACC)
+            dy, x = load(DY + offsets, mask), load(X + offsets, mask)
+            dz, xhat = gradient_of(dy, x, RESIDUAL, None, offsets, mask, mean, rstd, w, b, ACTIVATION, RAGGED, ACC)
             of_x, of_1 = row_sums(dz * xhat, dz)
             begun = turn % columns != 0
             run_xhat = tl.where(begun, run_xhat, 0.0) + of_x
@@ -321,8 +298,7 @@ def channel_backward(
     for turn in tl.range(0, turns, num_stages=STAGES):
         runs, live, offsets, mask = tile_of_turn(turns - 1 - turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
         w, b = load_parameters_of_runs(W, B, parameters + runs * step, C, live, PER_SAMPLE)
-        dz, xhat = gradient_of_turn(DY, X, RESIDUAL, offsets, mask, mean, rstd, w, b, ACTIVATION, RAGGED, ACC)
-        if DZ is not None:
-            tl.store(DZ + offsets, dz.to(DZ.dtype.element_ty), mask=mask)
+        dy, x = load(DY + offsets, mask), load(X + offsets, mask)
+        dz, xhat = gradient_of(dy, x, RESIDUAL, DZ, offsets, mask, mean, rstd, w, b, ACTIVATION, RAGGED, ACC)
         dx = dx_of(affine_backward(dz, w, 0.0), xhat, rstd, c1, c2, True)
         tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=mask)
