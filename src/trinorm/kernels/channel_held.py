@@ -13,7 +13,7 @@ from .activation import activated, before_activation
 from .affine import NO_BIAS, NO_WEIGHT, affine_backward
 from .channel import update_running
 from .channel_backward import gradient_of
-from .channel_tiles import center_of, in_units
+from .channel_tiles import center_of, in_units, less_shift
 from .index import first_program, load, load_or, widened
 from .overlap import let_next_launch, wait_for_previous
 from .row_backward import dx_of
@@ -94,9 +94,8 @@ def held_statistic(x, mask, share, STORED: tl.constexpr, APART: tl.constexpr):
     distance = tl.where(mask, x - center, 0.0)
     squares, drift = row_sums(distance * distance, distance)
     shift = drift * share  # from the center to the mean
-    variance = squares * share - shift * shift
-    mean = tl.where(shift == shift, center + shift, center)
-    return mean, tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    variance = less_shift(squares * share, shift * shift)
+    return tl.where(shift == shift, center + shift, center), variance
 
 
 @triton.jit

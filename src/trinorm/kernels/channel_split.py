@@ -16,7 +16,7 @@ from .activation import activated, before_activation
 from .affine import affine_backward
 from .channel import update_running
 from .channel_backward import gradient_of
-from .channel_tiles import center_of, in_units
+from .channel_tiles import center_of, in_units, less_shift
 from .channel_whole import load_parameters_of_runs, pivot_of_run, runs_of, tile_of_turn, turns_of
 from .index import first_program, load, widened
 from .overlap import let_next_launch, wait_for_previous
@@ -54,7 +54,7 @@ def tile_moments(x, mask, n, STORED: tl.constexpr):
     distance = tl.where(tl.reshape(mask, [1, x.numel]), x - center, 0.0)
     squares, drift = row_sums(distance * distance, distance)
     moved = drift * share  # from the center to the mean
-    squares = tl.maximum(squares - moved * drift, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    squares = less_shift(squares, moved * drift)
     mean = center.to(tl.float64) + moved.to(tl.float64)
     return tl.where(moved == moved, mean, center), squares.to(tl.float64)
 

@@ -16,6 +16,9 @@ from .affine import NO_BIAS, NO_WEIGHT
 from .index import first_program, load, load_or, program_count, rows_live, widened
 from .stats import row_sum
 
+# Of the difference of two fp32 numbers, each of some operations.
+_NOISE: tl.constexpr = tl.constexpr(2.0**-20)
+
 
 @triton.jit
 def in_units(size, UNIT: tl.constexpr):
@@ -138,6 +141,15 @@ def center_of(mean, STORED: tl.constexpr):
     off by as much (BatchNorm 8x320x32x32, fp16: 9e-8, where torch's mean is off by 3e-9).
     """
     return mean.to(STORED).to(mean.dtype)
+
+
+@triton.jit
+def less_shift(squares, shift):
+    """squares - shift, of sums about a center and what its distance from the mean adds to them. What rounding leaves is 0:
+    of equal elements, whose center may be off by a rounding, there is nothing else, and beside it eps would be lost.
+    """
+    left = squares - shift
+    return tl.where(left <= shift * _NOISE, 0.0, left)
 
 
 @triton.jit
