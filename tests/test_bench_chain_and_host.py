@@ -180,7 +180,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, list[bool]]]:
 
 
 def measured(op: str, who: list[Provider], started: list[str]) -> list[Record]:
-    shape = (4, 24) if op in ROW_OPS else (2, 6, 4, 4)
+    shape = (4, 24) if op in ROW_OPS else (3, 12, 7, 7)  # of a few numbers torch's error is chance
     of = Case(op, "backward", shape, torch.float32, torch.float32)
     return host.measure_host(of, who, HERE, torch.device("cpu"), _Silent(), started.append)  # type: ignore[arg-type]
 
