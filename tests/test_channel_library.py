@@ -192,3 +192,5 @@ def test_bad_input(device: torch.device) -> None:
     stats = torch.ones(2, 2, device=device)
     with pytest.raises(RuntimeError, match="dy, mean or rstd"):
         torch.ops.trinorm.group_norm_backward(x[:1], x, 2, w, w, None, stats, stats, 1e-5, None, True, True, None, False)
+    with pytest.raises(RuntimeError, match="dy, mean or rstd"):  # the gradient of no residual
+        torch.ops.trinorm.group_norm_backward(x, x, 2, w, w, None, stats, stats, 1e-5, "silu", True, True, None, True)

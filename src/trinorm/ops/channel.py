@@ -97,19 +97,11 @@ class ChannelCall:
         self._gradients: Bounded[Function] = Bounded(8)
         self._met: Bounded[int] = Bounded(16)
 
-    def __call__(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        residual: Tensor | None,
-    ) -> Tensor:
-        """mean, var: given statistics, or running ones, or None."""
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        """Of (x, weight, bias, mean, variance, residual): given statistics, or running ones."""
         if self._differentiated:
-            return _apply(x, weight, bias, mean, var, residual, self)
-        return self._results(x, weight, bias, mean, var, residual)[0]  # type: ignore[return-value]
+            return _apply(*inputs, self)
+        return self._results(*inputs)[0]  # type: ignore[return-value]
 
     def _results(self, *inputs: Tensor | None) -> Results:
         """(y, mean, rstd); of given statistics y alone."""
@@ -123,16 +115,10 @@ class ChannelCall:
 
         problem, momentum = self._problem, self._momentum
 
-        def forward(
-            x: Tensor,
-            weight: Tensor | None,
-            bias: Tensor | None,
-            mean: Tensor | None,
-            var: Tensor | None,
-            residual: Tensor | None,
-        ) -> Results:
+        def forward(*inputs: Any) -> Results:
+            x, weight, bias, mean, var, residual = inputs
             if problem.given:
-                return (channels.apply(problem, x, weight, bias, mean, var, residual),)  # type: ignore[arg-type]
+                return (channels.apply(problem, x, weight, bias, mean, var, residual),)
             running = None if mean is None or var is None or momentum is None else Averages(mean, var, momentum)
             return channels.forward(problem, x, weight, bias, residual, running=running, save=self._differentiated)
 

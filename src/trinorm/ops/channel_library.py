@@ -238,7 +238,7 @@ class _Backward(_ChannelOp):
         shape = self._statistics_shape(x, num_groups)
         fits = dy.shape == x.shape and all(t.shape == shape and t.device == x.device for t in (mean, rstd))
         fits = fits and dy.device == x.device and dy.dtype in road.KERNEL_DTYPES and not (dw and weight is None)
-        fits = fits and not (dr and activation is None)
+        fits = fits and not (dr and (activation is None or residual is None))
         fits = fits and mean.dtype == rstd.dtype and rstd.dtype in (torch.float32, torch.float64)
         torch._check(fits, lambda: f"trinorm::{self.name}: dy, mean or rstd is not as the forward gives it")
         if not road.has_kernels(x) or not x.numel():
