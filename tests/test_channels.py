@@ -235,6 +235,18 @@ def test_large_means_of_many_elements(
     assert_no_worse("dx", dx, reference.oracle_gradients(*problem, dy).dx, torchs_dx)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_means_near_0_of_16_bits(dtype: torch.dtype, device: torch.device) -> None:
+    """Rounded distances from such a mean are off all alike; the held statistic's mean is not."""
+    x = torch.randn((8, 320, 32, 32), device=device).to(dtype)
+    _, mean, rstd = channels.forward(channels.Problem(BATCH_NORM, 320, 1e-5), x, None, None)
+    exact = reference.oracle(BATCH_NORM, x, 320, None, None, 1e-5)
+    _, torchs_mean, torchs_rstd = torch.native_batch_norm(x.float(), None, None, None, None, True, 0.0, 1e-5)
+    assert mean is not None
+    assert_no_worse("mean", mean, exact.mean, torchs_mean)
+    assert_no_worse("rstd", rstd, exact.rstd, torchs_rstd)
+
+
 def test_squares_beyond_fp32(spec: ChannelNorm, device: torch.device) -> None:
     (x, weight, bias), _ = draw((2, 12, 9, 11), torch.float32, torch.float32, False, device)
     with torch.no_grad():

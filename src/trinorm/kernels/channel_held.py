@@ -13,11 +13,11 @@ from .activation import activated, before_activation
 from .affine import NO_BIAS, NO_WEIGHT, affine_backward
 from .channel import update_running
 from .channel_backward import gradient_of
-from .channel_tiles import center_of, in_units, less_shift
+from .channel_tiles import centered_moments, in_units
 from .index import first_program, load, load_or, widened
 from .overlap import let_next_launch, wait_for_previous
 from .row_backward import dx_of
-from .stats import power_of_two_below, row_sum, row_sums, trusted
+from .stats import power_of_two_below, row_sums, trusted
 
 
 @triton.jit
@@ -85,28 +85,21 @@ def statistics_apart(x, APART: tl.constexpr):
 
 
 @triton.jit
-def held_statistic(x, mask, share, STORED: tl.constexpr, APART: tl.constexpr):
-    """(mean, variance) of the elements where ``mask`` is, the mean first; share: 1 over how many they are. STORED: what
-    x's dtype is in memory.
-    """
-    x, mask = statistics_apart(x, APART), statistics_apart(mask, APART)
-    center = center_of(row_sum(x) * share, STORED)
-    distance = tl.where(mask, x - center, 0.0)
-    squares, drift = row_sums(distance * distance, distance)
-    shift = drift * share  # from the center to the mean
-    variance = less_shift(squares * share, shift * shift)
-    return tl.where(shift == shift, center + shift, center), variance
+def held_statistic(x, mask, share, APART: tl.constexpr):
+    """(mean, variance) of the elements where ``mask`` is; share: 1 over how many they are."""
+    center, moved, variance = centered_moments(statistics_apart(x, APART), statistics_apart(mask, APART), share)
+    return center + moved, variance
 
 
 @triton.jit
-def rescued_statistic(x, mask, share, eps, STORED: tl.constexpr, APART: tl.constexpr):
+def rescued_statistic(x, mask, share, eps, APART: tl.constexpr):
     """(mean, variance, rstd) where squares leave fp32's range: of x over a power of two that eps has a say in."""
     largest = tl.max(tl.abs(x), axis=1, keep_dims=True)
     if not APART:
         largest = tl.max(largest, axis=0, keep_dims=True)
     unit = power_of_two_below(tl.maximum(largest, tl.sqrt(eps)))
     scale = 1.0 / unit
-    mean, variance = held_statistic(x * scale, mask, share, STORED, APART)
+    mean, variance = held_statistic(x * scale, mask, share, APART)
     # Where nothing deviates eps alone is left, and its share of the scaled sum may be below fp32.
     rstd = tl.where(variance == 0.0, tl.rsqrt(eps), tl.rsqrt(variance + eps * scale * scale) * scale)
     return mean * unit, variance * unit * unit, rstd
@@ -157,12 +150,12 @@ def held_forward(
     share = 1.0 / (tl.zeros([1, 1], ACC) + n.to(ACC))
     small = tl.full([1, 1], eps, ACC)
     x = widened(stored, ACC)
-    mean, variance = held_statistic(x, mask, share, X.dtype.element_ty, APART)
+    mean, variance = held_statistic(x, mask, share, APART)
     rstd = tl.rsqrt(variance + small)
     if RESCUE:
         good = trusted(variance + small) | ~exist
         if tl.min(good.to(tl.int32)) == 0:
-            mean_again, variance_again, rstd_again = rescued_statistic(x, mask, share, small, X.dtype.element_ty, APART)
+            mean_again, variance_again, rstd_again = rescued_statistic(x, mask, share, small, APART)
             mean = tl.where(good, mean, mean_again)
             variance = tl.where(good, variance, variance_again)
             rstd = tl.where(good, rstd, rstd_again)

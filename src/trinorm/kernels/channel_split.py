@@ -16,12 +16,12 @@ from .activation import activated, before_activation
 from .affine import affine_backward
 from .channel import update_running
 from .channel_backward import gradient_of
-from .channel_tiles import center_of, in_units, less_shift
+from .channel_tiles import centered_moments, in_units
 from .channel_whole import load_parameters_of_runs, pivot_of_run, runs_of, tile_of_turn, turns_of
 from .index import first_program, load, widened
 from .overlap import let_next_launch, wait_for_previous
 from .row_backward import dx_of, normalized
-from .stats import power_of_two_below, row_sum, row_sums, trusted
+from .stats import power_of_two_below, row_sums, trusted
 from .team import awaited_wide, publish_wide, team_sum
 
 EXCHANGES: tl.constexpr = tl.constexpr(3)
@@ -46,17 +46,12 @@ def elements_of(member, team, RUNS, S, columns, RAGGED: tl.constexpr, ROWS: tl.c
 
 
 @triton.jit
-def tile_moments(x, mask, n, STORED: tl.constexpr):
-    """(mean, sum of squares about it) of n elements, each ``[1, 1]`` and fp64, of sums in x's dtype (STORED in memory)."""
-    share = 1.0 / n.to(x.dtype)
-    x = tl.reshape(x, [1, x.numel])
-    center = center_of(row_sum(x) * share, STORED)
-    distance = tl.where(tl.reshape(mask, [1, x.numel]), x - center, 0.0)
-    squares, drift = row_sums(distance * distance, distance)
-    moved = drift * share  # from the center to the mean
-    squares = less_shift(squares, moved * drift)
-    mean = center.to(tl.float64) + moved.to(tl.float64)
-    return tl.where(moved == moved, mean, center), squares.to(tl.float64)
+def tile_moments(x, mask, n):
+    """(mean, sum of squares about it) of n elements, each ``[1, 1]`` and fp64, of sums in x's dtype."""
+    center, moved, variance = centered_moments(
+        tl.reshape(x, [1, x.numel]), tl.reshape(mask, [1, x.numel]), 1.0 / n.to(x.dtype)
+    )
+    return center.to(tl.float64) + moved.to(tl.float64), variance.to(tl.float64) * n
 
 
 @triton.jit
@@ -69,9 +64,9 @@ def merged_members(means, squares, counts, share):
 
 
 @triton.jit
-def merged_moments(WORDS, x, mask, member, team, n, counts, share, STORED: tl.constexpr, LANES: tl.constexpr):
+def merged_moments(WORDS, x, mask, member, team, n, counts, share, LANES: tl.constexpr):
     """Those of the team: this program's are published at WORDS, and the others' awaited."""
-    mean, squares = tile_moments(x, mask, n, STORED)
+    mean, squares = tile_moments(x, mask, n)
     publish_wide(WORDS + 2 * member, mean, squares)
     means, squares = awaited_wide(WORDS, team, LANES)
     return merged_members(means, squares, counts, share)
@@ -124,13 +119,12 @@ def split_forward(
     counts = elements_of(tl.arange(0, LANES), team, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
 
     words = WORDS + statistic * (2 * EXCHANGES) * team
-    STORED: tl.constexpr = X.dtype.element_ty
     x = widened(stored, ACC)
     pivot = tl.zeros([1, 1], tl.float64)
     if tl.float64 == ACC:  # in which what members tell has no digits to spare
         pivot += pivot_of_run(X, first, S, ACC, POSITIONS)
         x = tl.where(mask, x - pivot, 0.0)
-    mean, squares = merged_moments(words, x, mask, member, team, n, counts, share, STORED, LANES)
+    mean, squares = merged_moments(words, x, mask, member, team, n, counts, share, LANES)
     mean += pivot
     rstd = tl.rsqrt((squares * share + eps).to(ACC))
     if RESCUE:
@@ -144,7 +138,7 @@ def split_forward(
             unit = power_of_two_below((tl.zeros([1, 1], tl.float64) + tl.max(largest, axis=0)).to(tl.float32))
             words += 2 * team
             x = x * (1.0 / unit)
-            mean, squares = merged_moments(words, x, mask, member, team, n, counts, share, STORED, LANES)
+            mean, squares = merged_moments(words, x, mask, member, team, n, counts, share, LANES)
             unit = unit.to(tl.float64)
             mean, squares = mean * unit, squares * unit * unit
             rstd = tl.rsqrt(squares * share + eps).to(ACC)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .affine import NO_BIAS, NO_WEIGHT
 from .index import first_program, load, load_or, program_count, rows_live, widened
-from .stats import row_sum
+from .stats import row_sum, row_sums
 
 # Of the difference of two fp32 numbers, each of some operations.
 _NOISE: tl.constexpr = tl.constexpr(2.0**-20)
@@ -135,21 +135,32 @@ def walk_of_program(
 
 
 @triton.jit
-def center_of(mean, STORED: tl.constexpr):
-    """Where deviations are taken from: the mean as x's dtype in memory holds it. Of 16 bits those are exact then. From a
-    mean of 24 they are rounded, all elements of an exponent the same way, and their sum, which is to correct the mean, is
-    off by as much (BatchNorm 8x320x32x32, fp16: 9e-8, where torch's mean is off by 3e-9).
+def centered_moments(x, mask, share):
+    """(center, from it to the mean, variance) of each row's elements where ``mask`` is, and x is 0 where it is not; share:
+    1 over how many they are. The center is the mean of a plain sum.
+
+    What rounding left in that is the mean distance from it. Not so where it is small beside the distances: they are rounded
+    more than it, and those of 16-bit numbers all alike (BatchNorm 8x320x32x32, fp16: 8e-8 off, where torch's mean is off by
+    3e-9); there it stands.
     """
-    return mean.to(STORED).to(mean.dtype)
+    center = row_sum(x) * share
+    distance = tl.where(mask, x - center, 0.0)
+    squares, drift = row_sums(distance * distance, distance)
+    moved = drift * share
+    variance = less_shift(squares * share, moved * moved)
+    return center, tl.where(center * center > variance, moved, 0.0), variance
 
 
 @triton.jit
-def less_shift(squares, shift):
-    """squares - shift, of sums about a center and what its distance from the mean adds to them. What rounding leaves is 0:
-    of equal elements, whose center may be off by a rounding, there is nothing else, and beside it eps would be lost.
+def less_shift(power, shift):
+    """power - shift, of a mean square about a center, and of the square of its distance from the mean. What rounding leaves
+    is 0: of equal elements, whose center may be off by a rounding, there is nothing else, and beside it eps would be lost.
+
+    An infinite power stands, beside an infinite shift too: a device that takes the product and the difference in one step
+    finds infinity, not NaN.
     """
-    left = squares - shift
-    return tl.where(left <= shift * _NOISE, 0.0, left)
+    left = power - shift
+    return tl.where(left < shift * _NOISE, 0.0, left)
 
 
 @triton.jit
