@@ -42,6 +42,14 @@ def test_the_floor_is_one_unit_in_the_last_place(dtype: torch.dtype) -> None:
         assert not compare("y", result, exact.double(), exact).ok
 
 
+@pytest.mark.parametrize("terms", [0.1, 2.0, 1000.0])
+def test_the_unit_is_that_of_the_larger_of_terms_and_sum(terms: float) -> None:
+    """Terms may be smaller than what they sum to: the last of many additions of them is rounded as the sum is."""
+    exact = torch.full((1,), 1.5)
+    for steps, ok in ((1, True), (3 if terms < 4 else 3 * 2**9, False)):
+        assert compare("mean", next_up(exact, steps), exact.double(), exact, torch.tensor([terms])).ok is ok
+
+
 @pytest.mark.parametrize("factor", [-2.0, -0.5, 1.0, 2.0])
 def test_accepts_twice_torchs_error_and_no_more(factor: float) -> None:
     exact = torch.linspace(1, 2, 50, dtype=torch.float64)

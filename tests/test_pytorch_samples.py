@@ -387,7 +387,7 @@ def test_module_errors(name: str, by: Road) -> None:
             continue  # torch refuses it of late (2.13); ours divides by a deviation that is not 0
 
         def call(namespace: ModuleType, made: Any = made, called: Any = called) -> None:
-            module = getattr(namespace, name)(*made.args, **made.kwargs)
+            module = getattr(namespace, name)(*made.args, **made.kwargs).to(by.device)
             module(*called.args, **called.kwargs)
 
         with pytest.raises(error.error_type, match=error.error_regex) as theirs:

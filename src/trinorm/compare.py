@@ -49,9 +49,8 @@ def compare(what: str, actual: Tensor, exact: Tensor, by_torch: Tensor, terms: T
     torch_finite = finite & by_torch.isfinite()
     torch_distance = torch.where(torch_finite, (by_torch.double() - exact.double()).abs(), 0.0)
     torch_error = torch_distance.max().item()
-    excess = torch.where(
-        finite, distance - unit_in_last_place(exact if terms is None else terms, actual.dtype) - 2 * torch_error, -1.0
-    )
+    size = exact if terms is None else torch.maximum(terms.double(), exact.double().abs())
+    excess = torch.where(finite, distance - unit_in_last_place(size, actual.dtype) - 2 * torch_error, -1.0)
     ok = bool(same_special.all()) and bool((excess <= 0).all())
     at = int(torch.where(same_special, excess, float("inf")).argmax())
     worst = f"at {at}: got {actual.flatten()[at].item()!r}, float64 {exact.flatten()[at].item()!r}"
