@@ -336,14 +336,14 @@ def test_programs_that_walk(
         for key, (_, warps, stages, _) in table.items():
             monkeypatch.setitem(table, key, (256, warps, max(2, stages), 0.1 / describe(device).multiprocessors))
     forget_channel_choices()
-    walked: list[Any] = []
+    walked: list[tuple[Any, int]] = []
     for name in ("choose_sums", "choose_apply"):
         actual = getattr(channels, name)
-        monkeypatch.setattr(channels, name, lambda *a, actual=actual: (walked.append(actual(*a)), walked[-1])[1])
+        monkeypatch.setattr(channels, name, lambda *a, actual=actual: (walked.append((actual(*a), a[2])), walked[-1][0])[1])
     try:
         drawn, dy = draw(shape, torch.float32, torch.float32, last, device)
         check(spec, groups_of(spec, shape, groups), drawn, dy)
     finally:
         forget_channel_choices()
     if spec.over_samples or math.prod(shape[2:]) > 256:
-        assert any(plan.samples > 1 or plan.slab > plan.tile.chunk for plan in walked)
+        assert any(plan.samples > 1 or plan.shares * plan.tile.chunk < s for plan, s in walked)

@@ -1,8 +1,8 @@
 """Channel norms, forward: y = (x - mean)·rstd·w + b with the statistics of a group of channels of a sample (GroupNorm,
 InstanceNorm), or of a channel over all samples (BatchNorm).
 
-- ``channel_moments``  mean and sum of squares about it, of each channel in a slab of positions (or of samples)
-- ``channel_combine``  those of a statistic's channels and slabs, by Chan's rule: mean and rstd, and running statistics
+- ``channel_moments``  mean and sum of squares about it, of each channel in a share of the positions (or of samples)
+- ``channel_combine``  those of a statistic's channels and shares, by Chan's rule: mean and rstd, and running statistics
 - ``channel_apply``    y, in a second reading of x
 
 channel_tiles.py says what a program owns. Partials are ``[parts, width]``. Partial means and sums of squares are fp64,
@@ -19,17 +19,23 @@ from .channel_tiles import (
     lane_counts,
     lanes_there,
     last_ones_first,
+    load_center,
     load_channel_stats,
     load_parameters,
     load_pivot,
     statistics_of,
     store_partial,
     walk_of_program,
+    walked_count,
 )
 from .index import first_program, load, widened
 from .overlap import let_next_launch, wait_for_previous
 from .row_backward import normalized
-from .stats import power_of_two_below, row_sum, trusted
+from .stats import power_of_two_below, row_sum, row_sums, trusted
+
+# What 16-bit numbers are multiplied by whose squares are too small for fp32, or too large.
+_LIFT: tl.constexpr = tl.constexpr(2.0**100)
+_SINK: tl.constexpr = tl.constexpr(2.0**-70)
 
 
 @triton.jit
@@ -37,38 +43,77 @@ def walked_moments(
     X,
     live,
     walk,
+    eps,
     EVEN: tl.constexpr,
     SAMPLES: tl.constexpr,
+    ACC: tl.constexpr,
+    RESCUE: tl.constexpr,
+    ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """(mean from the pivot on, sum of squares about it, pivot) of each of a program's channels, fp64. RESCUE: also where
+    squares leave fp32's range.
+    """
+    _, first, _, steps, left, pace = walk
+    n = walked_count(steps, left, pace, SAMPLES, POSITIONS)
+    if X.dtype.element_ty.primitive_bitwidth == 16:
+        there = tl.minimum(left, POSITIONS).to(ACC)
+        pivot = load_center(X, first, live & lanes_there(0, left, pace, EVEN, POSITIONS), there, ACC)
+        scale = tl.full([ROWS, 1], 1.0, ACC)
+        total, squares = summed_moments(X, live, walk, pivot, scale, EVEN, ACC, ROWS, POSITIONS, STAGES)
+        if RESCUE and X.dtype.element_ty != tl.float16:
+            power = squares / n.to(ACC) + tl.full([1, 1], eps, ACC)
+            good = trusted(power) | ~live
+            if tl.min(good.to(tl.int32)) == 0:
+                scale = tl.where(good, 1.0, tl.where(power <= 1.0, _LIFT, _SINK))
+                total, squares = summed_moments(X, live, walk, pivot, scale, EVEN, ACC, ROWS, POSITIONS, 1)
+        unit = 1.0 / scale.to(tl.float64)
+        mean = total.to(tl.float64) / n
+        squares = squares.to(tl.float64) - mean * total.to(tl.float64)
+        squares = tl.where(squares < 0.0, 0.0, squares) * unit * unit
+        mean *= unit
+    else:
+        mean, squares, pivot = recurrent_moments(X, live, walk, n, EVEN, SAMPLES, ACC, ROWS, POSITIONS, STAGES)
+        if RESCUE:
+            good = trusted(squares / n + eps) | ~live
+            if tl.min(good.to(tl.int32)) == 0:
+                mean_again, squares_again = rescued_walk(X, live, walk, n, EVEN, ACC, ROWS, POSITIONS)
+                mean = tl.where(good, mean, mean_again - pivot.to(tl.float64))
+                squares = tl.where(good, squares, squares_again)
+    return mean, squares, pivot.to(tl.float64)
+
+
+@triton.jit
+def summed_moments(
+    X,
+    live,
+    walk,
+    pivot,
+    scale,
+    EVEN: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """(mean from the pivot on, sum of squares about it, count, pivot) of each of a program's channels, fp64.
-
-    Each lane runs Welford's recurrence over its own elements; lanes are merged once, at the end.
+    """Sums of the distances from the pivot, times a power of two for each row, and of their squares. Of 16-bit numbers,
+    whose distances are exact in fp32. What is lost, as the pivot is the mean of a tile and not of all, is far below what
+    y's 16 bits show.
     """
-    begin, first, step, steps, there = walk
-    pivot = load_pivot(X, begin, first - begin, live, live & lanes_there(0, there, EVEN, SAMPLES, POSITIONS), ACC)
-    mean = tl.zeros([ROWS, POSITIONS], ACC)
+    _, first, step, steps, left, pace = walk
+    total = tl.zeros([ROWS, POSITIONS], ACC)
     squares = tl.zeros([ROWS, POSITIONS], ACC)
-    turn = tl.zeros([1, 1], ACC)
     for i in tl.range(0, steps, num_stages=STAGES):
-        here = lanes_there(i, there, EVEN, SAMPLES, POSITIONS)
-        x = widened(load(X + first + i * step, live & here), ACC) - pivot
-        x = tl.where(here, x, mean)  # so that a lane without an element has no distance
-        turn += 1.0
-        delta = x - mean
-        mean += delta * (1.0 / turn)
-        squares += delta * (x - mean)
-    count = lane_counts(steps, there, EVEN, SAMPLES, ACC, POSITIONS)
-    n = tl.zeros([1, 1], tl.float64) + there * (1 if SAMPLES == 1 else steps)
-    mean, squares, n = merged_positions(mean, squares, count, n)
-    return mean, squares, n, pivot.to(tl.float64)
+        here = lanes_there(i, left, pace, EVEN, POSITIONS)
+        x = tl.where(here, widened(load(X + first + i * step, live & here), ACC) * scale - pivot * scale, 0.0)
+        total += x
+        squares += x * x
+    return row_sums(total, squares)
 
 
 @triton.jit
-def rescued_walk(
+def recurrent_moments(
     X,
     live,
     walk,
@@ -78,27 +123,58 @@ def rescued_walk(
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Those of wider numbers, by Welford's recurrence in each lane over its own elements; lanes are merged at the end."""
+    begin, first, step, steps, left, pace = walk
+    pivot = load_pivot(X, begin, first - begin, live, live & lanes_there(0, left, pace, EVEN, POSITIONS), ACC)
+    mean = tl.zeros([ROWS, POSITIONS], ACC)
+    squares = tl.zeros([ROWS, POSITIONS], ACC)
+    turn = tl.zeros([1, 1], ACC)
+    for i in tl.range(0, steps, num_stages=STAGES):
+        here = lanes_there(i, left, pace, EVEN, POSITIONS)
+        x = widened(load(X + first + i * step, live & here), ACC) - pivot
+        x = tl.where(here, x, mean)  # so that a lane without an element has no distance
+        turn += 1.0
+        delta = x - mean
+        mean += delta * (1.0 / turn)
+        squares += delta * (x - mean)
+    count = lane_counts(steps, left, pace, EVEN, SAMPLES, ACC, POSITIONS)
+    mean, squares = merged_positions(mean, squares, count, n)
+    return mean, squares, pivot
+
+
+@triton.jit
+def rescued_walk(
+    X,
+    live,
+    walk,
+    n,
+    EVEN: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr,
 ):
     """(mean, sum of squares about it) where squares leave fp32's range: of x times a power of two, scaled back.
 
     It is rare, so it takes three plain readings, which need fewer registers than the recurrence: those of what is rare are
     kept for it always.
     """
-    _, first, step, steps, there = walk
+    _, first, step, steps, left, pace = walk
     largest = tl.zeros([ROWS, POSITIONS], ACC)
     for i in tl.range(0, steps):
-        mask = live & lanes_there(i, there, EVEN, SAMPLES, POSITIONS)
+        mask = live & lanes_there(i, left, pace, EVEN, POSITIONS)
         largest = tl.maximum(largest, tl.abs(widened(load(X + first + i * step, mask), ACC)))
     unit = power_of_two_below(tl.max(largest, axis=1, keep_dims=True))
     total = tl.zeros([ROWS, POSITIONS], ACC)
     for i in tl.range(0, steps):
-        mask = live & lanes_there(i, there, EVEN, SAMPLES, POSITIONS)
+        mask = live & lanes_there(i, left, pace, EVEN, POSITIONS)
         total += widened(load(X + first + i * step, mask), ACC) * (1.0 / unit)
     mean = row_sum(total).to(tl.float64) / n
     center = mean.to(ACC)
     squares = tl.zeros([ROWS, POSITIONS], ACC)
     for i in tl.range(0, steps):
-        mask = live & lanes_there(i, there, EVEN, SAMPLES, POSITIONS)
+        mask = live & lanes_there(i, left, pace, EVEN, POSITIONS)
         distance = tl.where(mask, widened(load(X + first + i * step, mask), ACC) * (1.0 / unit) - center, 0.0)
         squares += distance * distance
     return scaled_back(mean, center, row_sum(squares).to(tl.float64), n, unit)
@@ -120,15 +196,15 @@ def merged_positions(mean, squares, count, n):
     What rounding left in the mean is the lanes' mean distance from it. n is given, as Triton (3.6) has every thread add up
     a whole row of numbers that are made of lane numbers alone: 2048 additions, and 40 µs where the norm takes 45.
     """
-    n = tl.maximum(n.to(tl.float64), 1.0)
+    n = tl.maximum(n, 1.0)
     center = row_sum(mean * count) / n.to(mean.dtype)
     shift = mean - center
     moved = row_sum(shift * count).to(tl.float64) / n
     total = row_sum(squares + shift * shift * count).to(tl.float64) - moved * moved * n
-    return center.to(tl.float64) + moved, tl.where(total < 0.0, 0.0, total), n
+    return center.to(tl.float64) + moved, tl.where(total < 0.0, 0.0, total)
 
 
-@triton.jit(do_not_specialize=["A", "width", "S", "slab", "slabs"])
+@triton.jit(do_not_specialize=["A", "width", "S", "shares"])
 def channel_moments(
     MEANS,
     PIVOTS,
@@ -137,8 +213,7 @@ def channel_moments(
     A,
     width,
     S,
-    slab,
-    slabs,
+    shares,
     eps: tl.float64,
     LAST: tl.constexpr,
     UNIT: tl.constexpr,
@@ -151,23 +226,18 @@ def channel_moments(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A block of ROWS channels a program, and of each a slab of one sample's positions, or all of SAMPLES samples'. PIVOTS:
-    what MEANS count from; None is 0, as far as fp64 has digits enough for both (x is not fp64).
+    """A block of ROWS channels a program, and of each a share of one sample's positions, or all of SAMPLES samples'.
+
+    PIVOTS: what MEANS count from; None is 0, as far as fp64 has digits enough for both (x is not fp64).
     """
     wait_for_previous(PDL)
     let_next_launch(PDL)
     width, S = inner_in_units(width, S, LAST, UNIT)
     program = first_program().to(tl.int32)
     part, _, channels, live, walk = walk_of_program(
-        program, A, width, S, slab, slabs, LAST, UNIT, EVEN, SAMPLES, ROWS, POSITIONS
+        program, A, width, S, shares, LAST, UNIT, EVEN, SAMPLES, ROWS, POSITIONS
     )
-    mean, squares, count, pivot = walked_moments(X, live, walk, EVEN, SAMPLES, ACC, ROWS, POSITIONS, STAGES)
-    if RESCUE:
-        good = trusted(squares / count + eps) | ~live
-        if tl.min(good.to(tl.int32)) == 0:
-            mean_again, squares_again = rescued_walk(X, live, walk, count, EVEN, SAMPLES, ACC, ROWS, POSITIONS)
-            mean = tl.where(good, mean, mean_again - pivot)
-            squares = tl.where(good, squares, squares_again)
+    mean, squares, pivot = walked_moments(X, live, walk, eps, EVEN, SAMPLES, ACC, RESCUE, ROWS, POSITIONS, STAGES)
     if PIVOTS is not None:
         store_partial(PIVOTS, part, width, channels, pivot, live)
     else:
@@ -196,11 +266,15 @@ def sets_of_program(program, C, D, SETS: tl.constexpr):
 
 
 @triton.jit
-def partial_counts(part, live, A, S, slab, slabs, SAMPLES):
-    """How many elements each of some partials is made of, fp64."""
-    positions = tl.minimum(S - (part % slabs).to(tl.int64) * slab, slab)
-    samples = tl.minimum(A - part // slabs * SAMPLES, SAMPLES)
-    return tl.where(live, (positions * samples).to(tl.float64), 0.0)
+def partial_counts(part, live, A, S, tile, shares, SAMPLES):
+    """How many elements each of some partials is made of, fp64. tile: the positions of one."""
+    tiles = tl.cdiv(S, tile).to(tl.int32)
+    share = part % shares
+    positions = tl.cdiv(tiles - share, shares).to(tl.float64) * tile
+    beyond = (tiles.to(tl.int64) * tile - S).to(tl.float64)
+    positions -= tl.where(share == (tiles - 1) % shares, beyond, 0.0)
+    samples = tl.minimum(A - part // shares * SAMPLES, SAMPLES)
+    return tl.where(live, positions * samples, 0.0)
 
 
 @triton.jit
@@ -213,14 +287,14 @@ def load_means(MEANS, PIVOTS, base, offsets, live):
 
 
 @triton.jit
-def combined_moments(MEANS, PIVOTS, SQUARES, outer, sets, A, S, slab, slabs, R, D, C, SAMPLES, K: tl.constexpr):
+def combined_moments(MEANS, PIVOTS, SQUARES, outer, sets, A, S, tile, shares, R, D, C, SAMPLES, K: tl.constexpr):
     """(mean, sum of squares about it, count), each ``[1, SETS]`` and fp64. Partials are read twice."""
     base = 0.0 if PIVOTS is None else load(PIVOTS + outer.to(tl.int64) * R * C + sets * D, sets < C // D)
     count = tl.zeros([K, sets.shape[1]], tl.float64)
     total = tl.zeros([K, sets.shape[1]], tl.float64)
     for start in tl.range(0, R * D, K):
         part, offsets, live = partials_of(start, outer, sets, R, D, C, K)
-        n = partial_counts(part, live, A, S, slab, slabs, SAMPLES)
+        n = partial_counts(part, live, A, S, tile, shares, SAMPLES)
         count += n
         total += tl.where(live, load_means(MEANS, PIVOTS, base, offsets, live), 0.0) * n
     count = tl.maximum(tl.sum(count, axis=0, keep_dims=True), 1.0)
@@ -229,7 +303,7 @@ def combined_moments(MEANS, PIVOTS, SQUARES, outer, sets, A, S, slab, slabs, R, 
     for start in tl.range(0, R * D, K):
         part, offsets, live = partials_of(start, outer, sets, R, D, C, K)
         distance = load_means(MEANS, PIVOTS, base, offsets, live) - mean
-        n = partial_counts(part, live, A, S, slab, slabs, SAMPLES)
+        n = partial_counts(part, live, A, S, tile, shares, SAMPLES)
         squares += load(SQUARES + offsets, live) + tl.where(live, distance * distance * n, 0.0)
     return mean + base, tl.sum(squares, axis=0, keep_dims=True), count
 
@@ -243,7 +317,7 @@ def update_running(RUNNING, sets, value, momentum, mask):
         tl.store(RUNNING + sets, kept.to(RUNNING.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["A", "S", "slab", "slabs", "R", "D", "C", "SAMPLES"])
+@triton.jit(do_not_specialize=["A", "S", "tile", "shares", "R", "D", "C", "SAMPLES"])
 def channel_combine(
     MEAN,
     RSTD,
@@ -255,8 +329,8 @@ def channel_combine(
     SQUARES,
     A,
     S,
-    slab,
-    slabs,
+    tile,
+    shares,
     R,
     D,
     C,
@@ -272,7 +346,7 @@ def channel_combine(
     let_next_launch(PDL)
     outer, sets = sets_of_program(first_program().to(tl.int32), C, D, SETS)
     mask = sets < C // D
-    mean, squares, count = combined_moments(MEANS, PIVOTS, SQUARES, outer, sets, A, S, slab, slabs, R, D, C, SAMPLES, K)
+    mean, squares, count = combined_moments(MEANS, PIVOTS, SQUARES, outer, sets, A, S, tile, shares, R, D, C, SAMPLES, K)
     where = outer.to(tl.int64) * (C // D) + sets
     tl.store(MEAN + where, mean.to(MEAN.dtype.element_ty), mask=mask)
     tl.store(RSTD + where, tl.rsqrt(squares / count + eps).to(RSTD.dtype.element_ty), mask=mask)
@@ -283,7 +357,7 @@ def channel_combine(
     update_running(RUNNING_VAR, sets, unbiased, momentum, mask)
 
 
-@triton.jit(do_not_specialize=["width", "S", "slab", "slabs", "C", "D"])
+@triton.jit(do_not_specialize=["width", "S", "shares", "C", "D"])
 def channel_apply(
     Y,
     X,
@@ -294,8 +368,7 @@ def channel_apply(
     RESIDUAL,
     width,
     S,
-    slab,
-    slabs,
+    shares,
     C,
     D,
     eps: tl.float64,
@@ -312,20 +385,21 @@ def channel_apply(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A block of ROWS channels a program, and a slab of positions. Statistics, weight and bias are vectors of its rows."""
+    """A block of ROWS channels a program, and a share of positions. Statistics, weight and bias are vectors of its rows."""
     wait_for_previous(PDL)
     let_next_launch(PDL)
     width, S = inner_in_units(width, S, LAST, UNIT)
     _, sample, channels, live, walk = walk_of_program(
-        last_ones_first(), 0, width, S, slab, slabs, LAST, UNIT, EVEN, 1, ROWS, POSITIONS
+        last_ones_first(), 0, width, S, shares, LAST, UNIT, EVEN, 1, ROWS, POSITIONS
     )
-    _, first, step, steps, there = walk
+    _, first, step, steps, left, pace = walk
     sets = statistics_of(sample, channels, width, C, D, LAST, GROUPED)
     mean, rstd = load_channel_stats(MEAN, RSTD, sets, live, eps, VARIANCE, ACC)
     w, b = load_parameters(W, B, sample, channels, width, C, live, LAST, PER_SAMPLE)
-    for i in tl.range(0, steps, num_stages=STAGES):
+    for turn in tl.range(0, steps, num_stages=STAGES):
+        i = steps - 1 - turn
         offsets = first + i * step
-        mask = live & lanes_there(i, there, EVEN, 1, POSITIONS)
+        mask = live & lanes_there(i, left, pace, EVEN, POSITIONS)
         xhat = normalized(load(X + offsets, mask), mean, rstd, ACC)
         z = before_activation(xhat, w, b, RESIDUAL, offsets, mask)
         tl.store(Y + offsets, activated(z, ACTIVATION).to(Y.dtype.element_ty), mask=mask)

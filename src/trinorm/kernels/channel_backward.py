@@ -6,11 +6,11 @@
 Where the statistics are given (BatchNorm's running ones) they have no derivative: dx = rstd·g. Behind an activation dy is
 dL/dz, made of y's own gradient wherever it is read.
 
-- ``channel_sums``              Σ dy·x̂ and Σ dy of each channel in a slab of positions (or of samples)
+- ``channel_sums``              Σ dy·x̂ and Σ dy of each channel in a share of the positions (or of samples)
 - ``channel_combine_backward``  of these, dw and db of each channel, c1 and c2 of each statistic, in a fixed order
 - ``channel_apply_backward``    dx, in a second reading of x and dy
 
-Tiles, slabs and partials are channel.py's.
+Tiles, shares and partials are channel.py's.
 """
 
 import triton
@@ -61,7 +61,7 @@ def gradient_of(
     return dz, xhat
 
 
-@triton.jit(do_not_specialize=["A", "width", "S", "slab", "slabs", "C", "D"])
+@triton.jit(do_not_specialize=["A", "width", "S", "shares", "C", "D"])
 def channel_sums(
     DY_XHAT,
     DY_SUM,
@@ -76,8 +76,7 @@ def channel_sums(
     A,
     width,
     S,
-    slab,
-    slabs,
+    shares,
     C,
     D,
     eps: tl.float64,
@@ -104,9 +103,9 @@ def channel_sums(
     width, S = inner_in_units(width, S, LAST, UNIT)
     program = first_program().to(tl.int32)
     part, sample, channels, live, walk = walk_of_program(
-        program, A, width, S, slab, slabs, LAST, UNIT, EVEN, SAMPLES, ROWS, POSITIONS
+        program, A, width, S, shares, LAST, UNIT, EVEN, SAMPLES, ROWS, POSITIONS
     )
-    _, first, step, steps, there = walk
+    _, first, step, steps, left, pace = walk
     sets = statistics_of(sample, channels, width, C, D, LAST, GROUPED)
     mean, rstd = load_channel_stats(MEAN, RSTD, sets, live, eps, VARIANCE, ACC)
     if ACTIVATION is not None:
@@ -117,7 +116,7 @@ def channel_sums(
     dy_sum = tl.zeros([ROWS, POSITIONS], ACC)
     for i in tl.range(0, steps, num_stages=STAGES):
         offsets = first + i * step
-        mask = live & lanes_there(i, there, EVEN, SAMPLES, POSITIONS)
+        mask = live & lanes_there(i, left, pace, EVEN, POSITIONS)
         dy = widened(load(DY + offsets, mask), ACC)
         if DY_XHAT is not None or ACTIVATION is not None:
             xhat = normalized(load(X + offsets, mask), mean, rstd, ACC)
@@ -211,7 +210,7 @@ def channel_combine_backward(
             combine_channels(DB, None if GROUPED else C2, DY_SUM, W, program, parts, C, size, PARTS, CHANNELS)
 
 
-@triton.jit(do_not_specialize=["width", "S", "slab", "slabs", "C", "D"])
+@triton.jit(do_not_specialize=["width", "S", "shares", "C", "D"])
 def channel_apply_backward(
     DX,
     DY,
@@ -224,8 +223,7 @@ def channel_apply_backward(
     B,
     width,
     S,
-    slab,
-    slabs,
+    shares,
     C,
     D,
     eps: tl.float64,
@@ -247,9 +245,9 @@ def channel_apply_backward(
     let_next_launch(PDL)
     width, S = inner_in_units(width, S, LAST, UNIT)
     _, sample, channels, live, walk = walk_of_program(
-        last_ones_first(), 0, width, S, slab, slabs, LAST, UNIT, EVEN, 1, ROWS, POSITIONS
+        last_ones_first(), 0, width, S, shares, LAST, UNIT, EVEN, 1, ROWS, POSITIONS
     )
-    _, first, step, steps, there = walk
+    _, first, step, steps, left, pace = walk
     sets = statistics_of(sample, channels, width, C, D, LAST, GROUPED)
     mean, rstd = load_channel_stats(MEAN, RSTD, sets, live, eps, VARIANCE, ACC)
     w, b = load_parameters(W, B, sample, channels, width, C, live, LAST, PER_SAMPLE)
@@ -257,9 +255,10 @@ def channel_apply_backward(
         c1, c2 = load(C1 + sets, live), load(C2 + sets, live)
     else:
         c1, c2 = None, None
-    for i in tl.range(0, steps, num_stages=STAGES):
+    for turn in tl.range(0, steps, num_stages=STAGES):
+        i = steps - 1 - turn
         offsets = first + i * step
-        mask = live & lanes_there(i, there, EVEN, 1, POSITIONS)
+        mask = live & lanes_there(i, left, pace, EVEN, POSITIONS)
         dy = widened(load(DY + offsets, mask), ACC)
         if C1 is None and ACTIVATION is None:
             dx = rstd * affine_backward(dy, w, 0.0)

@@ -42,15 +42,6 @@ def last_ones_first():
 
 
 @triton.jit
-def channels_of_block(block, width, EVEN: tl.constexpr, ROWS: tl.constexpr):
-    """(sample, channel numbers ``[ROWS, 1]`` within it, which of them exist) of a block of ROWS channels."""
-    blocks = tl.cdiv(width, ROWS)
-    channels = (block % blocks) * ROWS + tl.arange(0, ROWS)[:, None]
-    live = tl.full([ROWS, 1], True, tl.int1) if EVEN else rows_live(channels, width, ROWS)
-    return block // blocks, channels, live
-
-
-@triton.jit
 def tile_offsets(sample, channels, start, width, S, LAST: tl.constexpr, POSITIONS: tl.constexpr):
     """Element offsets ``[ROWS, POSITIONS]`` of these channels at the positions from ``start`` on."""
     sample = sample.to(tl.int64)
@@ -100,8 +91,7 @@ def walk_of_program(
     A,
     width,
     S,
-    slab,
-    slabs,
+    shares,
     LAST: tl.constexpr,
     UNIT: tl.constexpr,
     EVEN: tl.constexpr,
@@ -109,29 +99,36 @@ def walk_of_program(
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """(row of the partials, sample, channels, their mask, walk) of a program, which walks tiles; walk: where the channels
-    begin, the first tile's element offsets, elements from one to the next, how many there are, and how many positions lie
-    before the program's end.
+    """(row of the partials, sample, channels ``[ROWS, 1]``, their mask, walk) of a program; walk: where the channels begin,
+    the first tile's element offsets, elements from one to the next, how many there are, how many positions lie from the
+    first one's on, and how many of them a turn leaves behind.
 
-    With SAMPLES == 1 they lie along a slab of one sample's positions; otherwise they are all positions of the channels, a
-    tile for each of SAMPLES samples.
+    With SAMPLES == 1 they are every ``shares``-th tile of one sample's positions, so that programs at work side by side
+    read what lies together, and what was read last is the end of it all; otherwise they are all positions of the channels,
+    a tile for each of SAMPLES samples.
     """
-    block, piece = program // slabs, program % slabs  # the slabs of a block lie side by side
-    team, channels, live = channels_of_block(block, width, EVEN, ROWS)
-    part = team.to(tl.int64) * slabs + piece
-    start = piece.to(tl.int64) * in_units(slab, POSITIONS)
-    if SAMPLES == 1:
-        there = tl.minimum(S - start, slab).to(tl.int32)
-        step = tl.full([], POSITIONS, tl.int64) * (width if LAST else 1)
-        steps = tl.cdiv(there, POSITIONS)
-        there = there if LAST else in_units(there, UNIT)
+    blocks = tl.cdiv(width, ROWS)
+    if LAST:  # programs side by side have the channels of the same positions
+        block, share, team = program % blocks, program // blocks % shares, program // blocks // shares
     else:
-        there = S
+        share, block, team = program % shares, program // shares % blocks, program // shares // blocks
+    channels = block * ROWS + tl.arange(0, ROWS)[:, None]
+    live = tl.full([ROWS, 1], True, tl.int1) if EVEN else rows_live(channels, width, ROWS)
+    part = team.to(tl.int64) * shares + share
+    start = share.to(tl.int64) * POSITIONS
+    if SAMPLES == 1:
+        left = (S - start).to(S.dtype)
+        pace = shares * POSITIONS
+        step = pace.to(tl.int64) * (width if LAST else 1)
+        steps = tl.cdiv(tl.cdiv(S, POSITIONS) - share, shares).to(tl.int32)
+    else:
+        left = S
+        pace = 0
         step = tl.full([], 1, tl.int64) * width * S
         steps = tl.minimum(A - team * SAMPLES, SAMPLES)
     begin = tile_offsets(team * SAMPLES, channels, start, width, S, LAST, 1)
     first = tile_offsets(team * SAMPLES, channels, start, width, S, LAST, POSITIONS)
-    return part, team * SAMPLES, channels, live, (begin, first, step, steps, there)
+    return part, team * SAMPLES, channels, live, (begin, first, step, steps, left, pace)
 
 
 @triton.jit
@@ -179,24 +176,43 @@ def load_pivot(X, first, others, live, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def lanes_there(turn, there, EVEN: tl.constexpr, SAMPLES: tl.constexpr, POSITIONS: tl.constexpr):
-    """Which lanes of a walk's tile ``turn`` have an element, ``[1, POSITIONS]``."""
-    lanes = tl.arange(0, POSITIONS)[None, :]
-    if EVEN:
-        return tl.full([1, POSITIONS], True, tl.int1)
-    elif SAMPLES == 1:
-        return lanes < there - turn * POSITIONS
-    else:
-        return lanes < there
+def load_center(X, offsets, mask, n, ACC: tl.constexpr):
+    """What distances of 16-bit numbers are taken from, so that they are exact: the mean of each row's elements where
+    ``mask`` is, which are n, to as many bits as they have. Or 0, where it is not larger than half their mean size (nearer 0
+    its own last bit is below what the distances have room for), or not finite.
+    """
+    x = load(X + offsets, mask)
+    total, size = row_sums(widened(x, ACC), tl.abs(widened(x, ACC)))
+    center = (total / n).to(x.dtype).to(ACC)
+    return tl.where((tl.abs(total) > 0.5 * size) & (tl.abs(center) < float("inf")), center, 0.0)
 
 
 @triton.jit
-def lane_counts(steps, there, EVEN: tl.constexpr, SAMPLES: tl.constexpr, ACC: tl.constexpr, POSITIONS: tl.constexpr):
+def lanes_there(turn, left, pace, EVEN: tl.constexpr, POSITIONS: tl.constexpr):
+    """Which lanes of a walk's tile ``turn`` have an element, ``[1, POSITIONS]``."""
+    if EVEN:
+        return tl.full([1, POSITIONS], True, tl.int1)
+    else:
+        return tl.arange(0, POSITIONS)[None, :] < left - turn * pace
+
+
+@triton.jit
+def lane_counts(steps, left, pace, EVEN: tl.constexpr, SAMPLES: tl.constexpr, ACC: tl.constexpr, POSITIONS: tl.constexpr):
     """How many elements of a row each lane of a walk has, ``[1, POSITIONS]``: one of all tiles but perhaps the last, or, of
     samples, one of all or none.
     """
     missed = 1 if SAMPLES == 1 else steps
-    return (steps - tl.where(lanes_there(steps - 1, there, EVEN, SAMPLES, POSITIONS), 0, missed)).to(ACC)
+    return (steps - tl.where(lanes_there(steps - 1, left, pace, EVEN, POSITIONS), 0, missed)).to(ACC)
+
+
+@triton.jit
+def walked_count(steps, left, pace, SAMPLES: tl.constexpr, POSITIONS: tl.constexpr):
+    """How many elements of a row a program has, ``[1, 1]`` and fp64."""
+    n = tl.zeros([1, 1], tl.float64)
+    if SAMPLES == 1:
+        return n + (steps - 1) * POSITIONS + tl.minimum(left - (steps - 1) * pace, POSITIONS)
+    else:
+        return n + left * steps
 
 
 @triton.jit

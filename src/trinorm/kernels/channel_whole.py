@@ -104,7 +104,7 @@ def moments_of_runs(
         mean += delta * share
         squares += delta * (x - mean)
     of_row = tl.maximum(tl.cdiv(RUNS - tl.arange(0, ROWS)[:, None], ROWS), 0).to(tl.float64) * S
-    mean, squares, _ = merged_positions(mean, squares, count, of_row)
+    mean, squares = merged_positions(mean, squares, count, of_row)
     # The same over rows, by Chan's rule.
     center = tl.sum(mean * of_row, axis=0, keep_dims=True) / tl.sum(of_row, axis=0, keep_dims=True)
     shift = mean - center

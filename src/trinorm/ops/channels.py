@@ -108,17 +108,17 @@ def _take_statistics(
         # A group's channels lie one after the other: one channel of as many times the positions.
         view, d = View(view.samples, problem.num_groups, view.s * d, False).one_sample(), 1
     plan = choose_sums(*view[:3], widest(x.dtype, stats), 1, view.last, spec.over_samples, size)
-    teams, blocks, slabs = plan.programs(*view[:3])
-    means, squares = (empty((teams * slabs, view.width), torch.float64, device) for _ in range(2))
+    parts = plan.partials(view.samples)
+    means, squares = (empty((parts, view.width), torch.float64, device) for _ in range(2))
     pivots = empty_like(means) if stats == torch.float64 else None
-    args: tuple[Any, ...] = (means, pivots, squares, x, *view[:3], plan.slab, slabs, problem.eps)
+    args: tuple[Any, ...] = (means, pivots, squares, x, *view[:3], plan.shares, problem.eps)
     options = _walked(view, plan, stats, size) | dict(SAMPLES=plan.samples, RESCUE=stats == torch.float32)
-    launch(channel_moments, (teams * blocks * slabs,), device, args, options)
+    launch(channel_moments, (plan.programs(*view[:2]),), device, args, options)
 
-    outer, parts = (1, teams * slabs) if spec.over_samples else (view.samples, slabs)
+    outer, parts = (1, parts) if spec.over_samples else (view.samples, plan.shares)
     samples = (view.samples, plan.samples) if spec.over_samples else (1, 1)
     combine = choose_combine(d, parts * d)
-    shape = samples[0], view.s, plan.slab, slabs, parts, d, view.width, samples[1]
+    shape = samples[0], view.s, plan.tile.chunk, plan.shares, parts, d, view.width, samples[1]
     args = (*statistics, means, pivots, squares, *shape, problem.eps, momentum)
     options = dict(K=combine.k, SETS=combine.sets, **started_by(combine, size))
     launch(channel_combine, (outer * -(-(view.width // d) // combine.sets),), device, args, options)
@@ -140,12 +140,11 @@ def apply(
     view, size = view_of(problem.spec, x).one_sample(), describe(x.device)
     stats = accumulator_dtype(x, weight, bias, mean, rstd)
     plan = choose_apply(*view[:3], widest(x.dtype, stats), 1, view.last, size)
-    teams, blocks, slabs = plan.programs(*view[:3])
     channels = x.shape[1]
-    shape = view.width, view.s, plan.slab, slabs, channels, channels // problem.num_groups
+    shape = view.width, view.s, plan.shares, channels, channels // problem.num_groups
     args = (y, x, mean, rstd, weight, bias, residual, *shape, problem.eps)
     options = _walked(view, plan, stats, size) | _of_channels(problem, weight, bias)
-    launch(channel_apply, (teams * blocks * slabs,), x.device, args, options)
+    launch(channel_apply, (plan.programs(*view[:2]),), x.device, args, options)
     return y
 
 
@@ -201,11 +200,10 @@ def backward(
             problem, dy, bias = problem._replace(activation=None), dz, None
         size, view, channels = describe(x.device), view_of(problem.spec, x).one_sample(), x.shape[1]
         plan = choose_apply(*view[:3], widest(x.dtype, stats), 2, view.last, size)
-        teams, blocks, slabs = plan.programs(*view[:3])
-        shape = view.width, view.s, plan.slab, slabs, channels, channels // problem.num_groups
+        shape = view.width, view.s, plan.shares, channels, channels // problem.num_groups
         args = (dx_out, dy, x, mean, rstd, c1, c2, weight, bias, *shape, problem.eps)
         options = _walked(view, plan, stats, size) | _of_channels(problem, weight, bias)
-        launch(channel_apply_backward, (teams * blocks * slabs,), x.device, args, options)
+        launch(channel_apply_backward, (plan.programs(*view[:2]),), x.device, args, options)
     return found
 
 
@@ -231,28 +229,27 @@ def _sum(
     if not across or of_samples:
         view = view.one_sample()
     plan = choose_sums(*view[:3], widest(x.dtype, stats), 2, view.last, across and not of_samples, size)
-    teams, blocks, slabs = plan.programs(*view[:3])
     dy_xhat, dy_sum = (
-        empty((teams * slabs, view.width), stats, device) if c1 is not None or asked is not None else None
+        empty((plan.partials(view.samples), view.width), stats, device) if c1 is not None or asked is not None else None
         for asked in (dw, db)
     )
     d = channels // problem.num_groups
     args: tuple[Any, ...] = (dy_xhat, dy_sum, dz, dy, x, mean, rstd, weight, bias, residual)
-    args = (*args, *view[:3], plan.slab, slabs, channels, d, problem.eps)
+    args = (*args, *view[:3], plan.shares, channels, d, problem.eps)
     options = _walked(view, plan, stats, size) | _of_channels(problem, weight, bias) | dict(SAMPLES=plan.samples)
-    launch(channel_sums, (teams * blocks * slabs,), device, args, options)
+    launch(channel_sums, (plan.programs(*view[:2]),), device, args, options)
 
     if dy_xhat is None and dy_sum is None:
         return
     # dw and db are sums over all parts, or over those of a sample.
     outers, wide = (view.samples, view.width) if of_samples else (1, channels)
-    parts = teams * slabs * view.width // (outers * wide)
-    sets, of_channels = choose_combine(d, slabs * d), choose_combine(1, parts)
+    parts = plan.partials(view.samples) * view.width // (outers * wide)
+    sets, of_channels = choose_combine(d, plan.shares * d), choose_combine(1, parts)
     grouped = c1 is not None and not across
     set_programs = view.samples * -(-(view.width // d) // sets.sets) if grouped else 0
     channel_programs = outers * -(-wide // of_channels.sets) if dw is not None or db is not None or not grouped else 0
     weights = 1 if weight is None else weight.numel()
-    shape = slabs, d, view.width, parts, wide, weights, set_programs, float(x.numel() // mean.numel())
+    shape = plan.shares, d, view.width, parts, wide, weights, set_programs, float(x.numel() // mean.numel())
     tile = dict(K=sets.k, SETS=sets.sets, PARTS=of_channels.k, CHANNELS=of_channels.sets)
     options = dict(GROUPED=not across, **tile, **started_by(sets, size))
     options.update(num_warps=max(sets.warps, of_channels.warps))

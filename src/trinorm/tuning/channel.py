@@ -125,11 +125,11 @@ def _walk(
     programs = per_sm * device.multiprocessors
     if over_samples and columns == 1:
         together = min(samples, _MOST_TILES, max(1, int(blocks // programs)))
-        return ChannelWalk(tile, tile.chunk, together, stages if together > 1 else 1)
+        return ChannelWalk(tile, 1, together, stages if together > 1 else 1)
     # As many programs as are at work at once, if each has a tile, with shares as equal as they can be.
-    slabs = min(columns, max(-(-columns // _MOST_TILES), int(programs // blocks)))
-    steps = -(-columns // slabs)
-    return ChannelWalk(tile, tile.chunk * steps, 1, stages if steps > 1 else 1)
+    shares = min(columns, max(-(-columns // _MOST_TILES), int(programs // blocks)))
+    steps = -(-columns // shares)
+    return ChannelWalk(tile, -(-columns // steps), 1, stages if steps > 1 else 1)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -136,18 +136,26 @@ class RowBackwardWide:
 
 @dataclass(frozen=True)
 class ChannelWalk:
-    """A program walks tiles of channels × positions, ``stages`` deep: ``slab`` positions of one sample, or all of those of
-    ``samples``.
+    """A program walks tiles of channels × positions, ``stages`` deep: one of the ``shares`` of a sample's positions, or all
+    of those of ``samples``.
     """
 
     tile: Tile
-    slab: int
+    shares: int
     samples: int
     stages: int
 
-    def programs(self, samples: int, width: int, s: int) -> tuple[int, int, int]:
-        """How many (teams of samples, blocks of channels, slabs of positions) make up the grid."""
-        return -(-samples // self.samples), -(-width // self.tile.rows), -(-s // self.slab)
+    def programs(self, samples: int, width: int) -> int:
+        """How many make up the grid: teams of samples, blocks of channels, shares of positions."""
+        return self.teams(samples) * -(-width // self.tile.rows) * self.shares
+
+    def teams(self, samples: int) -> int:
+        """How many have a block of channels' samples between them."""
+        return -(-samples // self.samples)
+
+    def partials(self, samples: int) -> int:
+        """How many there are of each channel's sums."""
+        return self.teams(samples) * self.shares
 
 
 @dataclass(frozen=True)
