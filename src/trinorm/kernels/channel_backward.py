@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .activation import through_activation
 from .affine import NO_WEIGHT, affine_backward
-from .channel import partials_of, sets_of_program
+from .channel_combine import partials_of, sets_of_program
 from .channel_tiles import (
     inner_in_units,
     lanes_there,

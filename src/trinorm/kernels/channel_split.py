@@ -14,8 +14,8 @@ import triton.language as tl
 
 from .activation import activated, before_activation
 from .affine import affine_backward
-from .channel import update_running
 from .channel_backward import gradient_of
+from .channel_combine import update_running
 from .channel_tiles import centered_moments, in_units
 from .channel_whole import load_parameters_of_runs, pivot_of_run, runs_of, tile_of_turn, turns_of
 from .index import first_program, load, widened

@@ -15,8 +15,9 @@ import triton.language as tl
 
 from .activation import activated, before_activation
 from .affine import NO_BIAS, NO_WEIGHT, affine_backward
-from .channel import merged_positions, scaled_back, update_running
+from .channel import merged_positions, scaled_back
 from .channel_backward import gradient_of
+from .channel_combine import update_running
 from .channel_tiles import in_units, load_pivot
 from .index import first_program, load, load_or, widened
 from .overlap import let_next_launch, wait_for_previous

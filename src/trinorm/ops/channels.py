@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..channel_reference import Averages, ChannelGradients
-from ..kernels.channel import channel_apply, channel_combine, channel_moments
+from ..kernels.channel import channel_apply, channel_moments
 from ..kernels.channel_backward import channel_apply_backward, channel_combine_backward, channel_sums
+from ..kernels.channel_combine import channel_combine
 from ..kernels.channel_held import held_backward, held_forward
 from ..kernels.channel_split import EXCHANGES, split_backward, split_forward
 from ..kernels.channel_whole import channel_backward, channel_forward
