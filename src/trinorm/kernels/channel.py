@@ -42,6 +42,7 @@ def walked_moments(
     X,
     live,
     walk,
+    stride,
     eps,
     EVEN: tl.constexpr,
     SAMPLES: tl.constexpr,
@@ -51,14 +52,13 @@ def walked_moments(
     POSITIONS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """(mean from the pivot on, sum of squares about it, pivot) of each of a program's channels, fp64. RESCUE: also where
-    squares leave fp32's range.
+    """(mean from the pivot on, sum of squares about it, pivot) of each of a program's channels, fp64. stride: elements
+    from a position to the next. RESCUE: also where squares leave fp32's range.
     """
-    _, first, _, steps, left, pace = walk
+    begin, _, _, steps, left, pace = walk
     n = walked_count(steps, left, pace, SAMPLES, POSITIONS)
     if X.dtype.element_ty.primitive_bitwidth == 16:
-        there = tl.minimum(left, POSITIONS).to(ACC)
-        pivot = load_center(X, first, live & lanes_there(0, left, pace, EVEN, POSITIONS), there, ACC)
+        pivot = load_center(X, begin, stride, left, live, ACC)
         scale = tl.full([ROWS, 1], 1.0, ACC)
         total, squares = summed_moments(X, live, walk, pivot, scale, EVEN, ACC, ROWS, POSITIONS, STAGES)
         if RESCUE and X.dtype.element_ty != tl.float16:
@@ -236,7 +236,8 @@ def channel_moments(
     part, _, channels, live, walk = walk_of_program(
         program, A, width, S, shares, LAST, UNIT, EVEN, SAMPLES, ROWS, POSITIONS
     )
-    mean, squares, pivot = walked_moments(X, live, walk, eps, EVEN, SAMPLES, ACC, RESCUE, ROWS, POSITIONS, STAGES)
+    stride = width if LAST else 1
+    mean, squares, pivot = walked_moments(X, live, walk, stride, eps, EVEN, SAMPLES, ACC, RESCUE, ROWS, POSITIONS, STAGES)
     if PIVOTS is not None:
         store_partial(PIVOTS, part, width, channels, pivot, live)
     else:

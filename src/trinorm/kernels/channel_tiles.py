@@ -176,14 +176,21 @@ def load_pivot(X, first, others, live, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_center(X, offsets, mask, n, ACC: tl.constexpr):
-    """What distances of 16-bit numbers are taken from, so that they are exact: the mean of each row's elements where
-    ``mask`` is, which are n, to as many bits as they have. Or 0, where it is not larger than half their mean size (nearer 0
-    its own last bit is below what the distances have room for), or not finite.
+def load_center(X, first, stride, left, live, ACC: tl.constexpr):
+    """What distances of 16-bit numbers are taken from, so that they are exact: the mean of four elements of each statistic,
+    or of one where positions are fewer, to as many bits as they have. Or 0, where it is not larger than half their mean
+    size (nearer 0 its own last bit is below what the distances have room for), or not finite.
+
+    first: where the statistics begin, ``live``; stride: from there to the next of ``left`` positions. Four, as they need no
+    sum over lanes, for which the walk would wait (4.5 µs of 12.8 of BatchNorm 32x1024x14x14, by a whole tile).
     """
-    x = load(X + offsets, mask)
-    total, size = row_sums(widened(x, ACC), tl.abs(widened(x, ACC)))
-    center = (total / n).to(x.dtype).to(ACC)
+    total = tl.zeros(first.shape, ACC)
+    size = tl.zeros(first.shape, ACC)
+    for i in tl.static_range(4):
+        x = widened(load(X + first + (i * stride if left > i else 0), live), ACC)
+        total += x
+        size += tl.abs(x)
+    center = (total * 0.25).to(X.dtype.element_ty).to(ACC)
     return tl.where((tl.abs(total) > 0.5 * size) & (tl.abs(center) < float("inf")), center, 0.0)
 
 
