@@ -1,12 +1,13 @@
 """Channel norms, forward: y = (x - mean)·rstd·w + b with the statistics of a group of channels of a sample (GroupNorm,
 InstanceNorm), or of a channel over all samples (BatchNorm).
 
-- ``channel_moments``  mean and sum of squares about it, of each channel in a share of the positions (or of samples)
+- ``channel_moments``  sums of distances from a pivot, and of their squares, of each channel in a share of the positions
+                       (or of samples)
 - ``channel_apply``    y, in a second reading of x
 
 Between them channel_combine.py makes statistics of the partials. channel_tiles.py says what a program owns. Partials are
-``[parts, width]``, and fp64 whatever x is: they are few, nothing is lost where a mean is large and a variance small, and
-squares beyond fp32's range fit.
+``[parts, width]``, and fp64 whatever x is: they are few, nothing is lost in adding them up, and squares beyond fp32's range
+fit.
 """
 
 import triton
@@ -24,6 +25,7 @@ from .channel_tiles import (
     load_pivot,
     statistics_of,
     store_partial,
+    tile_offsets,
     walk_of_program,
     walked_count,
 )
@@ -38,11 +40,13 @@ _SINK: tl.constexpr = tl.constexpr(2.0**-70)
 
 
 @triton.jit
-def walked_moments(
+def walked_sums(
     X,
+    origin,
+    stride,
+    S,
     live,
     walk,
-    stride,
     eps,
     EVEN: tl.constexpr,
     SAMPLES: tl.constexpr,
@@ -52,39 +56,41 @@ def walked_moments(
     POSITIONS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """(mean from the pivot on, sum of squares about it, pivot) of each of a program's channels, fp64. stride: elements
-    from a position to the next. RESCUE: also where squares leave fp32's range.
+    """(sum of the distances from the pivot, of their squares, both fp64; pivot) of each of a program's channels. origin:
+    where the pivots come from; stride: from there to the next of S positions. RESCUE: also where squares leave fp32.
     """
-    begin, _, _, steps, left, pace = walk
+    _, _, steps, left, pace = walk
     n = walked_count(steps, left, pace, SAMPLES, POSITIONS)
     if X.dtype.element_ty.primitive_bitwidth == 16:
-        pivot = load_center(X, begin, stride, left, live, ACC)
+        pivot = load_center(X, origin, stride, S, live, ACC)
         scale = tl.full([ROWS, 1], 1.0, ACC)
-        total, squares = summed_moments(X, live, walk, pivot, scale, EVEN, ACC, ROWS, POSITIONS, STAGES)
+        sum_, squared = plain_sums(X, live, walk, pivot, scale, EVEN, ACC, ROWS, POSITIONS, STAGES)
+        total, squares = sum_.to(tl.float64), squared.to(tl.float64)
         if RESCUE and X.dtype.element_ty != tl.float16:
-            power = squares / n.to(ACC) + tl.full([1, 1], eps, ACC)
+            power = squared * (1.0 / n).to(ACC) + tl.full([1, 1], eps, ACC)
             good = trusted(power) | ~live
             if tl.min(good.to(tl.int32)) == 0:
                 scale = tl.where(good, 1.0, tl.where(power <= 1.0, _LIFT, _SINK))
-                total, squares = summed_moments(X, live, walk, pivot, scale, EVEN, ACC, ROWS, POSITIONS, 1)
-        unit = 1.0 / scale.to(tl.float64)
-        mean = total.to(tl.float64) / n
-        squares = squares.to(tl.float64) - mean * total.to(tl.float64)
-        squares = tl.where(squares < 0.0, 0.0, squares) * unit * unit
-        mean *= unit
+                unit = 1.0 / scale.to(tl.float64)
+                sum_, squared = plain_sums(X, live, walk, pivot, scale, EVEN, ACC, ROWS, POSITIONS, 1)
+                total, squares = sum_.to(tl.float64) * unit, squared.to(tl.float64) * unit * unit
     else:
-        mean, squares, pivot = recurrent_moments(X, live, walk, n, EVEN, SAMPLES, ACC, ROWS, POSITIONS, STAGES)
+        lanes = tl.arange(0, POSITIONS)[None, :]
+        pivot = load_pivot(X, origin, lanes * stride, live, live & (lanes < S), ACC)
+        mean, squares = recurrent_moments(X, live, walk, n, pivot, EVEN, SAMPLES, ACC, ROWS, POSITIONS, STAGES)
         if RESCUE:
             good = trusted(squares / n + eps) | ~live
             if tl.min(good.to(tl.int32)) == 0:
                 mean_again, squares_again = rescued_walk(X, live, walk, n, EVEN, ACC, ROWS, POSITIONS)
                 mean = tl.where(good, mean, mean_again - pivot.to(tl.float64))
                 squares = tl.where(good, squares, squares_again)
-    return mean, squares, pivot.to(tl.float64)
+        total = mean * n
+        squares += mean * total
+    return total, squares, pivot
 
 
 @triton.jit
-def summed_moments(
+def plain_sums(
     X,
     live,
     walk,
@@ -100,7 +106,7 @@ def summed_moments(
     whose distances are exact in fp32. What is lost, as the pivot is the mean of a tile and not of all, is far below what
     y's 16 bits show.
     """
-    _, first, step, steps, left, pace = walk
+    first, step, steps, left, pace = walk
     total = tl.zeros([ROWS, POSITIONS], ACC)
     squares = tl.zeros([ROWS, POSITIONS], ACC)
     for i in tl.range(0, steps, num_stages=STAGES):
@@ -117,6 +123,7 @@ def recurrent_moments(
     live,
     walk,
     n,
+    pivot,
     EVEN: tl.constexpr,
     SAMPLES: tl.constexpr,
     ACC: tl.constexpr,
@@ -124,9 +131,10 @@ def recurrent_moments(
     POSITIONS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Those of wider numbers, by Welford's recurrence in each lane over its own elements; lanes are merged at the end."""
-    begin, first, step, steps, left, pace = walk
-    pivot = load_pivot(X, begin, first - begin, live, live & lanes_there(0, left, pace, EVEN, POSITIONS), ACC)
+    """(mean from the pivot on, sum of squares about it), fp64, of wider numbers: by Welford's recurrence in each lane over
+    its own elements, and lanes merged at the end.
+    """
+    first, step, steps, left, pace = walk
     mean = tl.zeros([ROWS, POSITIONS], ACC)
     squares = tl.zeros([ROWS, POSITIONS], ACC)
     turn = tl.zeros([1, 1], ACC)
@@ -139,8 +147,7 @@ def recurrent_moments(
         mean += delta * (1.0 / turn)
         squares += delta * (x - mean)
     count = lane_counts(steps, left, pace, EVEN, SAMPLES, ACC, POSITIONS)
-    mean, squares = merged_positions(mean, squares, count, n)
-    return mean, squares, pivot
+    return merged_positions(mean, squares, count, n)
 
 
 @triton.jit
@@ -159,7 +166,7 @@ def rescued_walk(
     It is rare, so it takes three plain readings, which need fewer registers than the recurrence: those of what is rare are
     kept for it always.
     """
-    _, first, step, steps, left, pace = walk
+    first, step, steps, left, pace = walk
     largest = tl.zeros([ROWS, POSITIONS], ACC)
     for i in tl.range(0, steps):
         mask = live & lanes_there(i, left, pace, EVEN, POSITIONS)
@@ -205,15 +212,16 @@ def merged_positions(mean, squares, count, n):
 
 @triton.jit(do_not_specialize=["A", "width", "S", "shares"])
 def channel_moments(
-    MEANS,
-    PIVOTS,
+    TOTALS,
     SQUARES,
+    PIVOTS,
     X,
     A,
     width,
     S,
     shares,
     eps: tl.float64,
+    OVER_SAMPLES: tl.constexpr,
     LAST: tl.constexpr,
     UNIT: tl.constexpr,
     EVEN: tl.constexpr,
@@ -227,23 +235,25 @@ def channel_moments(
 ):
     """A block of ROWS channels a program, and of each a share of one sample's positions, or all of SAMPLES samples'.
 
-    PIVOTS: what MEANS count from; None is 0, as far as fp64 has digits enough for both (x is not fp64).
+    PIVOTS: what the distances of each channel are taken from, of each sample, or OVER_SAMPLES of all, ``[samples, width]``;
+    all programs that have the channel find the same one.
     """
     wait_for_previous(PDL)
     let_next_launch(PDL)
     width, S = inner_in_units(width, S, LAST, UNIT)
     program = first_program().to(tl.int32)
-    part, _, channels, live, walk = walk_of_program(
+    part, sample, channels, live, walk = walk_of_program(
         program, A, width, S, shares, LAST, UNIT, EVEN, SAMPLES, ROWS, POSITIONS
     )
+    whose = sample * 0 if OVER_SAMPLES else sample
+    origin = tile_offsets(whose, channels, 0, width, S, LAST, 1)
     stride = width if LAST else 1
-    mean, squares, pivot = walked_moments(X, live, walk, stride, eps, EVEN, SAMPLES, ACC, RESCUE, ROWS, POSITIONS, STAGES)
-    if PIVOTS is not None:
-        store_partial(PIVOTS, part, width, channels, pivot, live)
-    else:
-        mean += pivot
-    store_partial(MEANS, part, width, channels, mean, live)
+    total, squares, pivot = walked_sums(
+        X, origin, stride, S, live, walk, eps, EVEN, SAMPLES, ACC, RESCUE, ROWS, POSITIONS, STAGES
+    )
+    store_partial(TOTALS, part, width, channels, total, live)
     store_partial(SQUARES, part, width, channels, squares, live)
+    store_partial(PIVOTS, whose.to(tl.int64), width, channels, pivot, live & (part == whose.to(tl.int64) * shares))
 
 
 @triton.jit(do_not_specialize=["width", "S", "shares", "C", "D"])
@@ -281,7 +291,7 @@ def channel_apply(
     _, sample, channels, live, walk = walk_of_program(
         last_ones_first(), 0, width, S, shares, LAST, UNIT, EVEN, 1, ROWS, POSITIONS
     )
-    _, first, step, steps, left, pace = walk
+    first, step, steps, left, pace = walk
     sets = statistics_of(sample, channels, width, C, D, LAST, GROUPED)
     mean, rstd = load_channel_stats(MEAN, RSTD, sets, live, eps, VARIANCE, ACC)
     w, b = load_parameters(W, B, sample, channels, width, C, live, LAST, PER_SAMPLE)

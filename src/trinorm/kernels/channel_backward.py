@@ -105,7 +105,7 @@ def channel_sums(
     part, sample, channels, live, walk = walk_of_program(
         program, A, width, S, shares, LAST, UNIT, EVEN, SAMPLES, ROWS, POSITIONS
     )
-    _, first, step, steps, left, pace = walk
+    first, step, steps, left, pace = walk
     sets = statistics_of(sample, channels, width, C, D, LAST, GROUPED)
     mean, rstd = load_channel_stats(MEAN, RSTD, sets, live, eps, VARIANCE, ACC)
     if ACTIVATION is not None:
@@ -247,7 +247,7 @@ def channel_apply_backward(
     _, sample, channels, live, walk = walk_of_program(
         last_ones_first(), 0, width, S, shares, LAST, UNIT, EVEN, 1, ROWS, POSITIONS
     )
-    _, first, step, steps, left, pace = walk
+    first, step, steps, left, pace = walk
     sets = statistics_of(sample, channels, width, C, D, LAST, GROUPED)
     mean, rstd = load_channel_stats(MEAN, RSTD, sets, live, eps, VARIANCE, ACC)
     w, b = load_parameters(W, B, sample, channels, width, C, live, LAST, PER_SAMPLE)

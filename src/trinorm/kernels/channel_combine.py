@@ -1,5 +1,7 @@
-"""What channel_moments found in parts, of a statistic's channels and shares of positions, as one, by Chan's rule: mean and
-rstd, and running statistics.
+"""What channel_moments found in parts, of a statistic's channels and shares of positions, as one: mean and rstd, and
+running statistics. With the sums T of a channel's distances from its pivot p and Q of their squares, which parts add up,
+
+    Σ (x - p₀) = Σ T + n·(p - p₀),    Σ (x - p₀)² = Σ Q + 2·(p - p₀)·T + n·(p - p₀)²     over channels of n elements
 """
 
 import triton
@@ -29,50 +31,25 @@ def sets_of_program(program, C, D, SETS: tl.constexpr):
 
 
 @triton.jit
-def partial_counts(part, live, A, S, tile, shares, SAMPLES):
-    """How many elements each of some partials is made of, fp64. tile: the positions of one; the last may lack some.
-    The first of the shares have a tile more than the others, which asks for no division by each partial.
-    """
-    tiles = tl.cdiv(S, tile).to(tl.int32)
-    most = tl.cdiv(tiles, shares)
-    full = tiles - (most - 1) * shares
-    share = part % shares
-    positions = tl.where(share < full, most * tile, (most - 1) * tile).to(tl.float64)
-    lacked = tiles.to(tl.int64) * tile - S
-    positions -= tl.where(share == full - 1, lacked, 0).to(tl.float64)
-    samples = tl.minimum(A - part // shares * SAMPLES, SAMPLES)
-    return tl.where(live, positions * samples, 0.0)
-
-
-@triton.jit
-def load_means(MEANS, PIVOTS, base, offsets, live):
-    """Some partial means from ``base`` on."""
-    if PIVOTS is None:
-        return load(MEANS + offsets, live)
-    else:
-        return load(MEANS + offsets, live) + (load(PIVOTS + offsets, live) - base)
-
-
-@triton.jit
-def combined_moments(MEANS, PIVOTS, SQUARES, outer, sets, A, S, tile, shares, R, D, C, SAMPLES, K: tl.constexpr):
-    """(mean, sum of squares about it, count), each ``[1, SETS]`` and fp64. Partials are read twice."""
-    base = 0.0 if PIVOTS is None else load(PIVOTS + outer.to(tl.int64) * R * C + sets * D, sets < C // D)
-    count = tl.zeros([K, sets.shape[1]], tl.float64)
+def combined_moments(TOTALS, SQUARES, PIVOTS, outer, sets, R, D, C, n, K: tl.constexpr):
+    """(mean, sum of squares about it), each ``[1, SETS]`` and fp64. n: elements of a channel."""
+    pivots = PIVOTS + outer.to(tl.int64) * C + sets * D
+    base = load(pivots, sets < C // D).to(tl.float64)
     total = tl.zeros([K, sets.shape[1]], tl.float64)
-    for start in tl.range(0, R * D, K):
-        part, offsets, live = partials_of(start, outer, sets, R, D, C, K)
-        n = partial_counts(part, live, A, S, tile, shares, SAMPLES)
-        count += n
-        total += tl.where(live, load_means(MEANS, PIVOTS, base, offsets, live), 0.0) * n
-    count = tl.maximum(tl.sum(count, axis=0, keep_dims=True), 1.0)
-    mean = tl.sum(total, axis=0, keep_dims=True) / count
     squares = tl.zeros([K, sets.shape[1]], tl.float64)
     for start in tl.range(0, R * D, K):
         part, offsets, live = partials_of(start, outer, sets, R, D, C, K)
-        distance = load_means(MEANS, PIVOTS, base, offsets, live) - mean
-        n = partial_counts(part, live, A, S, tile, shares, SAMPLES)
-        squares += load(SQUARES + offsets, live) + tl.where(live, distance * distance * n, 0.0)
-    return mean + base, tl.sum(squares, axis=0, keep_dims=True), count
+        of_part = load(TOTALS + offsets, live)
+        channel = (start + tl.arange(0, K)[:, None]) % D
+        shift = tl.where(live, load(pivots + channel, live).to(tl.float64) - base, 0.0)
+        moved = tl.where(part == 0, n * shift, 0.0)  # once for each channel
+        total += of_part + moved
+        squares += load(SQUARES + offsets, live) + (2.0 * of_part + moved) * shift
+    count = n * D.to(tl.float64)
+    total = tl.sum(total, axis=0, keep_dims=True)
+    mean = total / count
+    squares = tl.sum(squares, axis=0, keep_dims=True) - mean * total
+    return mean + base, tl.where(squares < 0.0, 0.0, squares)
 
 
 @triton.jit
@@ -84,36 +61,35 @@ def update_running(RUNNING, sets, value, momentum, mask):
         tl.store(RUNNING + sets, kept.to(RUNNING.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["A", "S", "tile", "shares", "R", "D", "C", "SAMPLES"])
+@triton.jit(do_not_specialize=["R", "D", "C"])
 def channel_combine(
     MEAN,
     RSTD,
     VAR,
     RUNNING_MEAN,
     RUNNING_VAR,
-    MEANS,
-    PIVOTS,
+    TOTALS,
     SQUARES,
-    A,
-    S,
-    tile,
-    shares,
+    PIVOTS,
     R,
     D,
     C,
-    SAMPLES,
+    n: tl.float64,
     eps: tl.float64,
     momentum: tl.float64,
     K: tl.constexpr,
     SETS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """SETS statistics a program, of R parts of D channels each: mean and rstd; VAR (unbiased), running ones if given."""
+    """SETS statistics a program, of R parts of D channels each, of n elements: mean and rstd; VAR (unbiased), running ones
+    if given.
+    """
     wait_for_previous(PDL)
     let_next_launch(PDL)
     outer, sets = sets_of_program(first_program().to(tl.int32), C, D, SETS)
     mask = sets < C // D
-    mean, squares, count = combined_moments(MEANS, PIVOTS, SQUARES, outer, sets, A, S, tile, shares, R, D, C, SAMPLES, K)
+    mean, squares = combined_moments(TOTALS, SQUARES, PIVOTS, outer, sets, R, D, C, n, K)
+    count = n * D.to(tl.float64)
     where = outer.to(tl.int64) * (C // D) + sets
     tl.store(MEAN + where, mean.to(MEAN.dtype.element_ty), mask=mask)
     tl.store(RSTD + where, tl.rsqrt(squares / count + eps).to(RSTD.dtype.element_ty), mask=mask)

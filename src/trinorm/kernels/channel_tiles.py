@@ -99,9 +99,9 @@ def walk_of_program(
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """(row of the partials, sample, channels ``[ROWS, 1]``, their mask, walk) of a program; walk: where the channels begin,
-    the first tile's element offsets, elements from one to the next, how many there are, how many positions lie from the
-    first one's on, and how many of them a turn leaves behind.
+    """(row of the partials, sample, channels ``[ROWS, 1]``, their mask, walk) of a program; walk: the first tile's element
+    offsets, elements from one to the next, how many there are, how many positions lie from the first one's on, and how many
+    of them a turn leaves behind.
 
     With SAMPLES == 1 they are every ``shares``-th tile of one sample's positions, so that programs at work side by side
     read what lies together, and what was read last is the end of it all; otherwise they are all positions of the channels,
@@ -126,9 +126,8 @@ def walk_of_program(
         pace = 0
         step = tl.full([], 1, tl.int64) * width * S
         steps = tl.minimum(A - team * SAMPLES, SAMPLES)
-    begin = tile_offsets(team * SAMPLES, channels, start, width, S, LAST, 1)
     first = tile_offsets(team * SAMPLES, channels, start, width, S, LAST, POSITIONS)
-    return part, team * SAMPLES, channels, live, (begin, first, step, steps, left, pace)
+    return part, team * SAMPLES, channels, live, (first, step, steps, left, pace)
 
 
 @triton.jit
@@ -176,18 +175,18 @@ def load_pivot(X, first, others, live, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_center(X, first, stride, left, live, ACC: tl.constexpr):
+def load_center(X, origin, stride, S, live, ACC: tl.constexpr):
     """What distances of 16-bit numbers are taken from, so that they are exact: the mean of four elements of each statistic,
     or of one where positions are fewer, to as many bits as they have. Or 0, where it is not larger than half their mean
     size (nearer 0 its own last bit is below what the distances have room for), or not finite.
 
-    first: where the statistics begin, ``live``; stride: from there to the next of ``left`` positions. Four, as they need no
-    sum over lanes, for which the walk would wait (4.5 µs of 12.8 of BatchNorm 32x1024x14x14, by a whole tile).
+    origin: where the statistics begin, ``live``; stride: from there to the next of S positions. Four, as they need no sum
+    over lanes, for which the walk would wait (4.5 µs of 12.8 of BatchNorm 32x1024x14x14, by a whole tile).
     """
-    total = tl.zeros(first.shape, ACC)
-    size = tl.zeros(first.shape, ACC)
+    total = tl.zeros(origin.shape, ACC)
+    size = tl.zeros(origin.shape, ACC)
     for i in tl.static_range(4):
-        x = widened(load(X + first + (i * stride if left > i else 0), live), ACC)
+        x = widened(load(X + origin + (i * stride if i < S else 0), live), ACC)
         total += x
         size += tl.abs(x)
     center = (total * 0.25).to(X.dtype.element_ty).to(ACC)

@@ -109,18 +109,17 @@ def _take_statistics(
         # A group's channels lie one after the other: one channel of as many times the positions.
         view, d = View(view.samples, problem.num_groups, view.s * d, False).one_sample(), 1
     plan = choose_sums(*view[:3], widest(x.dtype, stats), 1, view.last, spec.over_samples, size)
-    parts = plan.partials(view.samples)
-    means, squares = (empty((parts, view.width), torch.float64, device) for _ in range(2))
-    pivots = empty_like(means) if stats == torch.float64 else None
-    args: tuple[Any, ...] = (means, pivots, squares, x, *view[:3], plan.shares, problem.eps)
+    parts, outer = plan.partials(view.samples), 1 if spec.over_samples else view.samples
+    totals, squares = (empty((parts, view.width), torch.float64, device) for _ in range(2))
+    sums = totals, squares, empty((outer, view.width), stats, device)
+    args: tuple[Any, ...] = (*sums, x, *view[:3], plan.shares, problem.eps)
     options = _walked(view, plan, stats, size) | dict(SAMPLES=plan.samples, RESCUE=stats == torch.float32)
+    options.update(OVER_SAMPLES=spec.over_samples)
     launch(channel_moments, (plan.programs(*view[:2]),), device, args, options)
 
-    outer, parts = (1, parts) if spec.over_samples else (view.samples, plan.shares)
-    samples = (view.samples, plan.samples) if spec.over_samples else (1, 1)
+    parts //= outer
     combine = choose_combine(d, parts * d)
-    shape = samples[0], view.s, plan.tile.chunk, plan.shares, parts, d, view.width, samples[1]
-    args = (*statistics, means, pivots, squares, *shape, problem.eps, momentum)
+    args = (*statistics, *sums, parts, d, view.width, float(x.numel() // (outer * view.width)), problem.eps, momentum)
     options = dict(K=combine.k, SETS=combine.sets, **started_by(combine, size))
     launch(channel_combine, (outer * -(-(view.width // d) // combine.sets),), device, args, options)
 
