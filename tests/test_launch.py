@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trinorm import functional, inspection, replay
-from trinorm.launch import describe, launch
+from trinorm.launch import _prepare_triton, describe, launch
 from trinorm.ops import CALLS, channel, rows
 from trinorm.ops.calls import Bounded
 from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
@@ -318,6 +319,19 @@ def test_a_profiler_that_comes_later_hears_every_launch() -> None:
         knobs.runtime.launch_enter_hook.remove(heard.append)
     functional.rms_norm(x, (768,))
     assert len(heard) == 1
+
+
+def test_triton_is_prepared_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its key and its driver: each waits here for the other. Where Triton has no such key, nothing is done."""
+    from triton.runtime import cache, driver
+
+    met = threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_device=met.wait))
+    monkeypatch.setattr(cache, "triton_key", met.wait)
+    _prepare_triton()
+    monkeypatch.delattr(cache, "triton_key")
+    met.abort()
+    _prepare_triton()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU compiles before its first call")
