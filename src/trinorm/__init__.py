@@ -1,7 +1,8 @@
 """trinorm: normalization for PyTorch, written in Triton.
 
-- ``trinorm.functional``  layer_norm and rms_norm, with torch.nn.functional's signatures
-- ``trinorm.nn``          LayerNorm and RMSNorm, subclasses of torch's
+- ``trinorm.functional``  layer_norm, rms_norm, group_norm, instance_norm and batch_norm, with torch.nn.functional's
+                          signatures, and channel_layer_norm
+- ``trinorm.nn``          the modules of these, subclasses of torch's
 - ``trinorm.replace``     swap a model's torch norms for these, in place
 - ``trinorm.options``     switches for the whole process: batch_invariant, autocast_keeps_dtype, inductor_fuses
 """

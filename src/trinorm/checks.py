@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,12 +39,35 @@ def dtype(op: str, name: str, t: Tensor) -> None:
         )
 
 
-def epsilon(op: str, eps: float) -> float:
-    """eps as a float; ValueError where it is negative or NaN, TypeError where it is no number."""
+def sizes(op: str, normalized_shape: Sequence[int]) -> torch.Size:
+    """normalized_shape as a Size; TypeError where it is no tuple or list of ints."""
     try:
-        usable = bool(eps >= 0)  # which NaN is not
+        if not isinstance(normalized_shape, (tuple, list)) or any(type(size) is bool for size in normalized_shape):
+            raise TypeError
+        return torch.Size(normalized_shape)
+    except TypeError:
+        hint = f"; for one dim write ({normalized_shape},)" if isinstance(normalized_shape, int) else ""
+        raise TypeError(
+            f"{op}(): normalized_shape must be a tuple or a list of ints, not {normalized_shape!r}{hint}"
+        ) from None
+
+
+def epsilon(op: str, eps: float) -> float:
+    """eps as a float; ValueError where it is negative or NaN, TypeError where it is no number, or one with a gradient."""
+    if type(eps) is float:
+        number = True
+    elif isinstance(eps, Tensor):
+        number = eps.dim() == 0 and not eps.requires_grad
+    elif isinstance(eps, numbers.Rational):  # a fraction is no number to torch
+        number = isinstance(eps, numbers.Integral)
+    else:
+        number = isinstance(eps, (numbers.Real, torch.SymFloat, torch.SymInt))
+    try:
+        usable = number and bool(eps >= 0)  # which NaN is not
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{op}(): eps must be a float, not {eps!r}") from None
+        number = False
+    if not number:
+        raise TypeError(f"{op}(): eps must be a float, not {eps!r}")
     if not usable:
         raise ValueError(f"{op}(): eps is {eps}; it must be a number >= 0")
     return float(eps)

@@ -17,6 +17,9 @@ _REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     if isinstance(ours, type) and isinstance(theirs := getattr(torch.nn, name, None), type)
 }
 
+# What those compute, as long as nobody puts another function in its place.
+_FORWARDS = {theirs: theirs.forward for theirs in _REPLACEMENTS}
+
 
 @dataclass(frozen=True)
 class Replaced:
@@ -113,6 +116,11 @@ def _obstacle(module: torch.nn.Module) -> str | None:
     """What keeps a torch norm of a known class from being swapped."""
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
+    if type(module).forward is not _FORWARDS[type(module)]:
+        return "torch's forward of its class was replaced"
+    eps = getattr(module, "eps", None)
+    if isinstance(eps, float) and not eps >= 0:
+        return f"its eps is {eps}, which trinorm's norms refuse"
     for name in ("weight", "bias"):
         t = getattr(module, name, None)
         if isinstance(t, torch.Tensor) and t.dtype not in KERNEL_DTYPES:

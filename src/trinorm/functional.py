@@ -121,8 +121,8 @@ def rms_norm(
         input: as :func:`layer_norm`.
         normalized_shape: the sizes of the dims that share statistics.
         weight: ``normalized_shape``, any of the dtypes above, not necessarily the input's; None is 1.
-        eps: added to the mean square, so in the input's units squared; >= 0. None is the epsilon of the dtype that the
-            statistics are computed in, as torch does it: 2^-23 for float16, bfloat16 and float32, 2^-52 for float64.
+        eps: added to the mean square, so in the input's units squared; >= 0. None is an epsilon of the input's
+            dtype, as torch has it: 2^-23 for float16, bfloat16 and float32, 2^-52 for float64.
         save, cast, batch_invariant: as :func:`layer_norm`.
 
     Returns:
@@ -223,27 +223,30 @@ def _check(
     checks.strided(op, "input", x)
     if x.is_nested:
         raise RuntimeError(f"{op}(): input is a nested tensor of layout {x.layout}; of these only torch.jagged is taken")
-    try:
-        shape = torch.Size(normalized_shape)
-    except TypeError:
-        hint = f"; for one dim write ({normalized_shape},)" if isinstance(normalized_shape, int) else ""
-        raise TypeError(f"{op}(): normalized_shape must be a sequence of ints, not {normalized_shape!r}{hint}") from None
-    dims = len(shape)
-    if x.shape[-dims:] != shape or dims == 0:
-        _refuse_shape(op, x, shape)
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is None:
-            continue
+    parameters = [(name, t) for name, t in (("weight", weight), ("bias", bias)) if t is not None]
+    for name, parameter in parameters:
         checks.tensor(op, name, parameter)
+    shape = checks.sizes(op, normalized_shape)
+    eps = checks.epsilon(op, eps)
+    if not shape:
+        raise RuntimeError(f"{op}(): normalized_shape is empty; it must name at least one dim")
+    for name, parameter in parameters:
         checks.strided(op, name, parameter)
         if parameter.shape != shape:
             raise RuntimeError(
                 f"{op}(): {name} has shape {tuple(parameter.shape)}, but normalized_shape is {tuple(shape)}; "
                 "they must be equal"
             )
+    dims = len(shape)
+    if x.shape[-dims:] != shape:
+        refused = ValueError if op == "rms_norm" and dims > x.dim() else RuntimeError  # as torch's
+        raise refused(
+            f"{op}(): normalized_shape is {tuple(shape)}, but input has shape {tuple(x.shape)}; "
+            f"the input's last {dims} dim(s) must be equal to it"
+        )
+    for name, parameter in parameters:
         checks.beside(op, name, parameter, x)
     checks.dtype(op, "input", x)
-    eps = checks.epsilon(op, eps)
     if not isinstance(save, str) or save not in ("input", "output"):
         raise ValueError(f"{op}(): save is {save!r}; it must be 'input' or 'output'")
     if not isinstance(cast, str) or cast not in CASTS:
@@ -258,13 +261,3 @@ def _check(
     elif not isinstance(batch_invariant, bool):
         raise TypeError(f"{op}(): batch_invariant must be True, False or None, not {batch_invariant!r}")
     return shape, eps, batch_invariant
-
-
-def _refuse_shape(op: str, x: Tensor, shape: torch.Size) -> None:
-    if not shape:
-        raise RuntimeError(f"{op}(): normalized_shape is empty; it must name at least one dim")
-    refused = ValueError if op == "rms_norm" and len(shape) > x.dim() else RuntimeError  # as torch's
-    raise refused(
-        f"{op}(): normalized_shape is {tuple(shape)}, but input has shape {tuple(x.shape)}; "
-        f"the input's last {len(shape)} dim(s) must be equal to it"
-    )

@@ -35,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     profile.add_parser(subparsers)
     tune.add_parser(subparsers)
     args = parser.parse_args(arguments)
-    status: int = args.func(args)
+    try:
+        status: int = args.func(args)
+    except KeyboardInterrupt:
+        return 130  # as a shell has it of what was interrupted
     return status
 
 
@@ -66,7 +69,7 @@ def names(known: Iterable[str]) -> Callable[[str], list[str]]:
     known = list(known)
 
     def parse(text: str) -> list[str]:
-        given = text.split(",")
+        given = list(dict.fromkeys(text.split(",")))
         if unknown := [name for name in given if name not in known]:
             raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(known)}")
         return given

@@ -69,7 +69,8 @@ def load_channel_stats(MEAN, RSTD, sets, live, eps, VARIANCE: tl.constexpr, ACC:
     mean = load(MEAN + sets, live).to(ACC)
     rstd = load(RSTD + sets, live).to(ACC)
     if VARIANCE:
-        rstd = tl.rsqrt(rstd + tl.full([1, 1], eps, ACC))
+        deviation = tl.sqrt(rstd + tl.full([1, 1], eps, ACC))
+        rstd = 1.0 / deviation if tl.float64 == ACC else tl.div_rn(1.0, deviation)  # tl.rsqrt is off by 2 units
     return mean, rstd
 
 
