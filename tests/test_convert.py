@@ -131,6 +131,7 @@ LEFT = {
     "a subclass": (lambda: MyLayerNorm(8), "subclass"),
     "replaced already": (_replaced_before, "already trinorm's"),
     "forward replaced": (_instance_forward, "forward was replaced"),
+    "an eps that is refused": (lambda: torch.nn.LayerNorm(8, eps=-1.0), "eps is -1.0"),
     "a subclass of ours": (lambda: type("Mine", (trinorm.nn.LayerNorm,), {})(8), "a subclass of trinorm's"),
     "scripted": (lambda: torch.jit.script(torch.nn.LayerNorm(8)), "scripted"),
     "another of torch's": (lambda: torch.nn.CrossMapLRN2d(2), "no kernel for this norm yet"),
@@ -153,6 +154,13 @@ def test_what_is_left_is_untouched_and_reported(kind: str) -> None:
     assert report.left[0].module in str(report)
     assert type(module) is cls
     assert module.__dict__ == state
+
+
+def test_a_class_whose_forward_was_replaced_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.LayerNorm, "forward", lambda self, x: x)
+    norm = torch.nn.LayerNorm(8)
+    assert "of its class" in trinorm.replace(norm).left[0].reason
+    assert type(norm) is torch.nn.LayerNorm
 
 
 def test_not_a_module() -> None:

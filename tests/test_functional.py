@@ -5,7 +5,11 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -300,6 +304,39 @@ def test_a_function_mode_sees_one_call(op: str, device: torch.device) -> None:
         assert torch.equal(y, expected)
 
 
+def test_an_iterator_leaves_nothing_behind(op: str, device: torch.device) -> None:
+    """It is refused before a call is kept, of which an empty normalized_shape would be another."""
+    x, norm = torch.randn(4, 8, device=device), getattr(functional, op)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="normalized_shape"):
+            norm(x, (n for n in (4, 8)))
+        with pytest.raises(RuntimeError, match="at least one dim"):
+            norm(x, [])
+
+
+@pytest.mark.parametrize(
+    "eps",
+    [torch.tensor(1e-3, requires_grad=True), torch.tensor([1e-3]), Fraction(1, 3), Decimal("0.1"), 1j, np.array(1e-3)],
+    ids=str,
+)
+def test_eps_that_is_no_number_of_torchs(op: str, eps: Any, device: torch.device) -> None:
+    """A gradient of eps would be dropped."""
+    x = torch.randn(2, 8, device=device)
+    for norm in (getattr(F, op), getattr(functional, op)):
+        with pytest.raises(TypeError, match="eps"):
+            norm(x, (8,), eps=eps)
+
+
+def test_types_are_looked_at_first(op: str, device: torch.device) -> None:
+    """As torch's parser of arguments does, whatever else is wrong."""
+    x = torch.randn(2, 8, device=device)
+    for norm in (getattr(F, op), getattr(functional, op)):
+        with pytest.raises(TypeError):
+            norm(x, (7,), eps="1e-5")
+        with pytest.raises(TypeError):
+            norm(x, (7,), weight=[1.0])
+
+
 def test_eps_as_a_tensor_is_a_number(op: str, device: torch.device) -> None:
     x = torch.randn(2, 8, device=device)
     assert torch.equal(getattr(functional, op)(x, (8,), eps=torch.tensor(1e-3)), getattr(functional, op)(x, (8,), eps=1e-3))
@@ -326,6 +363,10 @@ BAD: dict[str, tuple[tuple[object, ...], dict[str, object], type[Exception], str
     "empty shape": ((X, ()), {}, RuntimeError, "at least one dim"),
     "scalar input": ((torch.tensor(1.0), (1,)), {}, RuntimeError, "normalized_shape"),
     "an int for a shape": ((X, 3), {}, TypeError, r"write \(3,\)"),
+    "an iterator for a shape": ((X, iter((3,))), {}, TypeError, "tuple or a list"),
+    "a set for a shape": ((X, {3}), {}, TypeError, "tuple or a list"),
+    "bytes for a shape": ((X, b"\x03"), {}, TypeError, "tuple or a list"),
+    "True in the shape": ((X[:, :1], (True,)), {}, TypeError, "ints"),
     "a float in the shape": ((X, (3.0,)), {}, TypeError, "ints"),
     "a list for input": (([1.0], (1,)), {}, TypeError, "input must be a Tensor"),
     "weight of another shape": ((X, (3,), torch.ones(4)), {}, RuntimeError, r"weight has shape \(4,\)"),

@@ -101,9 +101,9 @@ class ChannelCall:
         """Of (x, weight, bias, mean, variance, residual): given statistics, or running ones."""
         if self._differentiated:
             return _apply(*inputs, self)
-        return self._results(*inputs)[0]  # type: ignore[return-value]
+        return self.results(*inputs)[0]  # type: ignore[return-value]
 
-    def _results(self, *inputs: Tensor | None) -> Results:
+    def results(self, *inputs: Tensor | None) -> Results:
         """(y, mean, rstd); of given statistics y alone."""
         results = (self._again or self._forward)(*inputs)
         if self._momentum is not None:
@@ -127,7 +127,7 @@ class ChannelCall:
         results, self._again = self._record(None if averaged else "forward", forward, *inputs)
         return results
 
-    def _backward(
+    def backward(
         self,
         wanted: tuple[bool, ...],
         dy: Tensor,
@@ -141,7 +141,7 @@ class ChannelCall:
         """(dx, dw, db, dr), those that are wanted. What was saved may come back in another layout or dtype, from a hook."""
         problem, (dx, dw, db, dr) = self._problem, wanted
         if problem.activation is None and dr:
-            return *self._backward((dx, dw, db, False), dy, x, weight, bias, residual, mean, rstd)[:3], dy
+            return *self.backward((dx, dw, db, False), dy, x, weight, bias, residual, mean, rstd)[:3], dy
         if not any(wanted):
             return (None,) * 4
         plain = are_plain(dy, x, weight, bias, residual, mean, rstd)
@@ -210,7 +210,7 @@ class _ChannelNorm(torch.autograd.Function):
         residual: Tensor | None,
         call: ChannelCall,
     ) -> Tensor | None:
-        y, *statistics = call._results(x, weight, bias, mean, var, residual)
+        y, *statistics = call.results(x, weight, bias, mean, var, residual)
         if call._problem.given:
             # The running ones may go on running before the backward, which is of what they were.
             statistics = [t.clone() for t in (mean, var) if t is not None]
@@ -222,7 +222,7 @@ class _ChannelNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, _, _, residual, _ = ctx.needs_input_grad
-        dx, dw, db, dr = ctx.call._backward((x, weight, bias, residual), dy, *ctx.saved_tensors)
+        dx, dw, db, dr = ctx.call.backward((x, weight, bias, residual), dy, *ctx.saved_tensors)
         return dx, dw, db, None, None, dr, None
 
 

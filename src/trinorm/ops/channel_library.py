@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from ..channel_reference import Averages
     from ..replay import Results
     from ..spec import Activation
+    from .channel import ChannelCall
+
+# The manner of a registered op's calls, which no caller of functional can name.
+_REGISTERED = object()
 
 
 def norm(
@@ -138,6 +142,29 @@ class _ChannelOp(Op):
         known = all(t.dtype in road.KERNEL_DTYPES for t in (x, *given))
         torch._check_not_implemented(known, lambda: f"{op}: a dtype other than {road.KERNEL_DTYPES}")
 
+    def _recalled(self, eps: float, num_groups: int, activation: str | None, db: Any, stats: Any, *inputs: Any) -> Any:
+        """The call that was kept of one like this: no dtype that db is to have, or of statistics, in a forward."""
+        from .channel import CALLS
+
+        return CALLS.recall((_REGISTERED, self.name, eps, num_groups, activation, db, stats), *inputs)
+
+    def _prepared(
+        self, eps: float, num_groups: int, activation: Any, db: Any, stats: Any, x: Tensor, *others: Tensor | None
+    ) -> tuple[ChannelCall, tuple[Any, ...]]:
+        """The call of these, and they as the kernels read them; kept for ``_recalled``, where they are so already."""
+        from .channel import CALLS, ChannelCall
+        from .channels import Problem
+
+        *parameters, residual = others
+        read = channels_readable(x)
+        inputs = read, *(None if t is None else dense(t) for t in parameters), beside(read, residual)
+        kept = all(now is before for now, before in zip(inputs, (x, *others), strict=True))
+        problem = Problem(self._spec, num_groups, eps, activation)
+        call = ChannelCall(problem, None, db, kept=kept, differentiated=True)
+        if kept:
+            CALLS.keep((_REGISTERED, self.name, eps, num_groups, activation, db, stats), call, x, *others)
+        return call, inputs
+
 
 class _Forward(_ChannelOp):
     arguments = (
@@ -187,18 +214,17 @@ class _Forward(_ChannelOp):
 
     def compute(self, *args: Any) -> Results:
         x, num_groups, weight, bias, residual, eps, activation = self._named(*args)
-        self._check(x, num_groups, weight, bias, residual, activation)
-        paired = (weight is None or weight.dim() == 1) and (bias is None or bias.dim() == 1)
-        paired = paired or not (weight is None or bias is None)
-        torch._check(paired, lambda: f"trinorm::{self.name}: of each sample's own there must be both weight and bias")
-        if not road.has_kernels(x) or not x.numel():
-            return self.composite(*args)
-        from . import channels
-
-        weight, bias = (None if t is None else dense(t) for t in (weight, bias))
-        problem = channels.Problem(self._spec, num_groups, eps, activation)
-        x = channels_readable(x)
-        y, *statistics = channels.forward(problem, x, weight, bias, beside(x, residual))
+        inputs = x, weight, bias, None, None, residual
+        call = self._recalled(eps, num_groups, activation, None, None, *inputs)
+        if call is None:
+            self._check(x, num_groups, weight, bias, residual, activation)
+            paired = (weight is None or weight.dim() == 1) and (bias is None or bias.dim() == 1)
+            paired = paired or not (weight is None or bias is None)
+            torch._check(paired, lambda: f"trinorm::{self.name}: of each sample's own there must be both weight and bias")
+            if not road.has_kernels(x) or not x.numel():
+                return self.composite(*args)
+            call, inputs = self._prepared(eps, num_groups, activation, None, None, *inputs)
+        y, *statistics = call.results(*inputs)
         shape = self._statistics_shape(x, num_groups)
         return y, *(None if t is None else t.view(shape) for t in statistics)
 
@@ -234,23 +260,23 @@ class _Backward(_ChannelOp):
 
     def compute(self, *args: Any) -> Results:
         dy, x, num_groups, weight, bias, residual, mean, rstd, eps, activation, dx, dw, db, dr = self._named(*args)
-        self._check(x, num_groups, weight, bias, residual, activation)
-        shape = self._statistics_shape(x, num_groups)
+        shape = self._statistics_shape(x, num_groups) if x.ndim > 1 else ()
         fits = dy.shape == x.shape and all(t.shape == shape and t.device == x.device for t in (mean, rstd))
         fits = fits and dy.device == x.device and dy.dtype in road.KERNEL_DTYPES and not (dw and weight is None)
         fits = fits and not (dr and (activation is None or residual is None))
         fits = fits and mean.dtype == rstd.dtype and rstd.dtype in (torch.float32, torch.float64)
         torch._check(fits, lambda: f"trinorm::{self.name}: dy, mean or rstd is not as the forward gives it")
-        if not road.has_kernels(x) or not x.numel():
-            return self.composite(*args)
-        from . import channels
-
-        weight, bias = (None if t is None else dense(t) for t in (weight, bias))
-        problem = channels.Problem(self._spec, num_groups, eps, activation)
-        wanted: dict[str, Any] = dict(dx=dx, dw=weight.dtype if dw and weight is not None else None, db=db, dr=bool(dr))
-        x = channels_readable(x)
-        tensors = dy, x, weight, bias, dense(mean), dense(rstd), beside(x, residual)
-        return channels.backward(problem, *tensors, **wanted)[: self.results]
+        inputs = x, weight, bias, mean.flatten(), rstd.flatten(), residual
+        call = self._recalled(eps, num_groups, activation, db, rstd.dtype, *inputs)
+        if call is None:
+            self._check(x, num_groups, weight, bias, residual, activation)
+            if not road.has_kernels(x) or not x.numel():
+                return self.composite(*args)
+            call, inputs = self._prepared(eps, num_groups, activation, db, rstd.dtype, *inputs)
+        x, weight, bias, mean, rstd, residual = inputs
+        wanted = dx, dw, db is not None, bool(dr)
+        with torch.no_grad():
+            return call.backward(wanted, dy, x, weight, bias, residual, mean, rstd)[: self.results]
 
     def fake(self, *args: Any) -> Results:
         _, x, _, weight, bias, *_, dx, dw, db, dr = self._named(*args)
