@@ -69,8 +69,9 @@ def load_channel_stats(MEAN, RSTD, sets, live, eps, VARIANCE: tl.constexpr, ACC:
     mean = load(MEAN + sets, live).to(ACC)
     rstd = load(RSTD + sets, live).to(ACC)
     if VARIANCE:
-        deviation = tl.sqrt(rstd + tl.full([1, 1], eps, ACC))
-        rstd = 1.0 / deviation if tl.float64 == ACC else tl.div_rn(1.0, deviation)  # tl.rsqrt is off by 2 units
+        power = rstd + tl.full([1, 1], eps, ACC)
+        # Correctly rounded, as all of a channel's x̂, and so its dw, are off by as much (tl.rsqrt: 2 units in the last place).
+        rstd = 1.0 / tl.sqrt(power) if tl.float64 == ACC else tl.div_rn(1.0, tl.sqrt_rn(power))
     return mean, rstd
 
 
