@@ -70,7 +70,7 @@ def load_channel_stats(MEAN, RSTD, sets, live, eps, VARIANCE: tl.constexpr, ACC:
     rstd = load(RSTD + sets, live).to(ACC)
     if VARIANCE:
         power = rstd + tl.full([1, 1], eps, ACC)
-        # Correctly rounded, as all of a channel's x̂, and so its dw, are off by as much (tl.rsqrt: 2 units in the last place).
+        # Correctly rounded (tl.rsqrt is off by two units): all of a channel's x̂ are off by as much, and so is its dw.
         rstd = 1.0 / tl.sqrt(power) if tl.float64 == ACC else tl.div_rn(1.0, tl.sqrt_rn(power))
     return mean, rstd
 

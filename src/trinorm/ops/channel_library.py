@@ -151,19 +151,18 @@ class _ChannelOp(Op):
     def _prepared(
         self, eps: float, num_groups: int, activation: Any, db: Any, stats: Any, x: Tensor, *others: Tensor | None
     ) -> tuple[ChannelCall, tuple[Any, ...]]:
-        """The call of these, and they as the kernels read them; kept for ``_recalled``, where they are so already."""
+        """The call of these, and they as the kernels read them, of which ``_recalled`` knows it again."""
         from .channel import CALLS, ChannelCall
         from .channels import Problem
 
         *parameters, residual = others
         read = channels_readable(x)
-        inputs = read, *(None if t is None else dense(t) for t in parameters), beside(read, residual)
-        kept = all(now is before for now, before in zip(inputs, (x, *others), strict=True))
-        problem = Problem(self._spec, num_groups, eps, activation)
-        call = ChannelCall(problem, None, db, kept=kept, differentiated=True)
-        if kept:
-            CALLS.keep((_REGISTERED, self.name, eps, num_groups, activation, db, stats), call, x, *others)
-        return call, inputs
+        rest = *(None if t is None else dense(t) for t in parameters), beside(read, residual)
+        if (call := self._recalled(eps, num_groups, activation, db, stats, read, *rest)) is None:
+            problem = Problem(self._spec, num_groups, eps, activation)
+            call = ChannelCall(problem, None, db, kept=True, differentiated=True)
+            CALLS.keep((_REGISTERED, self.name, eps, num_groups, activation, db, stats), call, read, *rest)
+        return call, (read, *rest)
 
 
 class _Forward(_ChannelOp):
