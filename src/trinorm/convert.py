@@ -119,7 +119,7 @@ def _obstacle(module: torch.nn.Module) -> str | None:
     if type(module).forward is not _FORWARDS[type(module)]:
         return "torch's forward of its class was replaced"
     eps = getattr(module, "eps", None)
-    if isinstance(eps, float) and not eps >= 0:
+    if isinstance(eps, (int, float)) and not eps >= 0:
         return f"its eps is {eps}, which trinorm's norms refuse"
     for name in ("weight", "bias"):
         t = getattr(module, name, None)

@@ -32,7 +32,10 @@ from .channel_tiles import (
 from .index import first_program, load, widened
 from .overlap import let_next_launch, wait_for_previous
 from .row_backward import normalized
-from .stats import power_of_two_below, row_sum, row_sums, trusted
+from .stats import TRUSTED_MIN, power_of_two_below, row_sum, row_sums, trusted
+
+# A mean whose square is so many times the variance, both from the pivot on, costs the variance as many of its digits.
+_FAR: tl.constexpr = tl.constexpr(16.0)
 
 # What 16-bit numbers are multiplied by whose squares are too small for fp32, or too large.
 _LIFT: tl.constexpr = tl.constexpr(2.0**100)
@@ -56,8 +59,9 @@ def walked_sums(
     POSITIONS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """(sum of the distances from the pivot, of their squares, both fp64; pivot) of each of a program's channels. origin:
-    where the pivots come from; stride: from there to the next of S positions. RESCUE: also where squares leave fp32.
+    """(sum of the distances from the pivot, of their squares, pivot) of each of a program's channels; the sums are fp64,
+    and where ACC is that, squares are about the mean. origin: where the pivots come from; stride: from there to the next of
+    S positions. RESCUE: also where squares leave fp32's range.
     """
     _, _, steps, left, pace = walk
     n = walked_count(steps, left, pace, SAMPLES, POSITIONS)
@@ -66,17 +70,30 @@ def walked_sums(
         scale = tl.full([ROWS, 1], 1.0, ACC)
         sum_, squared = plain_sums(X, live, walk, pivot, scale, EVEN, ACC, ROWS, POSITIONS, STAGES)
         total, squares = sum_.to(tl.float64), squared.to(tl.float64)
+        share = (1.0 / n).to(ACC)
+        shift, power = sum_ * share, squared * share
+        far = shift * shift > (power - shift * shift) * _FAR
+        good = ~far
         if RESCUE and X.dtype.element_ty != tl.float16:
-            power = squared * (1.0 / n).to(ACC) + tl.full([1, 1], eps, ACC)
-            good = trusted(power) | ~live
-            if tl.min(good.to(tl.int32)) == 0:
-                scale = tl.where(good, 1.0, tl.where(power <= 1.0, _LIFT, _SINK))
-                unit = 1.0 / scale.to(tl.float64)
-                sum_, squared = plain_sums(X, live, walk, pivot, scale, EVEN, ACC, ROWS, POSITIONS, 1)
-                total, squares = sum_.to(tl.float64) * unit, squared.to(tl.float64) * unit * unit
+            power += tl.full([1, 1], eps, ACC)
+            good = good & trusted(power)
+            # Of what is 1 or larger, distances are 0 or have squares that are large enough.
+            lifted = tl.where(tl.abs(pivot) < 1.0, _LIFT, 1.0)
+            scale = tl.where(trusted(power), 1.0, tl.where(power < TRUSTED_MIN, lifted, _SINK))
+        if tl.min((good | ~live).to(tl.int32)) == 0:
+            # Once more about a center that is nearer, and times a power of two.
+            center = tl.where(far, (pivot + shift).to(X.dtype.element_ty).to(ACC), pivot)
+            sum_, squared = plain_sums(X, live, walk, center, scale, EVEN, ACC, ROWS, POSITIONS, 1)
+            unit = 1.0 / scale.to(tl.float64)
+            moved = center.to(tl.float64) - pivot.to(tl.float64)
+            total = sum_.to(tl.float64) * unit
+            squares = squared.to(tl.float64) * unit * unit + moved * (2.0 * total + n * moved)
+            total += n * moved
+        if tl.float64 == ACC:
+            squares -= total * total / n
     else:
         lanes = tl.arange(0, POSITIONS)[None, :]
-        pivot = load_pivot(X, origin, lanes * stride, live, live & (lanes < S), ACC)
+        pivot = load_pivot(X, origin, lanes.to(tl.int64) * stride, live, live & (lanes < S), ACC)
         mean, squares = recurrent_moments(X, live, walk, n, pivot, EVEN, SAMPLES, ACC, ROWS, POSITIONS, STAGES)
         if RESCUE:
             good = trusted(squares / n + eps) | ~live
@@ -85,7 +102,8 @@ def walked_sums(
                 mean = tl.where(good, mean, mean_again - pivot.to(tl.float64))
                 squares = tl.where(good, squares, squares_again)
         total = mean * n
-        squares += mean * total
+        if tl.float64 != ACC:
+            squares += mean * total
     return total, squares, pivot
 
 
@@ -103,8 +121,7 @@ def plain_sums(
     STAGES: tl.constexpr,
 ):
     """Sums of the distances from the pivot, times a power of two for each row, and of their squares. Of 16-bit numbers,
-    whose distances are exact in fp32. What is lost, as the pivot is the mean of a tile and not of all, is far below what
-    y's 16 bits show.
+    whose distances are exact in fp32.
     """
     first, step, steps, left, pace = walk
     total = tl.zeros([ROWS, POSITIONS], ACC)
@@ -215,6 +232,7 @@ def channel_moments(
     TOTALS,
     SQUARES,
     PIVOTS,
+    COUNTS,
     X,
     A,
     width,
@@ -236,7 +254,8 @@ def channel_moments(
     """A block of ROWS channels a program, and of each a share of one sample's positions, or all of SAMPLES samples'.
 
     PIVOTS: what the distances of each channel are taken from, of each sample, or OVER_SAMPLES of all, ``[samples, width]``;
-    all programs that have the channel find the same one.
+    all programs that have the channel find the same one. COUNTS: elements of a channel's parts, ``[parts]``, where ACC
+    is fp64; SQUARES are then about the parts' own means, as there is no wider dtype for a distant pivot to leave digits in.
     """
     wait_for_previous(PDL)
     let_next_launch(PDL)
@@ -253,6 +272,12 @@ def channel_moments(
     )
     store_partial(TOTALS, part, width, channels, total, live)
     store_partial(SQUARES, part, width, channels, squares, live)
+    if COUNTS is not None:
+        _, _, steps, left, pace = walk
+        first_block = tl.min(channels, axis=0, keep_dims=True) == 0
+        tl.store(
+            COUNTS + part + tl.zeros([1, 1], tl.int64), walked_count(steps, left, pace, SAMPLES, POSITIONS), first_block
+        )
     store_partial(PIVOTS, whose.to(tl.int64), width, channels, pivot, live & (part == whose.to(tl.int64) * shares))
 
 

@@ -31,8 +31,10 @@ def sets_of_program(program, C, D, SETS: tl.constexpr):
 
 
 @triton.jit
-def combined_moments(TOTALS, SQUARES, PIVOTS, outer, sets, R, D, C, n, K: tl.constexpr):
-    """(mean, sum of squares about it), each ``[1, SETS]`` and fp64. n: elements of a channel."""
+def combined_moments(TOTALS, SQUARES, PIVOTS, COUNTS, outer, sets, R, D, C, n, K: tl.constexpr):
+    """(mean, sum of squares about it), each ``[1, SETS]`` and fp64. n: elements of a channel. COUNTS: as channel_moments',
+    and then parts are merged by Chan's rule, in a second reading.
+    """
     pivots = PIVOTS + outer.to(tl.int64) * C + sets * D
     base = load(pivots, sets < C // D).to(tl.float64)
     total = tl.zeros([K, sets.shape[1]], tl.float64)
@@ -48,7 +50,17 @@ def combined_moments(TOTALS, SQUARES, PIVOTS, outer, sets, R, D, C, n, K: tl.con
     count = n * D.to(tl.float64)
     total = tl.sum(total, axis=0, keep_dims=True)
     mean = total / count
-    squares = tl.sum(squares, axis=0, keep_dims=True) - mean * total
+    if COUNTS is None:
+        squares = tl.sum(squares, axis=0, keep_dims=True) - mean * total
+    else:
+        squares = tl.zeros([K, sets.shape[1]], tl.float64)
+        for start in tl.range(0, R * D, K):
+            part, offsets, live = partials_of(start, outer, sets, R, D, C, K)
+            channel = (start + tl.arange(0, K)[:, None]) % D
+            of_part = tl.load(COUNTS + outer.to(tl.int64) * R + part, mask=part < R, other=1.0)
+            shift = load(TOTALS + offsets, live) / of_part + (load(pivots + channel, live) - base) - mean
+            squares += load(SQUARES + offsets, live) + tl.where(live, of_part * shift * shift, 0.0)
+        squares = tl.sum(squares, axis=0, keep_dims=True)
     return mean + base, tl.where(squares < 0.0, 0.0, squares)
 
 
@@ -71,6 +83,7 @@ def channel_combine(
     TOTALS,
     SQUARES,
     PIVOTS,
+    COUNTS,
     R,
     D,
     C,
@@ -88,7 +101,7 @@ def channel_combine(
     let_next_launch(PDL)
     outer, sets = sets_of_program(first_program().to(tl.int32), C, D, SETS)
     mask = sets < C // D
-    mean, squares = combined_moments(TOTALS, SQUARES, PIVOTS, outer, sets, R, D, C, n, K)
+    mean, squares = combined_moments(TOTALS, SQUARES, PIVOTS, COUNTS, outer, sets, R, D, C, n, K)
     count = n * D.to(tl.float64)
     where = outer.to(tl.int64) * (C // D) + sets
     tl.store(MEAN + where, mean.to(MEAN.dtype.element_ty), mask=mask)

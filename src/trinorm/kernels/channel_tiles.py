@@ -119,10 +119,11 @@ def walk_of_program(
     part = team.to(tl.int64) * shares + share
     start = share.to(tl.int64) * POSITIONS
     if SAMPLES == 1:
+        # In S's own dtype nothing overflows: a turn after the first begins before S's end. (tl.cdiv would, near 2^31.)
         left = (S - start).to(S.dtype)
-        pace = shares * POSITIONS
-        step = pace.to(tl.int64) * (width if LAST else 1)
-        steps = tl.cdiv(tl.cdiv(S, POSITIONS) - share, shares).to(tl.int32)
+        pace = shares.to(S.dtype) * POSITIONS
+        step = tl.full([], POSITIONS, tl.int64) * shares * (width if LAST else 1)
+        steps = tl.cdiv(((S - 1) // POSITIONS + 1).to(tl.int32) - share, shares)
     else:
         left = S
         pace = 0

@@ -134,7 +134,8 @@ class _ChannelOp(Op):
         torch._check(known, lambda: f"{op}: activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
         given = [t for t in (weight, bias) if t is not None]
         fits = x.ndim >= 2 and num_groups > 0 and x.shape[1] % num_groups == 0
-        shapes: Sequence[Any] = [x.shape[1:2]] if self._spec.of_positions else [x.shape[1:2], x.shape[:2]]
+        of_samples = not (self._spec.of_positions or self._spec.over_samples)
+        shapes: Sequence[Any] = [x.shape[1:2], x.shape[:2]] if of_samples else [x.shape[1:2]]
         fits = fits and all(t.device == x.device and t.shape == given[0].shape and t.shape in shapes for t in given)
         torch._check(fits, lambda: f"{op}: num_groups, weight or bias does not fit the input's shape {list(x.shape)}")
         fits = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device)

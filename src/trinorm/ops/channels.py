@@ -111,7 +111,8 @@ def _take_statistics(
     plan = choose_sums(*view[:3], widest(x.dtype, stats), 1, view.last, spec.over_samples, size)
     parts, outer = plan.partials(view.samples), 1 if spec.over_samples else view.samples
     totals, squares = (empty((parts, view.width), torch.float64, device) for _ in range(2))
-    sums = totals, squares, empty((outer, view.width), stats, device)
+    counts = empty((parts,), torch.float64, device) if stats == torch.float64 else None
+    sums = totals, squares, empty((outer, view.width), stats, device), counts
     args: tuple[Any, ...] = (*sums, x, *view[:3], plan.shares, problem.eps)
     options = _walked(view, plan, stats, size) | dict(SAMPLES=plan.samples, RESCUE=stats == torch.float32)
     options.update(OVER_SAMPLES=spec.over_samples)
