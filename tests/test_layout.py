@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trinorm.ops.layout import Rows, collapse, readable, rows_of
+from trinorm.ops.layout import Rows, channels_readable, collapse, in_order_of, readable, rows_of
 
 
 @given(
@@ -55,3 +58,14 @@ def test_only_a_broken_run_of_normalized_dims_is_copied() -> None:
         copy = readable(view, dims)
         assert copy.is_contiguous()
         assert torch.equal(copy, view)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 3, 1, 1), (2, 1, 4, 4), (2, 3, 2, 2, 2), (2, 3, 7), (4, 3)], ids=str)
+def test_channels_are_last_as_a_view_says(shape: tuple[int, ...]) -> None:
+    """torch's own answer for images, and a view's for the others, are one, whatever the order of memory."""
+    for order in itertools.permutations(range(len(shape))):
+        t = torch.empty([shape[i] for i in order]).permute(*(order.index(i) for i in range(len(shape))))
+        last = t.movedim(1, -1).is_contiguous()
+        assert (channels_readable(t) is t) == (last or t.is_contiguous())
+        assert in_order_of(t, t) is t or not (last or t.is_contiguous())
+        assert in_order_of(torch.empty(shape), t).is_contiguous()

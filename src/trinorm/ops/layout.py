@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -68,11 +69,20 @@ def is_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() or (x.shape[1] > 1 and x.shape[2:].numel() == 1)
 
 
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _lies_by_channels(t: Tensor) -> bool:
+    """Whether t's memory has its channels last. (Of images torch knows it; a view of them takes 2.5 µs more.)"""
+    order = _LAST.get(t.dim())
+    return t.movedim(1, -1).is_contiguous() if order is None else t.is_contiguous(memory_format=order)
+
+
 def channels_readable(x: Tensor) -> Tensor:
     """x itself when its memory is in either order, channels first or channels last, else a contiguous copy."""
     if x.is_neg():
         x = x.resolve_neg()
-    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+    return x if x.is_contiguous() or _lies_by_channels(x) else x.contiguous()
 
 
 def dense(t: Tensor) -> Tensor:
@@ -86,8 +96,7 @@ def in_order_of(x: Tensor, t: Tensor) -> Tensor:
         t = t.resolve_neg()
     if x.is_contiguous():
         return t.contiguous()
-    last = t.movedim(1, -1)
-    return t if last.is_contiguous() else last.contiguous().movedim(-1, 1)
+    return t if _lies_by_channels(t) else t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def beside(x: Tensor, residual: Tensor | None) -> Tensor | None:
