@@ -17,6 +17,10 @@ from paths import forget_channel_choices
 hypothesis.settings.register_profile("trinorm", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("trinorm")
 
+# Once torch's own testing module is imported (OpInfo's samples, opcheck), no flag of the backends could be set any more, as
+# an example does for its process: a test of that would fail after some tests and not after others.
+torch.backends.disable_global_flags = lambda: None
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
