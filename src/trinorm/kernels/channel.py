@@ -50,6 +50,7 @@ def walked_sums(
     S,
     live,
     walk,
+    n,
     eps,
     EVEN: tl.constexpr,
     SAMPLES: tl.constexpr,
@@ -61,10 +62,8 @@ def walked_sums(
 ):
     """(sum of the distances from the pivot, of their squares, pivot) of each of a program's channels; the sums are fp64,
     and where ACC is that, squares are about the mean. origin: where the pivots come from; stride: from there to the next of
-    S positions. RESCUE: also where squares leave fp32's range.
+    S positions; n: elements of each channel. RESCUE: also where squares leave fp32's range.
     """
-    _, _, steps, left, pace = walk
-    n = walked_count(steps, left, pace, SAMPLES, POSITIONS)
     if X.dtype.element_ty.primitive_bitwidth == 16:
         pivot = load_center(X, origin, stride, S, live, ACC)
         scale = tl.full([ROWS, 1], 1.0, ACC)
@@ -214,7 +213,7 @@ def scaled_back(mean, center, squares, n, unit):
 
 @triton.jit
 def merged_positions(mean, squares, count, n):
-    """Chan's rule over lanes: the mean and the sum of squares about it of each row, and its count n, in fp64.
+    """Chan's rule over lanes: the mean and the sum of squares about it of each row of n elements, in fp64.
 
     What rounding left in the mean is the lanes' mean distance from it. n is given, as Triton (3.6) has every thread add up
     a whole row of numbers that are made of lane numbers alone: 2048 additions, and 40 µs where the norm takes 45.
@@ -267,17 +266,16 @@ def channel_moments(
     whose = sample * 0 if OVER_SAMPLES else sample
     origin = tile_offsets(whose, channels, 0, width, S, LAST, 1)
     stride = width if LAST else 1
+    _, _, steps, left, pace = walk
+    n = walked_count(steps, left, pace, SAMPLES, POSITIONS)
     total, squares, pivot = walked_sums(
-        X, origin, stride, S, live, walk, eps, EVEN, SAMPLES, ACC, RESCUE, ROWS, POSITIONS, STAGES
+        X, origin, stride, S, live, walk, n, eps, EVEN, SAMPLES, ACC, RESCUE, ROWS, POSITIONS, STAGES
     )
     store_partial(TOTALS, part, width, channels, total, live)
     store_partial(SQUARES, part, width, channels, squares, live)
     if COUNTS is not None:
-        _, _, steps, left, pace = walk
         first_block = tl.min(channels, axis=0, keep_dims=True) == 0
-        tl.store(
-            COUNTS + part + tl.zeros([1, 1], tl.int64), walked_count(steps, left, pace, SAMPLES, POSITIONS), first_block
-        )
+        tl.store(COUNTS + part + tl.zeros([1, 1], tl.int64), n, mask=first_block)
     store_partial(PIVOTS, whose.to(tl.int64), width, channels, pivot, live & (part == whose.to(tl.int64) * shares))
 
 

@@ -46,21 +46,21 @@ def combined_moments(TOTALS, SQUARES, PIVOTS, COUNTS, outer, sets, R, D, C, n, K
         shift = tl.where(live, load(pivots + channel, live).to(tl.float64) - base, 0.0)
         moved = tl.where(part == 0, n * shift, 0.0)  # once for each channel
         total += of_part + moved
-        squares += load(SQUARES + offsets, live) + (2.0 * of_part + moved) * shift
+        if COUNTS is None:
+            squares += load(SQUARES + offsets, live) + (2.0 * of_part + moved) * shift
     count = n * D.to(tl.float64)
     total = tl.sum(total, axis=0, keep_dims=True)
     mean = total / count
-    if COUNTS is None:
-        squares = tl.sum(squares, axis=0, keep_dims=True) - mean * total
-    else:
-        squares = tl.zeros([K, sets.shape[1]], tl.float64)
+    if COUNTS is not None:
         for start in tl.range(0, R * D, K):
             part, offsets, live = partials_of(start, outer, sets, R, D, C, K)
             channel = (start + tl.arange(0, K)[:, None]) % D
             of_part = tl.load(COUNTS + outer.to(tl.int64) * R + part, mask=part < R, other=1.0)
             shift = load(TOTALS + offsets, live) / of_part + (load(pivots + channel, live) - base) - mean
             squares += load(SQUARES + offsets, live) + tl.where(live, of_part * shift * shift, 0.0)
-        squares = tl.sum(squares, axis=0, keep_dims=True)
+    squares = tl.sum(squares, axis=0, keep_dims=True)
+    if COUNTS is None:
+        squares -= mean * total
     return mean + base, tl.where(squares < 0.0, 0.0, squares)
 
 

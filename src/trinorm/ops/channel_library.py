@@ -27,6 +27,7 @@ from .. import channel_reference as reference
 from ..reference import autocasts_to_fp32, in_fp32, keeping_dtype
 from ..spec import ACTIVATIONS, BATCH_NORM, CHANNEL_LAYER_NORM, GROUP_NORM, INSTANCE_NORM, ChannelNorm
 from . import road
+from .channel_problem import Problem
 from .layout import beside, channels_readable, dense, in_order_of
 from .registering import Op, any_requires_grad, know_distributed, out_of_autocast, register
 
@@ -143,26 +144,24 @@ class _ChannelOp(Op):
         known = all(t.dtype in road.KERNEL_DTYPES for t in (x, *given))
         torch._check_not_implemented(known, lambda: f"{op}: a dtype other than {road.KERNEL_DTYPES}")
 
-    def _recalled(self, eps: float, num_groups: int, activation: str | None, db: Any, stats: Any, *inputs: Any) -> Any:
-        """The call that was kept of one like this: no dtype that db is to have, or of statistics, in a forward."""
+    def _recalled(self, problem: Problem, db: Any, stats: Any, *inputs: Any) -> Any:
+        """The call that was kept of one like this. db, stats: the dtypes that a backward's are to have, and has."""
         from .channel import CALLS
 
-        return CALLS.recall((_REGISTERED, self.name, eps, num_groups, activation, db, stats), *inputs)
+        return CALLS.recall((_REGISTERED, self.name, problem, db, stats), *inputs)
 
     def _prepared(
-        self, eps: float, num_groups: int, activation: Any, db: Any, stats: Any, x: Tensor, *others: Tensor | None
+        self, problem: Problem, db: Any, stats: Any, x: Tensor, *others: Tensor | None
     ) -> tuple[ChannelCall, tuple[Any, ...]]:
         """The call of these, and they as the kernels read them, of which ``_recalled`` knows it again."""
         from .channel import CALLS, ChannelCall
-        from .channels import Problem
 
         *parameters, residual = others
         read = channels_readable(x)
         rest = *(None if t is None else dense(t) for t in parameters), beside(read, residual)
-        if (call := self._recalled(eps, num_groups, activation, db, stats, read, *rest)) is None:
-            problem = Problem(self._spec, num_groups, eps, activation)
+        if (call := self._recalled(problem, db, stats, read, *rest)) is None:
             call = ChannelCall(problem, None, db, kept=True, differentiated=True)
-            CALLS.keep((_REGISTERED, self.name, eps, num_groups, activation, db, stats), call, read, *rest)
+            CALLS.keep((_REGISTERED, self.name, problem, db, stats), call, read, *rest)
         return call, (read, *rest)
 
 
@@ -214,8 +213,8 @@ class _Forward(_ChannelOp):
 
     def compute(self, *args: Any) -> Results:
         x, num_groups, weight, bias, residual, eps, activation = self._named(*args)
-        inputs = x, weight, bias, None, None, residual
-        call = self._recalled(eps, num_groups, activation, None, None, *inputs)
+        problem, inputs = Problem(self._spec, num_groups, eps, activation), (x, weight, bias, None, None, residual)
+        call = self._recalled(problem, None, None, *inputs)
         if call is None:
             self._check(x, num_groups, weight, bias, residual, activation)
             paired = (weight is None or weight.dim() == 1) and (bias is None or bias.dim() == 1)
@@ -223,7 +222,7 @@ class _Forward(_ChannelOp):
             torch._check(paired, lambda: f"trinorm::{self.name}: of each sample's own there must be both weight and bias")
             if not road.has_kernels(x) or not x.numel():
                 return self.composite(*args)
-            call, inputs = self._prepared(eps, num_groups, activation, None, None, *inputs)
+            call, inputs = self._prepared(problem, None, None, *inputs)
         y, *statistics = call.results(*inputs)
         shape = self._statistics_shape(x, num_groups)
         return y, *(None if t is None else t.view(shape) for t in statistics)
@@ -266,13 +265,14 @@ class _Backward(_ChannelOp):
         fits = fits and not (dr and (activation is None or residual is None))
         fits = fits and mean.dtype == rstd.dtype and rstd.dtype in (torch.float32, torch.float64)
         torch._check(fits, lambda: f"trinorm::{self.name}: dy, mean or rstd is not as the forward gives it")
+        problem = Problem(self._spec, num_groups, eps, activation)
         inputs = x, weight, bias, mean.flatten(), rstd.flatten(), residual
-        call = self._recalled(eps, num_groups, activation, db, rstd.dtype, *inputs)
+        call = self._recalled(problem, db, rstd.dtype, *inputs)
         if call is None:
             self._check(x, num_groups, weight, bias, residual, activation)
             if not road.has_kernels(x) or not x.numel():
                 return self.composite(*args)
-            call, inputs = self._prepared(eps, num_groups, activation, db, rstd.dtype, *inputs)
+            call, inputs = self._prepared(problem, db, rstd.dtype, *inputs)
         x, weight, bias, mean, rstd, residual = inputs
         wanted = dx, dw, db is not None, bool(dr)
         with torch.no_grad():

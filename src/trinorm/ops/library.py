@@ -183,7 +183,7 @@ class _Backward(Op):
             if not road.has_kernels(x) or not x.numel():
                 return self.composite(*args)
             dtypes = x.dtype, x.dtype if weight is None else weight.dtype, rstd.dtype
-            how: dict[str, Any] = dict(cast=False, kept=True, differentiated=True)
+            how: dict[str, Any] = dict(cast=False, differentiated=True)
             problem = self._spec.with_cast(cast), len(shape), dtypes, db, eps, "input", batch_invariant
             how_many = x, len(shape), rstd.dtype, batch_invariant
             call = CALLS.keep(

@@ -59,7 +59,7 @@ def prepared(
         save,
         batch_invariant,
     )
-    how: dict[str, Any] = dict(cast=cast, kept=True, differentiated=differentiated)
+    how: dict[str, Any] = dict(cast=cast, differentiated=differentiated)
     call = CALLS.keep(
         spec.name,
         asked[2],
@@ -96,9 +96,8 @@ class RowCall:
     """The norm, and its gradients, of arguments that differ from those of one call in their values alone.
 
     saved: the dtypes of x, weight and statistics, in which what is saved for the backward has to come back. bias_dtype:
-    db's. cast: autocast has the arguments taken to fp32 first. kept: others will come that are like these, so launches
-    are recorded. differentiated: a backward will ask for statistics. turns: given where the arguments may differ in their
-    number of rows too, being contiguous.
+    db's. cast: autocast has the arguments taken to fp32 first. differentiated: a backward will ask for statistics. turns:
+    given where the arguments may differ in their number of rows too, being contiguous.
     """
 
     __slots__ = (
@@ -111,7 +110,6 @@ class RowCall:
         "_eps",
         "_forwards",
         "_gradients",
-        "_kept",
         "_met",
         "_replay",
         "_saved",
@@ -130,11 +128,10 @@ class RowCall:
         batch_invariant: bool,
         *,
         cast: bool,
-        kept: bool,
         differentiated: bool,
         turns: Turns | None = None,
     ) -> None:
-        self._spec, self._dims, self._eps, self._cast, self._kept = spec, dims, eps, cast, kept
+        self._spec, self._dims, self._eps, self._cast = spec, dims, eps, cast
         self._batch_invariant = batch_invariant
         self._bias_dtype, self._saved, self._differentiated = bias_dtype, saved, differentiated
         self._apply = _apply_to_output if save == "output" else _apply
@@ -259,7 +256,7 @@ class RowCall:
         from . import rows
 
         self._met[what] = met = self._met.get(what, 0) + 1
-        if not self._kept or met < RECORDED_FROM or rows.launch is not launch.launch:
+        if met < RECORDED_FROM or rows.launch is not launch.launch:
             return function(*inputs), None
         return replay.record(function, *inputs, rows_of_length=self._turns.n if self._turns and any_rows else None)
 
