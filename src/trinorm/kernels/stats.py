@@ -46,6 +46,27 @@ def row_sums(x, y):
 
 
 @triton.jit
+def add_to_sum(total, lost, x, PRECISE: tl.constexpr):
+    """(total + x, lost). PRECISE: lost has also what rounding left out of that, by Knuth's two-sum (The Art of Computer
+    Programming, volume 2, 4.2.2).
+    """
+    new = total + x
+    if PRECISE:
+        gained = new - total
+        lost += (total - (new - gained)) + (x - gained)
+    return new, lost
+
+
+@triton.jit
+def row_sum_with_lost(total, lost, PRECISE: tl.constexpr):
+    """The sum of each row of what ``add_to_sum`` made, PRECISE ones in fp64. A sum that is not finite has lost nothing."""
+    if PRECISE:
+        return row_sum(total.to(tl.float64) + tl.where(tl.abs(lost) < float("inf"), lost, 0.0).to(tl.float64))
+    else:
+        return row_sum(total)
+
+
+@triton.jit
 def trusted(power):
     """Where fp32 held ``power`` (eps included) to full precision. False for NaN."""
     return (power >= TRUSTED_MIN) & (power <= TRUSTED_MAX)

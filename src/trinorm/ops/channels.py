@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -230,9 +231,9 @@ def _sum(
     if not across or of_samples:
         view = view.one_sample()
     plan = choose_sums(*view[:3], widest(x.dtype, stats), 2, view.last, across and not of_samples, size)
+    partials = plan.partials(view.samples), view.width
     dy_xhat, dy_sum = (
-        empty((plan.partials(view.samples), view.width), stats, device) if c1 is not None or asked is not None else None
-        for asked in (dw, db)
+        empty(partials, torch.float64, device) if c1 is not None or asked is not None else None for asked in (dw, db)
     )
     d = channels // problem.num_groups
     args: tuple[Any, ...] = (dy_xhat, dy_sum, dz, dy, x, mean, rstd, weight, bias, residual)
@@ -244,7 +245,7 @@ def _sum(
         return
     # dw and db are sums over all parts, or over those of a sample.
     outers, wide = (view.samples, view.width) if of_samples else (1, channels)
-    parts = plan.partials(view.samples) * view.width // (outers * wide)
+    parts = math.prod(partials) // (outers * wide)
     sets, of_channels = choose_combine(d, plan.shares * d), choose_combine(1, parts)
     grouped = c1 is not None and not across
     set_programs = view.samples * -(-(view.width // d) // sets.sets) if grouped else 0

@@ -35,8 +35,7 @@ _POSITIONS = 1024
 # 4x512x128x128 64.8, 92.1 and 65.7, 92.7; 16x320x64x64 44.5, 60.3 and, with half a tile idle, 50.0, 77.9.
 _CHANNELS = 64
 
-# The most tiles of 2-byte numbers that a program walks, as a lane's sums are one after the other; of fp32 half as many (by
-# 64 db of 64x256x56x56 was 2.8 times as far off as torch's).
+# The most tiles that a program walks, as a lane's sums are one after the other.
 _MOST_TILES = 64
 
 # Of a pass whose programs have a statistic each: (statistics to a multiprocessor from, elements of a tile, warps). µs of
@@ -105,20 +104,19 @@ _WIDE = 16
 
 def choose_apply(samples: int, width: int, s: int, itemsize: int, tensors: int, last: bool, device: Device) -> ChannelWalk:
     """The launch of a pass that writes each element, over samples of ``width`` channels by s positions."""
-    return _walk(_APPLY[last, tensors], samples, width, s, itemsize * tensors, last, False, _MOST_TILES, device)
+    return _walk(_APPLY[last, tensors], samples, width, s, itemsize * tensors, last, False, device)
 
 
 def choose_sums(
     samples: int, width: int, s: int, itemsize: int, tensors: int, last: bool, over_samples: bool, device: Device
 ) -> ChannelWalk:
     """The launch of a pass that sums. over_samples: a program may walk through them, if a tile has all positions."""
-    most = _MOST_TILES * 2 // max(2, itemsize)
-    return _walk(_SUMS[last, tensors], samples, width, s, itemsize * tensors, last, over_samples, most, device)
+    return _walk(_SUMS[last, tensors], samples, width, s, itemsize * tensors, last, over_samples, device)
 
 
 @functools.lru_cache(maxsize=1024)
 def _walk(
-    how: _Pass, samples: int, width: int, s: int, itemsize: int, last: bool, over_samples: bool, most: int, device: Device
+    how: _Pass, samples: int, width: int, s: int, itemsize: int, last: bool, over_samples: bool, device: Device
 ) -> ChannelWalk:
     elements, warps, stages, per_sm = how
     tile = _tile(width, s, itemsize, last, elements, warps)
@@ -126,10 +124,10 @@ def _walk(
     blocks = samples * -(-width // tile.rows)
     programs = per_sm * device.multiprocessors
     if over_samples and columns == 1:
-        together = min(samples, most, max(1, int(blocks // programs)))
+        together = min(samples, _MOST_TILES, max(1, int(blocks // programs)))
         return ChannelWalk(tile, 1, together, stages if together > 1 else 1)
     # As many programs as are at work at once, if each has a tile, with shares as equal as they can be.
-    shares = min(columns, max(-(-columns // most), int(programs // blocks)))
+    shares = min(columns, max(-(-columns // _MOST_TILES), int(programs // blocks)))
     steps = -(-columns // shares)
     return ChannelWalk(tile, -(-columns // steps), 1, stages if steps > 1 else 1)
 
