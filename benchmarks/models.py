@@ -118,14 +118,17 @@ VARIANTS: dict[str, Change] = {
     "compile": torch.compile,
     "trinorm": replaced,
     "fused": fused,
-    "fused, compiled": lambda model: torch.compile(fused(model)),
+    "fused+compile": lambda model: torch.compile(fused(model)),
 }
 
 
-def models(names: list[str], device: str, small: bool) -> Iterator[tuple[str, nn.Module, tuple[Tensor, ...], bool, bool]]:
+def models(
+    names: list[str], orders: list[str], device: str, small: bool
+) -> Iterator[tuple[str, nn.Module, tuple[Tensor, ...], bool, bool]]:
     """(what, model, inputs, whether it is trained, whether under autocast) of each model, in each order of memory."""
     part = 8 if small else 1
-    for order, memory in FORMATS.items():
+    for order in orders:
+        memory = FORMATS[order]
 
         def image(*shape: int, dtype: torch.dtype = torch.bfloat16, memory: torch.memory_format = memory) -> Tensor:
             return torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=memory)
@@ -194,6 +197,7 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="unet,vae,resnet,convnext", help="comma-separated")
+    parser.add_argument("--orders", default=",".join(FORMATS), help="comma-separated")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--json", type=Path, help="append a record a line to this file")
@@ -202,7 +206,9 @@ def main() -> None:
     args = parser.parse_args()
     console, asked = Console(), args.variants.split(",")
     table = Table("model", *asked, title="milliseconds a step (host; kernels)")
-    for what, model, inputs, train, autocast in models(args.models.split(","), args.device, args.small):
+    for what, model, inputs, train, autocast in models(
+        args.models.split(","), args.orders.split(","), args.device, args.small
+    ):
         cells = []
         for variant in asked:
             found = run(model, VARIANTS[variant], inputs, train, autocast, args)
