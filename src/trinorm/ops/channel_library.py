@@ -259,15 +259,18 @@ class _Backward(_ChannelOp):
 
     def compute(self, *args: Any) -> Results:
         dy, x, num_groups, weight, bias, residual, mean, rstd, eps, activation, dx, dw, db, dr = self._named(*args)
-        shape = self._statistics_shape(x, num_groups) if x.ndim > 1 else ()
-        fits = dy.shape == x.shape and all(t.shape == shape and t.device == x.device for t in (mean, rstd))
-        fits = fits and dy.device == x.device and dy.dtype in road.KERNEL_DTYPES and not (dw and weight is None)
-        fits = fits and not (dr and (activation is None or residual is None))
-        fits = fits and mean.dtype == rstd.dtype and rstd.dtype in (torch.float32, torch.float64)
-        torch._check(fits, lambda: f"trinorm::{self.name}: dy, mean or rstd is not as the forward gives it")
         problem = Problem(self._spec, num_groups, eps, activation)
         inputs = x, weight, bias, mean.flatten(), rstd.flatten(), residual
         call = self._recalled(problem, db, rstd.dtype, *inputs)
+        fits = dy.shape == x.shape and dy.device == x.device and dy.dtype in road.KERNEL_DTYPES
+        fits = fits and not (dw and weight is None) and not (dr and (activation is None or residual is None))
+        shape = self._statistics_shape(x, num_groups) if x.ndim > 1 else ()
+        fits = fits and mean.shape == shape and rstd.shape == shape
+        if call is None:
+            fits = fits and mean.dtype == rstd.dtype and rstd.dtype in (torch.float32, torch.float64)
+            fits = fits and mean.device == rstd.device == x.device
+        if not fits:
+            raise RuntimeError(f"trinorm::{self.name}: dy, mean or rstd is not as the forward gives it")
         if call is None:
             self._check(x, num_groups, weight, bias, residual, activation)
             if not road.has_kernels(x) or not x.numel():
