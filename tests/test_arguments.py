@@ -43,6 +43,26 @@ def test_eps_that_is_no_number_of_torchs(op: str, eps: Any, device: torch.device
             norm(x, (8,), eps=eps)
 
 
+@pytest.mark.parametrize("value", ["yes", 1, None, torch.tensor(True)], ids=str)
+def test_flags_that_are_none(value: Any, device: torch.device) -> None:
+    """Also after a call whose flag is equal to it."""
+    x = torch.randn(2, 4, 3, device=device)
+    for op, name in (("batch_norm", "training"), ("instance_norm", "use_input_stats")):
+        for _ in range(2):
+            given = (None, None) if op == "batch_norm" else ()
+            getattr(functional, op)(x, *given, **{name: True})
+            with pytest.raises(TypeError, match=name):
+                getattr(functional, op)(x, *given, **{name: value})
+
+
+def test_a_bool_is_no_size(op: str, device: torch.device) -> None:
+    x, norm = torch.randn(4, 1, device=device), getattr(functional, op)
+    for _ in range(3):
+        norm(x, (1,))
+        with pytest.raises(TypeError, match="normalized_shape"):
+            norm(x, (True,))
+
+
 def test_types_are_looked_at_first(op: str, device: torch.device) -> None:
     """As torch's parser of arguments does, whatever else is wrong."""
     x = torch.randn(2, 8, device=device)

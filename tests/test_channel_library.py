@@ -68,7 +68,7 @@ def test_opcheck(
         of_samples = [torch.randn(SHAPE[:2], device=device, requires_grad=True) for _ in range(2)]
         opcheck(forward, (x, 12, *of_samples, *added, 1e-5, *activation))
     with torch.no_grad():
-        y, mean, rstd = forward(x, *groups, weight, bias, *added, 1e-5, *activation)
+        y, mean, rstd, *_ = forward(x, *groups, weight, bias, *added, 1e-5, *activation)
         parameters = weight, *[bias] * len(activation), *added
         args = y, x, *groups, *parameters, mean, rstd, 1e-5, *activation, True, True, torch.float32
         dr = [given and activation != (None,) for given in residual]
@@ -135,6 +135,46 @@ def test_running_statistics_compiled(momentum: float | None, device: torch.devic
         torch.testing.assert_close(compiled(x), theirs(x), rtol=1e-5, atol=1e-5)
     for (name, got), want in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def keep_up(kind: str, x: Tensor, eps: float, momentum: float, compiled: bool) -> list[Tensor]:
+    """Running statistics after a call of a new module."""
+    module = getattr(nn, f"{kind}1d")(x.shape[1], eps, momentum, track_running_stats=True).to(x.device)
+    (torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module)(x)
+    return [module.running_mean, module.running_var]
+
+
+@pytest.mark.parametrize("kind", ["BatchNorm", "InstanceNorm"])
+def test_running_statistics_as_eager_calls_have_them(kind: str, device: torch.device) -> None:
+    """Also of a variance that is nothing beside eps, of infinite values, and of an empty input, which leaves them alone."""
+    x = torch.randn(4, 3, 16, device=device)
+    infinite = x.clone()
+    infinite[0, 0, 0] = float("inf")
+    for case, eps in (
+        (x, 1e-5),
+        (x * 1e-6, 1e-5),
+        (x * 5e-5, 1e-3),
+        (torch.ones_like(x), 1e-5),
+        (infinite, 1e-5),
+        (x[:0], 1e-5),
+    ):
+        torch._dynamo.reset()
+        found, expected = (keep_up(kind, case, eps, 1.0, compiled) for compiled in (True, False))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 0), (0, 4, 3)], ids=str)
+@pytest.mark.parametrize(("op", "groups"), [("group_norm", (2,)), ("batch_norm", ()), ("channel_layer_norm", ())])
+def test_opcheck_of_no_elements(op: str, groups: tuple[int, ...], shape: tuple[int, ...], device: torch.device) -> None:
+    x, weight = torch.ones(shape, device=device, requires_grad=True), torch.ones(4, device=device, requires_grad=True)
+    rest = (1e-5,) if op == "channel_layer_norm" else (None, 1e-5, None)
+    opcheck(getattr(torch.ops.trinorm, op).default, (x, *groups, weight, None, *rest))
+
+
+def test_mapped_over_nothing(device: torch.device) -> None:
+    x = torch.ones(0, 3, 4, 5, device=device)
+    run = torch.func.vmap(lambda x: torch.ops.trinorm.group_norm(x, 2, None, None, None, 1e-5, None)[0])
+    assert run(x).shape == x.shape
 
 
 def test_exported_and_loaded(spec: ChannelNorm, device: torch.device) -> None:

@@ -96,6 +96,25 @@ def test_exported_under_autocast(op: str, strict: bool, monkeypatch: pytest.Monk
     assert compiled(x).dtype == Model()(x).dtype
 
 
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"])
+def test_grad_mode_within_inference_mode(name: str, device: torch.device) -> None:
+    """There is no gradient there, before and after a call that has one."""
+    x, weight = torch.randn(2, 4, 4, device=device), torch.ones(4, device=device, requires_grad=True)
+    before = dict(normalized_shape=(4,)) if name.endswith(("layer_norm", "rms_norm")) else {}
+    before |= dict(num_groups=2) if name == "group_norm" else {}
+    before |= dict(running_mean=None, running_var=None, training=True) if name == "batch_norm" else {}
+
+    def call() -> Tensor:
+        y: Tensor = getattr(functional, name)(x, weight=weight, **before)
+        return y
+
+    for _ in range(3):
+        assert call().requires_grad
+        with torch.inference_mode(), torch.enable_grad():
+            assert call().is_inference()
+            assert not call().requires_grad
+
+
 def third(f: Any, x: Tensor) -> Tensor:
     (first,) = torch.autograd.grad(f(x).sin().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.cos().sum(), x, create_graph=True)

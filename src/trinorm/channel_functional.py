@@ -6,6 +6,7 @@ import math
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -139,13 +140,14 @@ def instance_norm(
         arguments |= dict(use_input_stats=use_input_stats, momentum=momentum, eps=eps)
         arguments |= dict(activation=activation, scale=scale, shift=shift, residual=residual)
         return handle_torch_function(instance_norm, all_tensors, input, **arguments)
-    plain = scale is None and shift is None and type(eps) is type(momentum) is float
+    plain = scale is None and shift is None and type(eps) is type(momentum) is float and type(use_input_stats) is bool
     asked = (use_input_stats, momentum, eps, activation) if plain else None
     if asked is not None:
         call = CALLS.recall(("instance_norm", asked), input, weight, bias, running_mean, running_var, residual)
         if call is not None:
             return call(input, weight, bias, running_mean, running_var, residual)
     op = "instance_norm"
+    checks.flag(op, "use_input_stats", use_input_stats)
     tensors = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     eps = check_channels(op, input, eps, activation, residual, **tensors)
     if use_input_stats and math.prod(input.shape[2:]) == 1:
@@ -201,12 +203,14 @@ def batch_norm(
         rest: dict[str, Any] = dict(weight=weight, bias=bias, training=training, momentum=momentum, eps=eps)
         rest |= dict(activation=activation, residual=residual)
         return handle_torch_function(batch_norm, all_tensors, input, running_mean, running_var, **rest)
-    asked = (training, momentum, eps, activation) if type(eps) is type(momentum) is float else None
+    plain = type(eps) is type(momentum) is float and type(training) is bool
+    asked = (training, momentum, eps, activation) if plain else None
     if asked is not None:
         call = CALLS.recall(("batch_norm", asked), input, weight, bias, running_mean, running_var, residual)
         if call is not None:
             return call(input, weight, bias, running_mean, running_var, residual)
     op = "batch_norm"
+    checks.flag(op, "training", training)
     tensors = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     eps = check_channels(op, input, eps, activation, residual, **tensors)
     if training and input.shape[0] * math.prod(input.shape[2:]) == 1:
@@ -229,7 +233,7 @@ def _statistics(
             "those of the input"
         )
     for name, t in (("running_mean", mean), ("running_var", var)):
-        if t is not None and t.requires_grad:
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{op}(): {name} requires a gradient, which this norm does not give it; detach it")
         if t is not None and taken and t.stride() == (0,) and t.shape != (1,):
             raise RuntimeError(f"{op}(): {name} is one number expanded, but is to be written in place; clone it")

@@ -12,8 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .reference import Exact, autocasts_to_fp32, in_dtypes_of, in_fp32, keeping_dtype, precise
-from .spec import GROUP_NORM, INSTANCE_NORM, LAYER_NORM, Activation, ChannelNorm
+from .reference import (
+    Exact,
+    autocasts_to_fp32,
+    differentiates,
+    in_dtypes_of,
+    in_fp32,
+    is_transformed,
+    keeping_dtype,
+    precise,
+)
+from .spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, Activation, ChannelNorm
 
 
 class Given(NamedTuple):
@@ -106,7 +115,9 @@ def composite(
     """The norm as torch's own op, differentiable any number of times and in either mode.
 
     torch's op where it takes the dtypes given; else the same op in fp32 or fp64 with one rounding at the end. Parameters
-    that are each sample's own come after torch's op without any. Of positions it is LayerNorm's.
+    that are each sample's own come after torch's op without any. Of positions it is LayerNorm's. Under torch.func and in
+    forward mode BatchNorm and InstanceNorm are the definition, written out: of torch's ops second derivatives are wrong
+    there, and tangents of given statistics dropped, silently (2.13).
     """
     if activation is not None or residual is not None:
         z = composite(spec, x, num_groups, weight, bias, eps, given, averages)
@@ -123,31 +134,105 @@ def composite(
             x, weight, bias = in_fp32(x, weight, bias)
         narrow, running = x.dtype, given or (None if averages is None else averages[:2])
         dtypes = {t.dtype for t in (x, weight, bias, *(running or ())) if t is not None}
-        mean, var = found = running or (None, None)
-        if len(dtypes) > 1:
+        defined = spec is not GROUP_NORM and is_transformed()
+        mean, var = running or (None, None)
+        if len(dtypes) > 1 or defined:
             wide = torch.float64 if torch.float64 in dtypes else torch.float32
-            x, weight, bias, mean, var = (None if t is None else t.to(wide) for t in (x, weight, bias, mean, var))  # type: ignore[assignment]
+            tensors = x, weight, bias, mean, var
+            # A transform's own would be another tensor also where nothing changes.
+            x, weight, bias, mean, var = (t if t is None or t.dtype is wide else t.to(wide) for t in tensors)  # type: ignore[assignment]
+        if weight is None and bias is not None:
+            # Without one torch's backwards (2.11 to 2.13) have an error for a second derivative.
+            weight = torch.ones_like(bias)
         if spec is GROUP_NORM:
             return _group_norm(x, num_groups, weight, bias, eps).to(narrow)
-        how = given is None, 0.0 if averages is None else averages.momentum, eps
         norm = F.batch_norm if spec.over_samples else F.instance_norm
-        y = norm(x, mean, var, weight, bias, *how)
+        how = given is None, 0.0 if averages is None else averages.momentum, eps
+        if defined:
+            if averages is not None:
+                norm(x.detach(), mean, var, None, None, *how)  # which may write to them there
+            y = _defined(spec, x, weight, bias, eps, None if given is None else (mean, var))
+        elif given is None and x.numel() and differentiates(x, weight, bias):
+            y = _taken(spec, x, weight, bias, mean, var, *how[1:])
+        else:
+            y = norm(x, mean, var, weight, bias, *how)
         if spec is INSTANCE_NORM and x.shape[0] == 1 and y.is_contiguous():
             # torch's backward (2.11 to 2.13) reads the gradient of one sample as contiguous, whatever it is: so it will be.
             y = y.flatten().view(y.shape)
         if averages is not None:
-            for kept, now in zip(found, (mean, var), strict=True):
-                if kept is not None and now is not None and kept is not now:
+            for kept, now in zip(averages[:2], (mean, var), strict=True):
+                if now is not None and kept is not now:
                     kept.copy_(now)
         return y.to(narrow)
 
 
-def _group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """torch's, around what its CPU backward (2.11 to 2.13) does: without a weight a bias has no gradient but an error, and
-    of channels-last x that wants none the process ends.
+def _taken(
+    spec: ChannelNorm,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Of the input's own statistics. InstanceNorm is, as in torch, BatchNorm of all samples' channels side by side."""
+    if spec.over_samples:
+        return _BatchNorm.apply(x, weight, bias, mean, var, momentum, eps)
+    samples = x.shape[0]
+    each = [None if t is None else t.repeat(samples) for t in (weight, bias, mean, var)]
+    y = _BatchNorm.apply(x.reshape(1, -1, *x.shape[2:]), *each, momentum, eps)
+    for kept, now in ((mean, each[2]), (var, each[3])):
+        if kept is not None and now is not None:
+            kept.copy_(now.view(samples, -1).mean(0))
+    return y.view(x.shape)
+
+
+class _BatchNorm(torch.autograd.Function):
+    """torch's own op and backward, but for the backward's own derivatives: torch's third are wrong, silently (2.13)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float) -> Tensor:
+        y, *statistics = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
+        ctx.save_for_backward(x, weight, bias, *statistics)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, *statistics = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            bias_dtype = None if bias is None else bias.dtype
+            found = composite_gradients(BATCH_NORM, x, x.shape[1], weight, bias, bias_dtype, ctx.eps, dy)
+            return *found[:3], None, None, None, None
+        how = None, None, *statistics, True, ctx.eps, ctx.needs_input_grad[:3]
+        return *torch.ops.aten.native_batch_norm_backward(dy, x, weight, *how), None, None, None, None
+
+
+def _defined(
+    spec: ChannelNorm, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, given: tuple[Any, Any] | None
+) -> Tensor:
+    """The definition of BatchNorm and InstanceNorm in ATen's ops."""
+    channels = x.shape[1]
+    *_, xhat = _normalized(spec, x, channels, eps, given)
+    w, b = (None if t is None else _of_channels(t, channels) for t in (weight, bias))
+    return _affine(xhat, w, b).reshape(x.shape)
+
+
+def keep_up(averages: Averages, mean: Tensor, var: Tensor) -> None:
+    """``running * (1 - momentum) + value * momentum``, in place and in fp64. mean, unbiased var: ``(C,)``; or each
+    sample's, ``(N, C)``, of which running ones have the mean.
     """
-    if weight is None and bias is not None:
-        weight = torch.ones_like(bias)
+    for running, now in zip(averages[:2], (mean, var), strict=True):
+        value = now.detach().double()
+        value = value.mean(0) if value.dim() == 2 else value
+        running.copy_(running.double() * (1 - averages.momentum) + value * averages.momentum)
+
+
+def _group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """torch's, around what its CPU backward (2.11 to 2.13) does of channels-last x that wants no gradient: the process
+    ends.
+    """
     if torch.is_grad_enabled() and not (x.requires_grad or x.is_contiguous()):
         return F.group_norm(x.contiguous(), num_groups, weight, bias, eps).movedim(1, -1).contiguous().movedim(-1, 1)
     return F.group_norm(x, num_groups, weight, bias, eps)
@@ -180,10 +265,13 @@ def composite_gradients(
     return ChannelGradients(*found, None if residual is None else dz.reshape(x.shape).to(x.dtype))
 
 
-def statistics(spec: ChannelNorm, x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """(mean, rstd) in ATen's ops, flat and float64: of each group or position of a sample, or of each channel."""
+def statistics(spec: ChannelNorm, x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, rstd, unbiased variance) in ATen's ops, flat and float64: of each group or position of a sample, or of each
+    channel.
+    """
     mean, rstd, _ = _normalized(spec, x.double(), num_groups, eps, None)
-    return mean.flatten(), rstd.flatten()
+    square = (_seen(x.double(), num_groups) - mean).square().sum(_axes(spec))
+    return mean.flatten(), rstd.flatten(), (square / (x.numel() // max(1, mean.numel()) - 1)).flatten()
 
 
 def _seen(x: Any, num_groups: int) -> Any:

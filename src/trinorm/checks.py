@@ -39,6 +39,12 @@ def dtype(op: str, name: str, t: Tensor) -> None:
         )
 
 
+def flag(op: str, name: str, value: bool) -> None:
+    """TypeError where it is neither True nor False."""
+    if not isinstance(value, (bool, torch.SymBool)):
+        raise TypeError(f"{op}(): {name} must be a bool, not {value!r}")
+
+
 def sizes(op: str, normalized_shape: Sequence[int]) -> torch.Size:
     """normalized_shape as a Size; TypeError where it is no tuple or list of ints."""
     try:

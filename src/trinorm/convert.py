@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import nn
+from . import checks, nn
 from .ops.road import KERNEL_DTYPES
 
 # torch's norms that trinorm.nn has under the same name.
@@ -119,8 +119,11 @@ def _obstacle(module: torch.nn.Module) -> str | None:
     if type(module).forward is not _FORWARDS[type(module)]:
         return "torch's forward of its class was replaced"
     eps = getattr(module, "eps", None)
-    if isinstance(eps, (int, float)) and not eps >= 0:
-        return f"its eps is {eps}, which trinorm's norms refuse"
+    try:
+        if eps is not None:  # RMSNorm's: of the input's dtype
+            checks.epsilon(type(module).__name__, eps)
+    except (TypeError, ValueError):
+        return f"its eps is {eps!r}, which trinorm's norms refuse"
     for name in ("weight", "bias"):
         t = getattr(module, name, None)
         if isinstance(t, torch.Tensor) and t.dtype not in KERNEL_DTYPES:

@@ -285,7 +285,7 @@ def _composite(
         x, weight, bias = in_fp32(x, weight, bias)
     dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
     narrow = x.dtype
-    defined = spec.center and _is_transformed()
+    defined = spec.center and is_transformed()
     if len(dtypes) > 1 or defined or spec.cast != "output":
         wide = torch.float64 if torch.float64 in dtypes else torch.float32
         x = x.to(wide)
@@ -309,7 +309,7 @@ def _plain(spec: RowNorm, x: Tensor, shape: list[int], weight: Tensor | None, bi
     if spec.center:
         # A weight of ones changes no bit. Without one torch drops bias's second derivatives, silently (2.11, 2.13).
         weight = torch.ones_like(bias) if weight is None and bias is not None else weight
-        if _differentiates(x, weight, bias):
+        if differentiates(x, weight, bias):
             return _LayerNorm.apply(x, weight, bias, shape, eps)
         return F.layer_norm(x, shape, weight, bias, eps)
     y = F.rms_norm(x, shape, weight, eps)
@@ -337,7 +337,7 @@ class _LayerNorm(torch.autograd.Function):
         return *torch.ops.aten.native_layer_norm_backward(dy, x, ctx.shape, mean, rstd, weight, bias, wanted), None, None
 
 
-def _differentiates(*tensors: Tensor | None) -> bool:
+def differentiates(*tensors: Tensor | None) -> bool:
     """Whether autograd is on for these plain tensors, and nobody records what is called."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or not torch.is_grad_enabled():
         return False
@@ -347,7 +347,7 @@ def _differentiates(*tensors: Tensor | None) -> bool:
     return any(t.requires_grad for t in given) and all(type(t) in (Tensor, torch.nn.Parameter) for t in given)
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func or forward mode differentiates. A tracer shows neither."""
     if torch.compiler.is_compiling():
         return False

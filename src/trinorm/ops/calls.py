@@ -187,7 +187,8 @@ def _alike(any_of: int | None, *tensors: Tensor) -> Callable[..., bool] | None:
 
 
 def _size(normalized_shape: Sequence[int]) -> torch.Size | None:
-    if not isinstance(normalized_shape, (tuple, list)):  # an iterator would be used up
+    # An iterator would be used up, and a bool is no size.
+    if not isinstance(normalized_shape, (tuple, list)) or bool in map(type, normalized_shape):
         return None
     try:
         return torch.Size(normalized_shape)

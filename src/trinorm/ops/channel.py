@@ -61,8 +61,7 @@ def channel_norm(
             None if averages is None else averages.momentum,
             None if bias is None else bias.dtype,
             kept=asked is not None,
-            differentiated=torch.is_grad_enabled()
-            and any(t is not None and t.requires_grad for t in (*inputs[:3], residual)),
+            differentiated=road.is_differentiated(*inputs[:3], residual),
         )
         if asked is not None:
             CALLS.keep((spec.name, asked), call, *inputs)
@@ -78,10 +77,21 @@ class ChannelCall:
     """The norm, and its gradients, of arguments that differ from those of one call in their values alone.
 
     momentum: of running statistics to be kept up, None where there are none. bias_dtype: db's. kept: others will come that
-    are like these, so launches are recorded (replay.py). differentiated: a backward will ask for statistics.
+    are like these, so launches are recorded (replay.py). differentiated: a backward will ask for statistics. variance: it
+    is among the results.
     """
 
-    __slots__ = ("_again", "_bias_dtype", "_differentiated", "_gradients", "_kept", "_met", "_momentum", "_problem")
+    __slots__ = (
+        "_again",
+        "_bias_dtype",
+        "_differentiated",
+        "_gradients",
+        "_kept",
+        "_met",
+        "_momentum",
+        "_problem",
+        "_variance",
+    )
 
     def __init__(
         self,
@@ -91,7 +101,9 @@ class ChannelCall:
         *,
         kept: bool,
         differentiated: bool,
+        variance: bool = False,
     ) -> None:
+        self._variance = variance
         self._problem, self._momentum, self._bias_dtype = problem, momentum, bias_dtype
         self._kept, self._differentiated = kept, differentiated
         self._again: Function | None = None
@@ -105,13 +117,14 @@ class ChannelCall:
         return self.results(*inputs)[0]  # type: ignore[return-value]
 
     def results(self, *inputs: Tensor | None) -> Results:
-        """(y, mean, rstd); of given statistics y alone."""
+        """(y, mean, rstd), and the variance if asked; of given statistics y alone."""
         results = (self._again or self._forward)(*inputs)
         if self._momentum is not None:
             increment_version([t for t in inputs[3:5] if t is not None])  # a kernel wrote them, which autograd is to know
         return results
 
     def _forward(self, *inputs: Tensor | None) -> Results:
+        from .. import launch
         from . import channels
 
         problem, momentum = self._problem, self._momentum
@@ -121,7 +134,11 @@ class ChannelCall:
             if problem.given:
                 return (channels.apply(problem, x, weight, bias, mean, var, residual),)
             running = None if mean is None or var is None or momentum is None else Averages(mean, var, momentum)
-            return channels.forward(problem, x, weight, bias, residual, running=running, save=self._differentiated)
+            how: Any = dict(running=running, save=self._differentiated)
+            if not self._variance:
+                return channels.forward(problem, x, weight, bias, residual, **how)
+            var = launch.empty(tuple(x.shape[1:2]), torch.float64, x.device)
+            return *channels.forward(problem, x, weight, bias, residual, **how, var=var), var
 
         # Over samples (InstanceNorm) running statistics are averaged in ATen's ops, which would not be repeated.
         averaged = momentum is not None and not problem.spec.over_samples

@@ -1,7 +1,7 @@
 """The channel norms as registered ops, as library.py has the row norms::
 
     group_norm(input, num_groups, weight?, bias?, residual?, eps, activation?) -> (y, mean, rstd)
-    batch_norm(input, weight?, bias?, residual?, eps, activation?) -> (y, mean, rstd)
+    batch_norm(input, weight?, bias?, residual?, eps, activation?) -> (y, mean, rstd, var)
     channel_layer_norm(input, weight?, bias?, eps) -> (y, mean, rstd)
     <norm>_backward(
         dy, input, <num_groups,> weight?, <bias?, residual?,> mean, rstd, eps, <activation?,> dx, dw, db?, <dr>
@@ -9,8 +9,9 @@
 
 InstanceNorm is a GroupNorm with a group for each channel. Statistics are those of the input: a norm of given ones is
 pointwise, and left to Inductor. They have the input's dims that they are told apart by (samples and groups; channels;
-samples and positions) and the accumulator's dtype, and carry no gradients; running ones are kept up in ATen's ops, of the
-few numbers that they are. weight and bias: a channel's, or each sample's, both.
+samples and positions) and the accumulator's dtype, and carry no gradients. Running ones are kept up in ATen's ops, of the
+few numbers that they are, BatchNorm's of var: the unbiased variance in fp64, as of one that is small beside eps there is
+little in rstd. weight and bias: a channel's, or each sample's, both.
 """
 
 from __future__ import annotations
@@ -59,17 +60,14 @@ def norm(
         x, weight, bias, residual = in_fp32(x, weight, bias, residual)
     with keeping_dtype(x.device.type) if spec.name == name else torch.autocast(x.device.type, enabled=False):
         if spec.of_positions:
-            y, mean, rstd = torch.ops.trinorm.channel_layer_norm(x, weight, bias, eps)
+            y, *_ = torch.ops.trinorm.channel_layer_norm(x, weight, bias, eps)
         elif spec.over_samples:
-            y, mean, rstd = torch.ops.trinorm.batch_norm(x, weight, bias, residual, eps, activation)
+            y, mean, _, *var = torch.ops.trinorm.batch_norm(x, weight, bias, residual, eps, activation)
         else:
-            y, mean, rstd = torch.ops.trinorm.group_norm(x, num_groups, weight, bias, residual, eps, activation)
-    if averages is not None:
-        n = x.numel() // mean.numel()
-        var = (rstd.detach().double() ** -2 - eps).clamp(min=0) * (n / (n - 1))
-        for kept, now in ((averages.mean, mean), (averages.var, var)):
-            of_channel = now.detach().double() if spec.over_samples else now.detach().double().mean(0)
-            kept.copy_(torch.lerp(kept.double(), of_channel, averages.momentum))
+            y, mean, _ = torch.ops.trinorm.group_norm(x, num_groups, weight, bias, residual, eps, activation)
+            var = [] if averages is None else [x.detach().flatten(2).double().var(2)]
+    if averages is not None and x.numel():
+        reference.keep_up(averages, mean, *var)
     return y
 
 
@@ -160,7 +158,8 @@ class _ChannelOp(Op):
         read = channels_readable(x)
         rest = *(None if t is None else dense(t) for t in parameters), beside(read, residual)
         if (call := self._recalled(problem, db, stats, read, *rest)) is None:
-            call = ChannelCall(problem, None, db, kept=True, differentiated=True)
+            how: Any = dict(kept=True, differentiated=True, variance=stats is None and problem.spec.over_samples)
+            call = ChannelCall(problem, None, db, **how)
             CALLS.keep((_REGISTERED, self.name, problem, db, stats), call, read, *rest)
         return call, (read, *rest)
 
@@ -171,6 +170,7 @@ class _Forward(_ChannelOp):
     )
 
     def __init__(self, spec: ChannelNorm, backward: _Backward) -> None:
+        self.results = 4 if spec.over_samples else 3
         super().__init__(spec)
         self.name, self._backward = spec.name, backward
 
@@ -188,7 +188,7 @@ class _Forward(_ChannelOp):
     def save(self, ctx: Any, results: Results, *args: Any) -> None:
         x, num_groups, weight, bias, residual, eps, activation = self._named(*args)
         activated = (None, None) if activation is None else (bias, residual)
-        ctx.save_for_backward(x, weight, *activated, *results[1:])
+        ctx.save_for_backward(x, weight, *activated, *results[1:3])
         ctx.mark_non_differentiable(*results[1:])
         ctx.num_groups, ctx.how = num_groups, (eps, activation)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -207,9 +207,12 @@ class _Forward(_ChannelOp):
         x, num_groups, weight, bias, residual, eps, activation = self._named(*args)
         self._check(x, num_groups, weight, bias, residual, activation)
         y = reference.composite(self._spec, x, num_groups, weight, bias, eps, None, None, activation, residual)
-        mean, rstd = reference.statistics(self._spec, x, num_groups, eps)
+        mean, rstd, var = reference.statistics(self._spec, x, num_groups, eps)
         stats, shape = road.accumulator_dtype(x, weight, bias), self._statistics_shape(x, num_groups)
-        return in_order_of(self._like(x), y), *(t.detach().to(stats).view(shape) for t in (mean, rstd))
+        found = *(t.detach().to(stats).view(shape) for t in (mean, rstd)), var.detach().view(shape)
+        if not x.numel():
+            found = tuple(torch.zeros_like(t) for t in found)  # NaN is unequal to itself
+        return in_order_of(self._like(x), y), *found[: self.results - 1]
 
     def compute(self, *args: Any) -> Results:
         x, num_groups, weight, bias, residual, eps, activation = self._named(*args)
@@ -231,7 +234,8 @@ class _Forward(_ChannelOp):
         x, num_groups, weight, bias, residual, _, activation = self._named(*args)
         self._check(x, num_groups, weight, bias, residual, activation)
         stats, shape = road.accumulator_dtype(x, weight, bias), self._statistics_shape(x, num_groups)
-        return self._like(x), *(x.new_empty(shape, dtype=stats) for _ in range(2))
+        found = (*(x.new_empty(shape, dtype=dtype) for dtype in (stats, stats, torch.float64)),)
+        return self._like(x), *found[: self.results - 1]
 
 
 class _Backward(_ChannelOp):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..channel_reference import Averages, ChannelGradients
+from ..channel_reference import Averages, ChannelGradients, keep_up
 from ..kernels.channel import channel_apply, channel_moments
 from ..kernels.channel_backward import channel_apply_backward, channel_combine_backward, channel_sums
 from ..kernels.channel_combine import channel_combine
@@ -49,10 +49,11 @@ def forward(
     *,
     running: Averages | None = None,
     save: bool = True,
+    var: Tensor | None = None,
 ) -> Normalized:
     """Normalize x, which is in one of the two orders, as y then is. weight and bias: ``(C,)``, or ``(N, C)`` both.
     residual: of x's shape, in x's order. save: a backward will ask for statistics; positions, which are many, have none
-    otherwise.
+    otherwise. var: where the unbiased variance goes, fp64.
     """
     spec, num_groups = problem[:2]
     if spec.of_positions:
@@ -66,7 +67,7 @@ def forward(
     if x.numel() == 0:
         return Normalized(torch.empty_like(x), mean, rstd)
     averaged = running is not None and not spec.over_samples
-    var = empty((sets,), torch.float64, device) if averaged else None
+    var = empty((sets,), torch.float64, device) if averaged else var
     in_place = (running.mean, running.var) if running is not None and not averaged else (None, None)
     statistics = mean, rstd, var, *in_place
     momentum = 0.0 if running is None else running.momentum
@@ -93,10 +94,8 @@ def forward(
     else:
         _take_statistics(problem, x, statistics, stats, momentum)
         y = apply(problem, x, weight, bias, mean, rstd, residual)
-    if running is not None and var is not None:
-        # Running statistics, which are a channel's, have the mean of those of all samples (InstanceNorm).
-        for kept, now in ((running.mean, mean), (running.var, var)):
-            kept.copy_(torch.lerp(kept.double(), now.view(x.shape[0], -1).mean(0).double(), momentum))
+    if averaged and running is not None and var is not None:  # of all samples (InstanceNorm)
+        keep_up(running, mean.view(x.shape[0], -1), var.view(x.shape[0], -1))
     return Normalized(y, mean, rstd)
 
 
@@ -186,7 +185,8 @@ def backward(
     found = ChannelGradients(dx_out, dw_out, db_out, dz)
     if x.numel() == 0 or not (dx or dw or db or dr):
         return found
-    stats = accumulator_dtype(x, weight, mean, rstd)
+    # The bias has a part in db alone.
+    stats = torch.float64 if db is torch.float64 else accumulator_dtype(x, weight, mean, rstd)
     tensors = dy, x, mean, rstd, weight, bias, residual
     taken = dx and not problem.given  # dx depends on the statistics
     if taken and (whole := _whole(problem, x, stats, 2)) is not None:

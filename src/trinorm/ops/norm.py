@@ -40,6 +40,6 @@ def row_norm(
         save=save,
         batch_invariant=batch_invariant,
         cast=autocast and reference.autocast_to_fp32(spec, x.device.type),
-        differentiated=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)),
+        differentiated=road.is_differentiated(x, weight, bias),
     )
     return call.norm(*inputs)

@@ -137,11 +137,18 @@ def batched(results: Results) -> tuple[Results, Sequence[int | None]]:
 
 def one_by_one(op: Op, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Results, Sequence[int | None]]:
     """A call for each element of the mapped dims, the results stacked."""
+    none = not info.batch_size
+    if none:  # of one that is not there, results are like these
+        args = tuple(
+            a.new_zeros(a.movedim(d, 0).shape[1:]) if isinstance(d, int) else a for a, d in zip(args, dims, strict=True)
+        )
+        dims = [None] * len(args)
     each = [
         op(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, dims, strict=True)))
-        for i in range(info.batch_size)
+        for i in range(info.batch_size or 1)
     ]
-    return batched(tuple(None if of[0] is None else torch.stack(of) for of in zip(*each, strict=True)))
+    stacked = (None if of[0] is None else torch.stack(of) for of in zip(*each, strict=True))
+    return batched(tuple(None if r is None else r[:0] if none else r for r in stacked))
 
 
 def out_of_autocast(key: str) -> contextlib.AbstractContextManager[Any]:

@@ -95,6 +95,13 @@ def accumulator_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether autograd is to know how a result came of these: never in inference mode, whatever grad mode is in there."""
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
 def observer() -> str | None:
     """What looks inside ops just now and would not see a kernel: torch.compile and torch.jit, torch.func, forward-mode AD,
     modes that count or record ATen ops. None when nothing does.
