@@ -16,6 +16,10 @@ from .index import chunk_columns, columns_live, load, rounded_up, widened
 TRUSTED_MIN: tl.constexpr = tl.constexpr(1e-30)
 TRUSTED_MAX: tl.constexpr = tl.constexpr(3e38)
 
+# A mean whose square is so many times the variance, both from a pivot on, costs the variance twice as many of its last
+# digits: so of one row of 16,000, where elements are normal and the pivot the mean of four.
+_FAR: tl.constexpr = tl.constexpr(4.0)
+
 
 @triton.jit
 def mean_of(total, N: tl.constexpr):
@@ -129,6 +133,56 @@ def held_moments(xs, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr):
         return settled(mean, mean_of(squared, N), moved, N)
     else:
         return mean, mean_of(row_sum(squares), N)
+
+
+@triton.jit
+def row_pivot(row, exists, N: tl.constexpr, ACC: tl.constexpr):
+    """Something near the mean of the rows at the pointers ``row``, where they exist: that of four elements, each
+    ``[ROWS, 1]``, as these need no sum over lanes.
+    """
+    pivot = tl.zeros(row.shape, ACC)
+    for i in tl.static_range(4):
+        pivot += widened(load(row + i * (N // 4), exists), ACC) * 0.25
+    return pivot
+
+
+@triton.jit
+def distances_from(pivot, xs, N: tl.constexpr, ACC: tl.constexpr):
+    """(sums, sums of squares) in each lane, ``[ROWS, CHUNK]``, of the distances from the pivot of rows held as chunks."""
+    ROWS: tl.constexpr = xs[0].shape[0]
+    CHUNK: tl.constexpr = xs[0].shape[1]
+    total = tl.zeros([ROWS, CHUNK], ACC)
+    squares = tl.zeros([ROWS, CHUNK], ACC)
+    for i in tl.static_range(len(xs)):
+        live = columns_live(chunk_columns(i * CHUNK, CHUNK), (i + 1) * CHUNK, N)
+        distance = tl.where(live, widened(xs[i], ACC) - pivot, 0.0)
+        total += distance
+        squares += distance * distance
+    return total, squares
+
+
+@triton.jit
+def power_about(shift, squares, N: tl.constexpr):
+    """(power, where it has its digits) of the sum of the squares of N distances, whose mean is ``shift``."""
+    power = mean_of(squares, N) - shift * shift
+    return power, shift * shift <= power * _FAR
+
+
+@triton.jit
+def pivoted_moments(xs, pivot, N: tl.constexpr, ACC: tl.constexpr):
+    """(mean, power, where they are good), each ``[ROWS, 1]``: one exchange between warps where ``held_moments`` takes two,
+    but the power is a difference. The mean is that of the elements themselves, as adding the pivot would round it.
+    """
+    moved, squares = distances_from(pivot, xs, N, ACC)
+    total = tl.zeros(moved.shape, ACC)
+    for i in tl.static_range(len(xs)):
+        total += widened(xs[i], ACC)
+    sums = tl.sum(tl.join(tl.join(moved, squares), tl.join(total, total)), axis=1, keep_dims=True)
+    of_distances, of_elements = tl.split(sums)
+    moved, squares = tl.split(of_distances)
+    total, _ = tl.split(of_elements)
+    power, good = power_about(mean_of(moved, N), squares, N)
+    return mean_of(total, N), power, good
 
 
 @triton.jit
