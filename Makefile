@@ -44,12 +44,14 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Where venv cannot bring pip (Debian packs the two apart), $(PYTHON)'s own pip puts one in. __init__.py has the version.
+# What the build requires is constrained too: older pips pass PIP_CONSTRAINT on to it, newer ones PIP_BUILD_CONSTRAINT alone.
 $(READY): pyproject.toml constraints.txt src/trinorm/__init__.py
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("trinorm needs Python 3.10 or newer; set PYTHON")'
 	@$(BIN)/python -m pip --version 2>/dev/null || $(PYTHON) -m venv $(VENV) || { \
 		$(PYTHON) -m venv --without-pip $(VENV) && \
 		$(PYTHON) -m pip install --target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" pip; }
-	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[test,lint]'
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+		$(BIN)/python -m pip install --no-compile --editable '.[test,lint]'
 	@# By all cores, which pip does by one. What is of another Python's syntax is left.
 	@$(BIN)/python -m compileall -qq -j 0 "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
 	touch $@

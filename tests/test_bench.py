@@ -281,7 +281,8 @@ def test_a_json_line_has_the_promised_fields_in_order() -> None:
     )
     assert list(read)[:16] == promised.split()
     assert set(read) - set(promised.split()) == {
-        "device_us_mean", "device_us_std", "replays", "rotated", "ok", "error_ratio", "failure", "first_call_s"
+        "device_us_mean", "device_us_std", "replays", "rotated", "ok", "error_ratio", "failure", "first_call_s",
+        "provider_version",
     }  # fmt: skip
     assert (read["shape"], read["dtype"], read["pass"], read["bytes"]) == ([128, 768], "bfloat16", "forward", 396288)
     assert read["error_ratio"] is None

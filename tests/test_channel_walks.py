@@ -1,4 +1,4 @@
-"""channel.py, channel_combine.py, channel_tiles.py: pivots that are unlike the rest, and sizes beyond 32 bits."""
+"""channel.py, channel_combine.py, channel_tiles.py: pivots that are unlike the rest, long sums, and sizes past 32 bits."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from paths import forget_channel_choices
 from trinorm import channel_reference as reference
+from trinorm import functional
 from trinorm.compare import assert_no_worse
 from trinorm.kernels.channel_tiles import lanes_there, walk_of_program, walked_count
 from trinorm.launch import describe
@@ -83,6 +84,20 @@ def test_firsts_unlike_the_rest(
         torch.testing.assert_close(rstd[usual].double(), exact.rstd[usual], rtol=1e-6, atol=0)
         return
     check_statistics(spec, x)
+
+
+@pytest.mark.parametrize("of", ["weight", "bias"])
+def test_what_a_long_sum_of_fp32_loses_is_kept(of: str, device: torch.device) -> None:
+    """dw and db of terms of one sign, of which the first are so large that a plain sum has nothing of those that follow."""
+    x = torch.ones((2, 4, 64, 64), device=device).contiguous(memory_format=torch.channels_last)
+    x[..., ::2] = -1.0
+    mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)  # so that no term is rounded
+    terms = torch.ones_like(x)
+    terms[0, :, :4] = 2.0**24
+    weight, bias = (torch.zeros(4, device=device, requires_grad=True) for _ in range(2))
+    y = functional.batch_norm(x, mean, var, weight, bias, eps=0.0)
+    (found,) = torch.autograd.grad(y, weight if of == "weight" else bias, terms * x if of == "weight" else terms)
+    assert torch.equal(found, terms.double().sum((0, 2, 3)).float())
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])

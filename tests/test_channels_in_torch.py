@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from machine import ON_GPU
 from test_channels import check, draw, groups_of, norm
+from trinorm import channel_reference as reference
 from trinorm import functional, nn
 from trinorm.channel_reference import Given
 from trinorm.ops import channel, road
@@ -234,6 +235,22 @@ def test_a_momentum_of_one_call_is_not_kept(device: torch.device) -> None:
     for _ in range(5):
         bn(torch.randn(2, 4, 3, 3, device=device))
     assert len(channel.CALLS._kept) == 0
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["no_grad first", "grad first"])
+def test_calls_with_grad_and_under_no_grad_are_kept_apart(spec: ChannelNorm, first: bool, device: torch.device) -> None:
+    """Each is recalled among the others, and what no gradient was asked of is not given to who asks for one."""
+    drawn, dy = draw((2, 12, 5, 6), torch.float32, torch.float32, False, device)
+    groups = groups_of(spec, (2, 12), 4)
+    problem = spec, drawn[0].detach(), groups, drawn[1].detach(), drawn[2].detach(), 1e-5
+    exact = reference.oracle_gradients(*problem, dy)
+    for turn, grad in enumerate((first, not first) * 3, 1):
+        with torch.set_grad_enabled(grad):
+            y = norm(spec, drawn[0], groups, *drawn[1:])
+        assert y.requires_grad == grad
+        for got, want in zip(torch.autograd.grad(y, drawn, dy), exact, strict=False) if grad else ():
+            torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-5)
+        assert len(channel.CALLS._kept) == min(turn, 2)
 
 
 def test_folded_into_a_convolution(device: torch.device) -> None:

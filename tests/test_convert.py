@@ -109,6 +109,12 @@ def _buffered() -> torch.nn.Module:
     return norm
 
 
+def _narrow_bias() -> torch.nn.Module:
+    norm = torch.nn.LayerNorm(8)
+    norm.bias = torch.nn.Parameter(torch.zeros(8, dtype=torch.float8_e4m3fn), requires_grad=False)
+    return norm
+
+
 def _instance_forward() -> torch.nn.Module:
     norm = torch.nn.LayerNorm(8)
     norm.forward = lambda x: x  # type: ignore[method-assign]
@@ -132,10 +138,12 @@ LEFT = {
     "replaced already": (_replaced_before, "already trinorm's"),
     "forward replaced": (_instance_forward, "forward was replaced"),
     "an eps that is refused": (lambda: torch.nn.LayerNorm(8, eps=-1.0), "eps is -1.0"),
+    "an eps that is no number": (lambda: torch.nn.RMSNorm(8, eps=float("nan")), "eps is nan"),
     "a subclass of ours": (lambda: type("Mine", (trinorm.nn.LayerNorm,), {})(8), "a subclass of trinorm's"),
     "scripted": (lambda: torch.jit.script(torch.nn.LayerNorm(8)), "scripted"),
     "another of torch's": (lambda: torch.nn.CrossMapLRN2d(2), "no kernel for this norm yet"),
     "a weight that is a buffer": (_buffered, "weight is torch.int64"),
+    "a bias of fp8": (_narrow_bias, "bias is torch.float8"),
     "parametrized": (_parametrized, "parametrize"),
     "a weight of fp8": (lambda: torch.nn.RMSNorm(8, dtype=torch.float8_e4m3fn), "float8"),
 }

@@ -261,6 +261,14 @@ def test_the_walk_sees_the_house(house: list[File]) -> None:
     assert {"Makefile", ".ci/run", "docs/mathematics.md", "tests/test_house.py", f"{KERNELS}/index.py"} <= paths
 
 
+def test_every_folder_of_the_house_is_in_the_sdist(house: list[File]) -> None:
+    """Else its tests would fail where it is unpacked."""
+    text = next(file.text for file in house if file.path == "pyproject.toml")
+    (included,) = re.findall(r"targets\.sdist\]\ninclude = (\[.*\])", text)
+    folders = {f"/{file.path.split('/')[0]}" for file in house if "/" in file.path}
+    assert folders - set(ast.literal_eval(included)) == set()
+
+
 # A helper that no kernel calls rots: nothing would notice if it were wrong.
 
 

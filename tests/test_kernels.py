@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from trinorm.kernels import affine, index, row_backward, row_split, stats
+from trinorm.kernels import affine, index, row_backward, row_split, stats, team
 
 ROWS, CHUNK = 4, 16
 
@@ -153,6 +155,108 @@ def test_rescued_stats_where_squares_leave_fp32(center: bool, scale: float, devi
     exact_rstd = (exact - exact_mean).square().mean(1).rsqrt()
     torch.testing.assert_close(mean.double(), exact_mean.flatten(), rtol=2**-22, atol=0)
     torch.testing.assert_close(rstd.double(), exact_rstd, rtol=2**-20, atol=0)
+
+
+@triton.jit
+def _lost_kernel(OUT, X, STEPS, LANES: tl.constexpr, PRECISE: tl.constexpr):
+    lanes = index.chunk_columns(0, LANES)
+    total, lost = tl.zeros([1, LANES], tl.float32), tl.zeros([1, LANES], tl.float32)
+    for i in tl.range(0, STEPS):
+        total, lost = stats.add_to_sum(total, lost, tl.load(X + i * LANES + lanes), PRECISE)
+    tl.store(OUT + tl.zeros([1, 1], tl.int32), stats.row_sum_with_lost(total, lost, PRECISE).to(tl.float64))
+
+
+def _summed(x: torch.Tensor, precise: bool) -> float:
+    """The sum of x, ``[steps, lanes]``, a step at a time."""
+    out = torch.empty(1, dtype=torch.float64, device=x.device)
+    _lost_kernel[(1,)](out, x, x.shape[0], LANES=x.shape[1], PRECISE=precise)
+    return out.item()
+
+
+@pytest.mark.parametrize("first", ["largest first", "largest last", "largest amid"])
+def test_a_sum_keeps_what_rounding_loses(first: str, device: torch.device) -> None:
+    """fp32 loses every 1 that is added to 2^24 + 2, and the last place of a smaller sum that this is added to."""
+    x = torch.ones(50, 16, device=device)
+    x[{"largest first": 0, "largest last": 49, "largest amid": 24}[first]] = 2.0**24 + 2
+    assert _summed(x, precise=True) == x.double().sum().item()
+    assert _summed(x, precise=False) != x.double().sum().item()
+
+
+@pytest.mark.parametrize("precise", [False, True])
+def test_a_sum_that_is_not_finite(precise: bool, device: torch.device) -> None:
+    x = torch.ones(5, 16, device=device)
+    x[2, 3] = torch.inf
+    assert _summed(x, precise) == torch.inf
+    x[3, 3] = -torch.inf
+    assert math.isnan(_summed(x, precise))
+    assert _summed(torch.full((5, 16), -3e38, device=device), precise) == -torch.inf
+
+
+@triton.jit
+def _mean_kernel(OUT, X, LANES: tl.constexpr, N: tl.constexpr):
+    lanes = tl.arange(0, LANES)
+    tl.store(OUT + lanes, stats.mean_of(tl.load(X + lanes), N))
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 64, 1000, 4097, 66000])
+def test_a_mean_is_rounded_correctly(n: int, device: torch.device) -> None:
+    x = torch.randn(1024, device=device) * torch.logspace(-10, 10, 1024, device=device)
+    x[:4] = torch.tensor([0.0, torch.inf, -torch.inf, torch.nan])
+    out = torch.empty_like(x)
+    _mean_kernel[(1,)](out, x, LANES=1024, N=n)
+    torch.testing.assert_close(out, (x.double() / n).float(), rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def _row_sums_kernel(OUT, X, Y, ROWS: tl.constexpr, N: tl.constexpr):
+    rows = index.tile_rows(0, ROWS)
+    places = rows * N + index.chunk_columns(0, N)
+    x, y = stats.row_sums(tl.load(X + places), tl.load(Y + places))
+    tl.store(OUT + rows, x)
+    tl.store(OUT + ROWS + rows, y)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_two_sums_of_rows_at_once(rows: int, device: torch.device) -> None:
+    x, y = (torch.randint(-8, 8, (rows, 32), device=device).float() for _ in range(2))
+    out = torch.empty(2, rows, device=device)
+    _row_sums_kernel[(1,)](out, x, y, ROWS=rows, N=32)
+    assert torch.equal(out, torch.stack((x.sum(1), y.sum(1))))
+
+
+@triton.jit
+def _trusted_kernel(OUT, X, LANES: tl.constexpr):
+    lanes = tl.arange(0, LANES)
+    tl.store(OUT + lanes, stats.trusted(tl.load(X + lanes)).to(tl.int32))
+
+
+def test_which_powers_are_trusted(device: torch.device) -> None:
+    x = [1e-5, 1.0, 1e38, 2e-30, 0.0, 5e-31, torch.inf, torch.nan]
+    out = torch.empty(8, dtype=torch.int32, device=device)
+    _trusted_kernel[(1,)](out, torch.tensor(x, device=device), LANES=8)
+    assert out.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("dtype", "largest", "n"), [(tl.bfloat16, 255, 65536), (tl.float16, 2047, 8192)])
+def test_which_sums_of_equal_numbers_are_exact(dtype: tl.dtype, largest: int, n: int) -> None:
+    """largest: of the dtype's significands, as whole numbers. Of fp32 two are not exact in fp32, and all in fp64."""
+    sums = torch.arange(n + 1) * largest
+    assert torch.equal(sums.float().long(), sums)
+    assert [stats.sums_exactly(dtype, columns, tl.float32) for columns in (1, n, n + 1)] == [True, True, False]
+    assert [stats.sums_exactly(tl.float32, n, acc) for acc in (tl.float32, tl.float64)] == [False, True]
+
+
+@triton.jit
+def _team_sum_kernel(OUT, X, LANES: tl.constexpr):
+    tl.store(OUT + tl.zeros([1, 1], tl.int32), team.team_sum(tl.load(X + tl.arange(0, LANES))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shares_of_a_team_are_summed(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.randint(-8, 8, (32,), device=device, dtype=dtype) + 2.0 ** (-40 if dtype == torch.float64 else -10)
+    out = torch.empty(1, dtype=dtype, device=device)
+    _team_sum_kernel[(1,)](out, x, LANES=32)
+    assert torch.equal(out[0], x.sum())
 
 
 @triton.jit

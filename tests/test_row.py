@@ -156,6 +156,24 @@ def test_a_remembered_call_under_autocast_is_cast_as_the_first_was(
     assert len(CALLS._of_any_rows) == 1, "one shape, remembered with autocast and without"
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["no_grad first", "grad first"])
+def test_calls_with_grad_and_under_no_grad_are_kept_apart(op: str, first: bool, device: torch.device) -> None:
+    """Each is recalled among the others, and what no gradient was asked of is not given to who asks for one."""
+    x, dy = torch.randn(3, 24, device=device), torch.randn(3, 24, device=device)
+    weight, bias = _parameters(op, 24, device)
+    exact = reference.oracle_gradients(SPECS[op], x, (24,), weight, bias, 1e-5, dy).dx
+    assert exact is not None
+    x.requires_grad_()
+    for turn, grad in enumerate((first, not first) * 3, 1):
+        with torch.set_grad_enabled(grad):
+            y = _call(op, x, weight, bias)
+        assert y.requires_grad == grad
+        if grad:
+            (dx,) = torch.autograd.grad(y, x, dy)
+            torch.testing.assert_close(dx, exact.float())
+        assert len(CALLS._of_any_rows) == min(turn, 2)
+
+
 def test_selective_checkpointing_sees_a_call_seen_before(op: str, device: torch.device) -> None:
     """Its modes are told of torch's operators: none of a kernel, which another run of the same function would launch."""
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts

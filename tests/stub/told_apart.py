@@ -173,6 +173,22 @@ def test_gradients_of_other_layouts_and_dtypes_are_told_apart(stub: Stub, ordina
     assert len({function for function, _ in expected}) == 2
 
 
+def test_a_strided_gradient_of_other_rows(stub: Stub, ordinary: list[str]) -> None:
+    """Its strides do not follow from the number of rows as a contiguous one's do: it is repeated for its own shape."""
+    weight = torch.randn(64)
+    for turn in range(3):
+        for m in (8, 5):
+            x = torch.randn(m, 64, requires_grad=True)
+            y = call(RMS_NORM, x, weight)
+            stub.launches()
+            ordinary.clear()
+            dy = torch.randn(m, 128)[:, :64]
+            (dx,) = torch.autograd.grad(y, x, dy)
+            assert dx.shape == (m, 64)
+            assert bool(ordinary) == (turn == 0)
+            assert dy.data_ptr() in stub.launches()[0].parameters
+
+
 def test_without_torchs_guard_nothing_is_kept(stub: Stub, ordinary: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = draw(RMS_NORM, 8, 64, torch.float32, grad=False)
     for guard in (None, lambda *tensors: None):  # one that cannot be called so, and another signature

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -48,6 +49,15 @@ def load(peers: Sequence[str]) -> tuple[list[Provider], dict[str, str]]:
         except Exception as error:  # an installed package may fail to import in any way
             absent[name] = f"{type(error).__name__}: {error}"
     return providers, absent
+
+
+@functools.cache
+def version_of(name: str) -> str | None:
+    """The installed version of the package a provider comes in; None of torch's and ours, of which a record says more."""
+    try:
+        return importlib.metadata.version(_PACKAGES[name])
+    except (KeyError, importlib.metadata.PackageNotFoundError):
+        return None
 
 
 def _functional(functions: ModuleType, case: Case) -> Norm:
@@ -113,3 +123,6 @@ PEERS: dict[str, Callable[[], Provider]] = {
     "liger": _liger,
     "quack": _quack,
 }
+
+# What packages the others come in.
+_PACKAGES = {"liger": "liger-kernel", "quack": "quack-kernels"}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .cases import Case
+from .providers import version_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Record:
     first_call_s: wall seconds from before the provider builds its norm until its first result is on the GPU, a backward's
     forward included; where nothing is cached that is mostly compiling, but for torch, which has nothing to compile. A chain
     has none, since its first call is one of those that warm its graph up, nor has a host time, whose norm is called in
-    several ways before. None: not measured.
+    several ways before. provider_version: of Liger-Kernel and QuACK, since 2026-11-26. None: not measured.
     """
 
     op: str
@@ -93,6 +94,7 @@ class Record:
     error_ratio: float | None = None
     failure: str | None = None
     first_call_s: float | None = None
+    provider_version: str | None = None
 
     @classmethod
     def of(cls, case: Case, provider: str, provenance: Provenance) -> Record:
@@ -109,6 +111,7 @@ class Record:
             host_us=None,
             ceiling_us=None,
             bytes=case.bytes,
+            provider_version=version_of(provider),
             **asdict(provenance),
         )
 

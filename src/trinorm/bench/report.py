@@ -131,6 +131,7 @@ def prediction_table(predictions: Sequence[Prediction]) -> Table:
     found = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
         title=f"{_of(first)}, compiled for {first.target}",
         caption=(
             "registers: of a thread. spills, shared: bytes, of a thread and of a program. resident: programs × warps that\n"
@@ -146,7 +147,9 @@ def prediction_table(predictions: Sequence[Prediction]) -> Table:
         *("MB", "memory", "issue", "µs", f"of {CEILINGS[first.case.pass_]}"),
     )
     for header in headers:
-        found.add_column(header, justify="left" if header in words else "right", no_wrap=header in words)
+        # What is short of room is taken from the columns that wrap between words; others would be cut within one.
+        wraps = header in ("loads", "stores")
+        found.add_column(header, justify="left" if header in words else "right", no_wrap=not wraps)
     for prediction in predictions:
         found.add_section()
         call = (_number(prediction.microseconds), _number(prediction.ceiling_ratio))
@@ -177,6 +180,7 @@ def instruction_table(predictions: Sequence[Prediction]) -> Table:
     found = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
         title=f"{_of(first)}, instructions on {first.target}",
         caption=(
             "total: of the code that ordinary rows run; in brackets, of all code. in loop: the longest that touches\n"
