@@ -13,7 +13,6 @@ from . import checks
 from .channel_functional import batch_norm, check_channels, group_norm, instance_norm
 from .ops import CALLS, channel, jagged, row_norm
 from .spec import CASTS, CHANNEL_LAYER_NORM, LAYER_NORM, RMS_NORM, Cast
-from .switches import options
 
 __all__ = ["batch_norm", "channel_layer_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -256,8 +255,4 @@ def _check(
             f"{op}(): save is 'output' and cast is 'llama', whose output is rounded twice, which cannot be undone; "
             "one of the two must be another"
         )
-    if batch_invariant is None:
-        batch_invariant = options.batch_invariant
-    elif not isinstance(batch_invariant, bool):
-        raise TypeError(f"{op}(): batch_invariant must be True, False or None, not {batch_invariant!r}")
-    return shape, eps, batch_invariant
+    return shape, eps, checks.invariance(op, batch_invariant)
