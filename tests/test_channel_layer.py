@@ -308,7 +308,7 @@ def test_autocast(device: torch.device) -> None:
     x = torch.randn(2, 12, 5, 6, device=device).bfloat16()
     with torch.autocast(device.type, dtype=torch.bfloat16):
         first, last = channel_layer_norm(x), channel_layer_norm(x.contiguous(memory_format=torch.channels_last))
-        registered, *_ = torch.ops.trinorm.channel_layer_norm(x, None, None, 1e-6)
+        registered, *_ = torch.ops.trinorm.channel_layer_norm(x, None, None, 1e-6, False)
         assert first.dtype == last.dtype == registered.dtype == functional.layer_norm(x, (6,)).dtype
 
 

@@ -41,36 +41,39 @@ def call(spec: ChannelNorm, added: bool = False, **how: Any) -> Callable[..., Te
     return run
 
 
-# An op, and those of its arguments that others do not have: num_groups, whether there is a residual, activation.
-OPS: list[tuple[str, tuple[int, ...], tuple[bool, ...], tuple[str | None, ...]]] = [
-    ("group_norm", (4,), (False,), (None,)),
-    ("group_norm", (4,), (True,), ("silu",)),
-    ("batch_norm", (), (True,), (None,)),
-    ("batch_norm", (), (False,), ("silu",)),
-    ("channel_layer_norm", (), (), ()),
+# An op, and those of its arguments that others do not have: num_groups, whether there is a residual, activation,
+# batch_invariant.
+OPS: list[tuple[str, tuple[int, ...], tuple[bool, ...], tuple[str | None, ...], tuple[bool, ...]]] = [
+    ("group_norm", (4,), (False,), (None,), (False,)),
+    ("group_norm", (4,), (True,), ("silu",), (True,)),
+    ("batch_norm", (), (True,), (None,), ()),
+    ("batch_norm", (), (False,), ("silu",), ()),
+    ("channel_layer_norm", (), (), (), (True,)),
 ]
 
 
-@pytest.mark.parametrize(("op", "groups", "residual", "activation"), OPS)
+@pytest.mark.parametrize(("op", "groups", "residual", "activation", "invariant"), OPS)
 def test_opcheck(
     op: str,
     groups: tuple[int, ...],
     residual: tuple[bool, ...],
     activation: tuple[str | None, ...],
+    invariant: tuple[bool, ...],
     last: bool,
     device: torch.device,
 ) -> None:
     (x, weight, bias), _ = draw(SHAPE, torch.float32, torch.float32, last, device)
     added = [torch.randn_like(x).requires_grad_() if given else None for given in residual]
     forward, backward = (getattr(torch.ops.trinorm, name).default for name in (op, f"{op}_backward"))
-    opcheck(forward, (x, *groups, weight, bias if groups else None, *added, 1e-5, *activation))
+    how = 1e-5, *activation, *invariant
+    opcheck(forward, (x, *groups, weight, bias if groups else None, *added, *how))
     if groups:
         of_samples = [torch.randn(SHAPE[:2], device=device, requires_grad=True) for _ in range(2)]
-        opcheck(forward, (x, 12, *of_samples, *added, 1e-5, *activation))
+        opcheck(forward, (x, 12, *of_samples, *added, *how))
     with torch.no_grad():
-        y, mean, rstd, *_ = forward(x, *groups, weight, bias, *added, 1e-5, *activation)
+        y, mean, rstd, *_ = forward(x, *groups, weight, bias, *added, *how)
         parameters = weight, *[bias] * len(activation), *added
-        args = y, x, *groups, *parameters, mean, rstd, 1e-5, *activation, True, True, torch.float32
+        args = y, x, *groups, *parameters, mean, rstd, *how, True, True, torch.float32
         dr = [given and activation != (None,) for given in residual]
         opcheck(backward, [a.detach() if isinstance(a, Tensor) else a for a in (*args, *dr)])
 
@@ -167,13 +170,13 @@ def test_running_statistics_as_eager_calls_have_them(kind: str, device: torch.de
 @pytest.mark.parametrize(("op", "groups"), [("group_norm", (2,)), ("batch_norm", ()), ("channel_layer_norm", ())])
 def test_opcheck_of_no_elements(op: str, groups: tuple[int, ...], shape: tuple[int, ...], device: torch.device) -> None:
     x, weight = torch.ones(shape, device=device, requires_grad=True), torch.ones(4, device=device, requires_grad=True)
-    rest = (1e-5,) if op == "channel_layer_norm" else (None, 1e-5, None)
+    rest = {"channel_layer_norm": (1e-5, False), "group_norm": (None, 1e-5, None, False)}.get(op, (None, 1e-5, None))
     opcheck(getattr(torch.ops.trinorm, op).default, (x, *groups, weight, None, *rest))
 
 
 def test_mapped_over_nothing(device: torch.device) -> None:
     x = torch.ones(0, 3, 4, 5, device=device)
-    run = torch.func.vmap(lambda x: torch.ops.trinorm.group_norm(x, 2, None, None, None, 1e-5, None)[0])
+    run = torch.func.vmap(lambda x: torch.ops.trinorm.group_norm(x, 2, None, None, None, 1e-5, None, False)[0])
     assert run(x).shape == x.shape
 
 
@@ -193,15 +196,21 @@ def test_exported_and_loaded(spec: ChannelNorm, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "groups", "activation"),
-    [("group_norm", (2,), ("silu",)), ("batch_norm", (), ("silu",)), ("channel_layer_norm", (), ())],
+    ("op", "groups", "activation", "invariant"),
+    [("group_norm", (2,), ("silu",), (False,)), ("batch_norm", (), ("silu",), ()), ("channel_layer_norm", (), (), (True,))],
 )
-def test_derivatives(op: str, groups: tuple[int, ...], activation: tuple[str | None, ...], device: torch.device) -> None:
+def test_derivatives(
+    op: str,
+    groups: tuple[int, ...],
+    activation: tuple[str | None, ...],
+    invariant: tuple[bool, ...],
+    device: torch.device,
+) -> None:
     drawn, _ = draw((2, 4, 2), torch.float64, torch.float64, False, device)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor) -> Tensor:
         added = residual or [None] * len(activation)
-        return getattr(torch.ops.trinorm, op)(x, *groups, weight, bias, *added, 1e-5, *activation)[0]
+        return getattr(torch.ops.trinorm, op)(x, *groups, weight, bias, *added, 1e-5, *activation, *invariant)[0]
 
     residual = [torch.randn_like(drawn[0]).requires_grad_() for _ in activation]
     torch.autograd.gradcheck(run, [*drawn, *residual], fast_mode=not ON_GPU)
@@ -222,15 +231,16 @@ def test_derivatives(op: str, groups: tuple[int, ...], activation: tuple[str | N
 def test_bad_input(device: torch.device) -> None:
     x, w = torch.ones(2, 6, 4, device=device), torch.ones(6, device=device)
     bad = (x, 4, w, w, None), (x, 2, w[:3], None, None), (x, 2, w, None, x[:1])
-    for args in (*((*tensors, 1e-5, None) for tensors in bad), (x, 2, w, None, None, 1e-5, "tanh")):
+    for args in (*((*tensors, 1e-5, None, False) for tensors in bad), (x, 2, w, None, None, 1e-5, "tanh", False)):
         with pytest.raises(RuntimeError, match=r"trinorm::group_norm"):
             torch.ops.trinorm.group_norm(*args)
     with pytest.raises(NotImplementedError, match=r"trinorm::group_norm: a dtype"):
-        torch.ops.trinorm.group_norm(x.long(), 2, None, None, None, 1e-5, None)
+        torch.ops.trinorm.group_norm(x.long(), 2, None, None, None, 1e-5, None, False)
     with pytest.raises(RuntimeError, match=r"trinorm::channel_layer_norm"):
-        torch.ops.trinorm.channel_layer_norm(x, w[:3], None, 1e-5)
+        torch.ops.trinorm.channel_layer_norm(x, w[:3], None, 1e-5, False)
     stats = torch.ones(2, 2, device=device)
+    saved = x, 2, w, w, None, stats, stats, 1e-5
     with pytest.raises(RuntimeError, match="dy, mean or rstd"):
-        torch.ops.trinorm.group_norm_backward(x[:1], x, 2, w, w, None, stats, stats, 1e-5, None, True, True, None, False)
+        torch.ops.trinorm.group_norm_backward(x[:1], *saved, None, False, True, True, None, False)
     with pytest.raises(RuntimeError, match="dy, mean or rstd"):  # the gradient of no residual
-        torch.ops.trinorm.group_norm_backward(x, x, 2, w, w, None, stats, stats, 1e-5, "silu", True, True, None, True)
+        torch.ops.trinorm.group_norm_backward(x, *saved, "silu", False, True, True, None, True)

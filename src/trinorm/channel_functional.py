@@ -27,6 +27,7 @@ def group_norm(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
+    batch_invariant: bool | None = None,
 ) -> Tensor:
     r"""Group normalization: of each sample, over the channels of a group and all positions.
 
@@ -50,6 +51,12 @@ def group_norm(
             them; either may be None, which is 0.
         residual: of the input's shape and dtype, such as a block's other branch; None is 0. What leads to it has
             :math:`f'` times y's gradient, from the pass that sums.
+        batch_invariant: True promises that the bits of a sample's result, and of its gradient, do not depend on how many
+            samples are beside it, among tensors of aligned storage in one of the two orders of memory. Groups that a
+            program or a team of programs holds then have the launch of many samples, which for few is slower; larger ones,
+            and all where channels are last, that of one, which for many is. (The gradients of weight and bias depend on all
+            samples.) None: as ``trinorm.options`` says. Where trinorm's kernels do not run, torch's own operator promises
+            what it does.
 
     Returns:
         A tensor of the input's shape, dtype and memory order (fp32 where autocast makes torch's own op return that).
@@ -66,10 +73,11 @@ def group_norm(
     """
     if has_torch_function_variadic(*(all_tensors := (input, weight, bias, scale, shift, residual))):
         given: dict[str, Any] = dict(weight=weight, bias=bias, eps=eps, activation=activation)
-        given |= dict(scale=scale, shift=shift, residual=residual)
+        given |= dict(scale=scale, shift=shift, residual=residual, batch_invariant=batch_invariant)
         return handle_torch_function(group_norm, all_tensors, input, num_groups, **given)
     plain = scale is None and shift is None and type(eps) is float and type(num_groups) is int
-    asked = (num_groups, eps, activation) if plain else None
+    plain = plain and (batch_invariant is None or type(batch_invariant) is bool)
+    asked = (num_groups, eps, activation, batch_invariant) if plain else None
     if asked is not None:
         call = CALLS.recall(("group_norm", asked), input, weight, bias, None, None, residual)
         if call is not None:
@@ -88,8 +96,10 @@ def group_norm(
         raise ValueError(
             f"group_norm(): expected more than 1 value per group when training, got input size {tuple(input.shape)}"
         )
+    invariant = checks.invariance("group_norm", batch_invariant)
     weight, bias = _of_samples("group_norm", input, weight, bias, scale, shift)
-    return channel_norm(GROUP_NORM, input, num_groups, weight, bias, eps, activation, residual=residual, asked=asked)
+    how: dict[str, Any] = dict(residual=residual, asked=asked, batch_invariant=invariant)
+    return channel_norm(GROUP_NORM, input, num_groups, weight, bias, eps, activation, **how)
 
 
 def instance_norm(
@@ -106,6 +116,7 @@ def instance_norm(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
+    batch_invariant: bool | None = None,
 ) -> Tensor:
     r"""Instance normalization: of each channel of each sample, over all positions.
 
@@ -119,8 +130,8 @@ def instance_norm(
         weight, bias, eps: as :func:`group_norm`.
         use_input_stats: take statistics of the input; else the running ones, which are then needed.
         momentum: the share of this input in the running statistics.
-        activation, scale, shift, residual: as :func:`group_norm`. Scale and shift are what adaptive instance normalization
-            calls the style.
+        activation, scale, shift, residual, batch_invariant: as :func:`group_norm`. Scale and shift are what adaptive
+            instance normalization calls the style.
 
     Returns:
         As :func:`group_norm`; autocast leaves it alone.
@@ -139,9 +150,11 @@ def instance_norm(
         arguments: dict[str, Any] = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
         arguments |= dict(use_input_stats=use_input_stats, momentum=momentum, eps=eps)
         arguments |= dict(activation=activation, scale=scale, shift=shift, residual=residual)
+        arguments |= dict(batch_invariant=batch_invariant)
         return handle_torch_function(instance_norm, all_tensors, input, **arguments)
     plain = scale is None and shift is None and type(eps) is type(momentum) is float and type(use_input_stats) is bool
-    asked = (use_input_stats, momentum, eps, activation) if plain else None
+    plain = plain and (batch_invariant is None or type(batch_invariant) is bool)
+    asked = (use_input_stats, momentum, eps, activation, batch_invariant) if plain else None
     if asked is not None:
         call = CALLS.recall(("instance_norm", asked), input, weight, bias, running_mean, running_var, residual)
         if call is not None:
@@ -153,10 +166,9 @@ def instance_norm(
     if use_input_stats and math.prod(input.shape[2:]) == 1:
         raise ValueError(f"{op}(): expected more than 1 spatial element when training, got input size {tuple(input.shape)}")
     given, averages = _statistics(op, running_mean, running_var, use_input_stats, momentum)
+    how = given, averages, residual, asked, checks.invariance(op, batch_invariant)
     weight, bias = _of_samples(op, input, weight, bias, scale, shift)
-    return channel_norm(
-        INSTANCE_NORM, input, input.shape[1], weight, bias, eps, activation, given, averages, residual, asked
-    )
+    return channel_norm(INSTANCE_NORM, input, input.shape[1], weight, bias, eps, activation, *how)
 
 
 def batch_norm(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .ops.road import KERNEL_DTYPES
+from .switches import options
 
 
 def tensor(op: str, name: str, t: Tensor) -> None:
@@ -77,3 +78,12 @@ def epsilon(op: str, eps: float) -> float:
     if not usable:
         raise ValueError(f"{op}(): eps is {eps}; it must be a number >= 0")
     return float(eps)
+
+
+def invariance(op: str, batch_invariant: bool | None) -> bool:
+    """What the argument says, or, None, the option of its name; TypeError where it is neither."""
+    if batch_invariant is None:
+        return options.batch_invariant
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"{op}(): batch_invariant must be True, False or None, not {batch_invariant!r}")
+    return batch_invariant

@@ -13,7 +13,6 @@ from . import checks
 from .channel_functional import batch_norm, check_channels, group_norm, instance_norm
 from .ops import CALLS, channel, jagged, row_norm
 from .spec import CASTS, CHANNEL_LAYER_NORM, LAYER_NORM, RMS_NORM, Cast
-from .switches import options
 
 __all__ = ["batch_norm", "channel_layer_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -157,7 +156,12 @@ def rms_norm(
 
 
 def channel_layer_norm(
-    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    batch_invariant: bool | None = None,
 ) -> Tensor:
     r"""Layer normalization over the channels, at each position of each sample: ConvNeXt's of channels-first tensors, and
     SAM's LayerNorm2d.
@@ -174,6 +178,7 @@ def channel_layer_norm(
         weight: ``(C,)``, any of the dtypes above, not necessarily the input's; None is 1.
         bias: as weight; None is 0.
         eps: added to the variance, so in the input's units squared; >= 0.
+        batch_invariant: as :func:`layer_norm`, of a sample among samples in one of the two orders of memory.
 
     Returns:
         A tensor of the input's shape, dtype and memory order (fp32 where autocast makes :func:`layer_norm` return that).
@@ -188,17 +193,21 @@ def channel_layer_norm(
     Source: Liu, Mao, Wu, Feichtenhofer, Darrell, Xie, "A ConvNet for the 2020s", arXiv:2201.03545.
     """
     if has_torch_function_variadic(*(all_tensors := (input, weight, bias))):
-        return handle_torch_function(channel_layer_norm, all_tensors, input, weight=weight, bias=bias, eps=eps)
-    asked = (eps,) if type(eps) is float else None
+        given: dict[str, Any] = dict(weight=weight, bias=bias, eps=eps, batch_invariant=batch_invariant)
+        return handle_torch_function(channel_layer_norm, all_tensors, input, **given)
+    plain = type(eps) is float and (batch_invariant is None or type(batch_invariant) is bool)
+    asked = (eps, batch_invariant) if plain else None
     if asked is not None:
         call = channel.CALLS.recall(("channel_layer_norm", asked), input, weight, bias, None, None, None)
         if call is not None:
             return call(input, weight, bias, None, None, None)
     eps = check_channels("channel_layer_norm", input, eps, None, weight=weight, bias=bias)
+    invariant = checks.invariance("channel_layer_norm", batch_invariant)
     rows = input.movedim(1, -1)
     if rows.is_contiguous():
-        return layer_norm(rows, rows.shape[-1:], weight, bias, eps).movedim(-1, 1)
-    return channel.channel_norm(CHANNEL_LAYER_NORM, input, 1, weight, bias, eps, asked=asked)
+        return layer_norm(rows, rows.shape[-1:], weight, bias, eps, batch_invariant=batch_invariant).movedim(-1, 1)
+    given = dict(asked=asked, batch_invariant=invariant)
+    return channel.channel_norm(CHANNEL_LAYER_NORM, input, 1, weight, bias, eps, **given)
 
 
 # What begins a manner that is not the plain one, so that no argument of one call looks like several of another.
@@ -256,8 +265,4 @@ def _check(
             f"{op}(): save is 'output' and cast is 'llama', whose output is rounded twice, which cannot be undone; "
             "one of the two must be another"
         )
-    if batch_invariant is None:
-        batch_invariant = options.batch_invariant
-    elif not isinstance(batch_invariant, bool):
-        raise TypeError(f"{op}(): batch_invariant must be True, False or None, not {batch_invariant!r}")
-    return shape, eps, batch_invariant
+    return shape, eps, checks.invariance(op, batch_invariant)

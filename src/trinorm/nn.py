@@ -2,10 +2,10 @@
 
 Each of the others is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so checkpoints
 load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input" unless it is
-set), ``cast`` ("output") and ``batch_invariant`` (None) are the functions' arguments of these names; so is ``activation``
-(None) of GroupNorm, InstanceNorm and BatchNorm, the first and last of which take the functions' other tensors too:
-``bn(x, residual=shortcut)``. With ``cast`` "gemma" the weight is its distance from 1, where a fresh one is 1: it is to be
-loaded, or zeroed, as that model's is.
+set), ``cast`` ("output"), ``batch_invariant`` (None) and ``activation`` (None) are the arguments of these names of the
+functions that have them. GroupNorm and BatchNorm take the functions' other tensors too: ``bn(x, residual=shortcut)``. With
+``cast`` "gemma" the weight is its distance from 1, where a fresh one is 1: it is to be loaded, or zeroed, as that model's
+is.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class GroupNorm(torch.nn.GroupNorm):
     """
 
     activation: Activation | None = None
+    batch_invariant: bool | None = None
 
     def forward(
         self,
@@ -91,9 +92,17 @@ class GroupNorm(torch.nn.GroupNorm):
         shift: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        of_module = self.num_groups, self.weight, self.bias, self.eps
         return functional.group_norm(
-            input, *of_module, activation=self.activation, scale=scale, shift=shift, residual=residual
+            input,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            activation=self.activation,
+            scale=scale,
+            shift=shift,
+            residual=residual,
+            batch_invariant=self.batch_invariant,
         )
 
     def extra_repr(self) -> str:
@@ -118,6 +127,7 @@ class ChannelLayerNorm(torch.nn.Module):
 
     weight: torch.nn.Parameter | None
     bias: torch.nn.Parameter | None
+    batch_invariant: bool | None = None
 
     def __init__(
         self,
@@ -142,21 +152,32 @@ class ChannelLayerNorm(torch.nn.Module):
             torch.nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.channel_layer_norm(input, self.weight, self.bias, self.eps)
+        return functional.channel_layer_norm(input, self.weight, self.bias, self.eps, batch_invariant=self.batch_invariant)
 
     def extra_repr(self) -> str:
-        return f"{self.num_channels}, eps={self.eps}, affine={self.affine}"
+        return f"{self.num_channels}, eps={self.eps}, affine={self.affine}" + _shown(self)
 
 
 class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
     activation: Activation | None = None
+    batch_invariant: bool | None = None
 
     # What torch's own forward calls once it has looked at the input's dims, and has added that of samples if there is none.
     def _apply_instance_norm(self, input: Tensor) -> Tensor:
         of_input = self.training or not self.track_running_stats
         momentum = 0.0 if self.momentum is None else self.momentum
-        of_module = self.running_mean, self.running_var, self.weight, self.bias
-        return functional.instance_norm(input, *of_module, of_input, momentum, self.eps, activation=self.activation)
+        return functional.instance_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            of_input,
+            momentum,
+            self.eps,
+            activation=self.activation,
+            batch_invariant=self.batch_invariant,
+        )
 
     def extra_repr(self) -> str:
         return super().extra_repr() + _shown(self)

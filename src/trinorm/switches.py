@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 class Options:
     """The switches and their defaults; each is a bool.
 
-    batch_invariant: what a call without an argument of that name does (:func:`trinorm.functional.layer_norm`).
+    batch_invariant: what a call without the argument of that name does (:func:`trinorm.functional.layer_norm` and
+        :func:`trinorm.functional.group_norm` say what); BatchNorm, which has none, it leaves alone.
     autocast_keeps_dtype: under autocast a norm returns its input's dtype, as it does elsewhere. False: it returns what
         torch's own norm does, which for some norms on some devices is fp32 (``F.layer_norm`` on CUDA): twice the bytes,
         which the next matrix product casts back. Statistics and sums are in fp32 in both.

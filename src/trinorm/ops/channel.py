@@ -36,14 +36,16 @@ def channel_norm(
     averages: Averages | None = None,
     residual: Tensor | None = None,
     asked: Hashable = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """The norm of checked arguments: by the kernels, or, where they do not serve, by the composite.
 
     asked: what the caller was asked for besides tensors, by which the next call is recalled; None if it shall not be.
     """
     running = given or (None if averages is None else averages[:2]) or (None, None)
-    if given is None and road.takes_op(spec.name, x, weight, bias, whole=False):
-        return channel_library.norm(spec, x, num_groups, weight, bias, residual, eps, activation, averages)
+    if given is None and road.takes_op(spec.name, x, weight, bias, whole=batch_invariant):
+        how = activation, averages, batch_invariant
+        return channel_library.norm(spec, x, num_groups, weight, bias, residual, eps, *how)
     served = road.kernels_serve(spec.name, x, weight, bias)
     if not served or any(type(t) not in road.PLAIN_OR_NONE for t in (*running, residual)):
         return reference.composite(spec, x, num_groups, weight, bias, eps, given, averages, activation, residual)
@@ -57,7 +59,7 @@ def channel_norm(
         from .channels import Problem
 
         call = ChannelCall(
-            Problem(spec, num_groups, eps, activation, given is not None),
+            Problem(spec, num_groups, eps, activation, given is not None, batch_invariant),
             None if averages is None else averages.momentum,
             None if bias is None else bias.dtype,
             kept=asked is not None,

@@ -23,7 +23,9 @@ from .rows import Normalized, add_up
 from .start import ACCUMULATOR, started_by, widest
 
 
-def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, save: bool) -> Normalized:
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, save: bool, batch_invariant: bool = False
+) -> Normalized:
     """Normalize the channels of x, read as contiguous, as y is. mean and rstd are of each position of each sample, where a
     backward will ask for them (``save``).
     """
@@ -34,7 +36,8 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *
     mean, rstd = (empty((m,), stats, device) if save else None for _ in range(2))
     if x.numel() == 0:
         return Normalized(y, mean, rstd)
-    plan = choose_layer_forward(m, c, _unit(s), widest(x.dtype, stats), describe(device))
+    how_many = None if batch_invariant else m
+    plan = choose_layer_forward(how_many, c, _unit(s), widest(x.dtype, stats), describe(device))
     args = y, mean, rstd, x, weight, bias, m, s, eps
     options = _tiled(plan, c, s, stats, device) | dict(RESCUE=stats == torch.float32)
     if plan.held:
@@ -54,6 +57,7 @@ def backward(
     dx: bool,
     dw: torch.dtype | None,
     db: torch.dtype | None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dw, db) for dy and x, read as contiguous, as dx is: it where asked for, dw and db in the dtype asked for."""
     dy, x = dense(dy), dense(x)
@@ -69,7 +73,7 @@ def backward(
         return dx_out, dw_out, db_out
 
     size = describe(device)
-    plan = choose_layer_backward(m, c, _unit(s), widest(x.dtype, stats), size)
+    plan = choose_layer_backward(None if batch_invariant else m, c, _unit(s), widest(x.dtype, stats), size)
     programs = plan.partials(m, c, size)
     dw_partials, db_partials = (None if out is None else empty((programs, c), stats, device) for out in (dw_out, db_out))
     operands = dy, x, weight, mean, rstd

@@ -1,10 +1,11 @@
 """The channel norms as registered ops, as library.py has the row norms::
 
-    group_norm(input, num_groups, weight?, bias?, residual?, eps, activation?) -> (y, mean, rstd)
+    group_norm(input, num_groups, weight?, bias?, residual?, eps, activation?, batch_invariant) -> (y, mean, rstd)
     batch_norm(input, weight?, bias?, residual?, eps, activation?) -> (y, mean, rstd, var)
-    channel_layer_norm(input, weight?, bias?, eps) -> (y, mean, rstd)
+    channel_layer_norm(input, weight?, bias?, eps, batch_invariant) -> (y, mean, rstd)
     <norm>_backward(
-        dy, input, <num_groups,> weight?, <bias?, residual?,> mean, rstd, eps, <activation?,> dx, dw, db?, <dr>
+        dy, input, <num_groups,> weight?, <bias?, residual?,> mean, rstd, eps, <activation?, batch_invariant,>
+        dx, dw, db?, <dr>
     ) -> (dx, dw, db, <dr>)
 
 InstanceNorm is a GroupNorm with a group for each channel. Statistics are those of the input: a norm of given ones is
@@ -52,6 +53,7 @@ def norm(
     eps: float,
     activation: Activation | None,
     averages: Averages | None,
+    batch_invariant: bool,
 ) -> Tensor:
     """y, by the registered op."""
     know_distributed(x, weight, bias)
@@ -60,11 +62,12 @@ def norm(
         x, weight, bias, residual = in_fp32(x, weight, bias, residual)
     with keeping_dtype(x.device.type) if spec.name == name else torch.autocast(x.device.type, enabled=False):
         if spec.of_positions:
-            y, *_ = torch.ops.trinorm.channel_layer_norm(x, weight, bias, eps)
+            y, *_ = torch.ops.trinorm.channel_layer_norm(x, weight, bias, eps, batch_invariant)
         elif spec.over_samples:
             y, mean, _, *var = torch.ops.trinorm.batch_norm(x, weight, bias, residual, eps, activation)
         else:
-            y, mean, _ = torch.ops.trinorm.group_norm(x, num_groups, weight, bias, residual, eps, activation)
+            how = residual, eps, activation, batch_invariant
+            y, mean, _ = torch.ops.trinorm.group_norm(x, num_groups, weight, bias, *how)
             var = [] if averages is None else [x.detach().flatten(2).double().var(2)]
     if averages is not None and x.numel():
         reference.keep_up(averages, mean, *var)
@@ -84,6 +87,8 @@ class _ChannelOp(Op):
             settled += ("num_groups",)
         if spec.of_positions:
             settled += ("residual", "activation")
+        if spec.over_samples:
+            settled += ("batch_invariant",)
         arguments = self.arguments.split(", ")
         names = [argument.split()[1] for argument in arguments]
         self._input, self._groups = names.index("input"), names.index("num_groups")
@@ -166,7 +171,8 @@ class _ChannelOp(Op):
 
 class _Forward(_ChannelOp):
     arguments = (
-        "Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str? activation"
+        "Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str? activation, "
+        "bool batch_invariant"
     )
 
     def __init__(self, spec: ChannelNorm, backward: _Backward) -> None:
@@ -176,21 +182,21 @@ class _Forward(_ChannelOp):
 
     def autocast(self, key: str, *args: Any) -> Results:
         """In fp32 where torch's own op is."""
-        x, num_groups, *tensors, eps, activation = self._named(*args)
+        x, num_groups, *tensors, eps, activation, batch_invariant = self._named(*args)
         if x.dtype != torch.float64 and autocasts_to_fp32(self.name, x.device.type):
             x, *tensors = in_fp32(x, *tensors)
         with out_of_autocast(key):
-            return self(*self._given(x, num_groups, *tensors, eps, activation))
+            return self(*self._given(x, num_groups, *tensors, eps, activation, batch_invariant))
 
     def autograd(self, keyset: Any, *args: Any) -> Results:
         return self.composite(*args) if forward_ad._current_level >= 0 else self.kernel(keyset, *args)
 
     def save(self, ctx: Any, results: Results, *args: Any) -> None:
-        x, num_groups, weight, bias, residual, eps, activation = self._named(*args)
+        x, num_groups, weight, bias, residual, eps, activation, batch_invariant = self._named(*args)
         activated = (None, None) if activation is None else (bias, residual)
         ctx.save_for_backward(x, weight, *activated, *results[1:3])
         ctx.mark_non_differentiable(*results[1:])
-        ctx.num_groups, ctx.how = num_groups, (eps, activation)
+        ctx.num_groups, ctx.how = num_groups, (eps, activation, batch_invariant)
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     def differentiate(self, ctx: Any, *gradients: Tensor | None) -> Results:
@@ -201,10 +207,10 @@ class _Forward(_ChannelOp):
         args = gradients[0], x, ctx.num_groups, *saved, *ctx.how, *wanted
         dx, dw, db, *dz = self._backward(*self._backward._given(*args))
         dr = dz[0] if wanted[3] else gradients[0] if dr else None
-        return tuple(self._given(dx, None, dw, db, dr, None, None))
+        return tuple(self._given(dx, None, dw, db, dr, None, None, None))
 
     def composite(self, *args: Any) -> Results:
-        x, num_groups, weight, bias, residual, eps, activation = self._named(*args)
+        x, num_groups, weight, bias, residual, eps, activation, _ = self._named(*args)
         self._check(x, num_groups, weight, bias, residual, activation)
         y = reference.composite(self._spec, x, num_groups, weight, bias, eps, None, None, activation, residual)
         mean, rstd, var = reference.statistics(self._spec, x, num_groups, eps)
@@ -215,8 +221,9 @@ class _Forward(_ChannelOp):
         return in_order_of(self._like(x), y), *found[: self.results - 1]
 
     def compute(self, *args: Any) -> Results:
-        x, num_groups, weight, bias, residual, eps, activation = self._named(*args)
-        problem, inputs = Problem(self._spec, num_groups, eps, activation), (x, weight, bias, None, None, residual)
+        x, num_groups, weight, bias, residual, eps, activation, batch_invariant = self._named(*args)
+        problem = Problem(self._spec, num_groups, eps, activation, batch_invariant=bool(batch_invariant))
+        inputs = x, weight, bias, None, None, residual
         call = self._recalled(problem, None, None, *inputs)
         if call is None:
             self._check(x, num_groups, weight, bias, residual, activation)
@@ -231,7 +238,7 @@ class _Forward(_ChannelOp):
         return y, *(None if t is None else t.view(shape) for t in statistics)
 
     def fake(self, *args: Any) -> Results:
-        x, num_groups, weight, bias, residual, _, activation = self._named(*args)
+        x, num_groups, weight, bias, residual, _, activation, _ = self._named(*args)
         self._check(x, num_groups, weight, bias, residual, activation)
         stats, shape = road.accumulator_dtype(x, weight, bias), self._statistics_shape(x, num_groups)
         found = (*(x.new_empty(shape, dtype=dtype) for dtype in (stats, stats, torch.float64)),)
@@ -241,7 +248,7 @@ class _Forward(_ChannelOp):
 class _Backward(_ChannelOp):
     arguments = (
         "Tensor dy, Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, "
-        "Tensor rstd, float eps, str? activation, bool dx, bool dw, ScalarType? db, bool dr"
+        "Tensor rstd, float eps, str? activation, bool batch_invariant, bool dx, bool dw, ScalarType? db, bool dr"
     )
 
     def __init__(self, spec: ChannelNorm) -> None:
@@ -255,15 +262,16 @@ class _Backward(_ChannelOp):
         return self.kernel(keyset, *args)
 
     def composite(self, *args: Any) -> Results:
-        dy, x, num_groups, weight, bias, residual, _, _, eps, activation, dx, dw, db, dr = self._named(*args)
+        dy, x, num_groups, weight, bias, residual, _, _, eps, activation, _, dx, dw, db, dr = self._named(*args)
         how: Any = db, eps, dy, None, activation, residual
         found: Any = reference.composite_gradients(self._spec, x, num_groups, weight, bias, *how)
         dx, dr = (in_order_of(self._like(x), t) if wanted else None for t, wanted in ((found.dx, dx), (found.dr, dr)))
         return (dx, found.dw if dw else None, found.db, dr)[: self.results]
 
     def compute(self, *args: Any) -> Results:
-        dy, x, num_groups, weight, bias, residual, mean, rstd, eps, activation, dx, dw, db, dr = self._named(*args)
-        problem = Problem(self._spec, num_groups, eps, activation)
+        dy, x, num_groups, weight, bias, residual, mean, rstd, eps, activation, *how, dr = self._named(*args)
+        batch_invariant, dx, dw, db = how
+        problem = Problem(self._spec, num_groups, eps, activation, batch_invariant=bool(batch_invariant))
         inputs = x, weight, bias, mean.flatten(), rstd.flatten(), residual
         call = self._recalled(problem, db, rstd.dtype, *inputs)
         fits = dy.shape == x.shape and dy.device == x.device and dy.dtype in road.KERNEL_DTYPES

@@ -13,7 +13,8 @@ from .layout import is_channels_last
 
 class Problem(NamedTuple):
     """What is computed of the tensors. num_groups: 1 to a channel but for GroupNorm, and for a position, which is 1.
-    given: statistics are given and not taken: each channel's, and for rstd there is a variance.
+    given: statistics are given and not taken: each channel's, and for rstd there is a variance. batch_invariant: what is
+    launched for a sample does not depend on how many there are.
     """
 
     spec: ChannelNorm
@@ -21,6 +22,17 @@ class Problem(NamedTuple):
     eps: float
     activation: Activation | None = None
     given: bool = False
+    batch_invariant: bool = False
+
+    def together(self, view: View) -> View:
+        """The view of a pass that need not tell samples apart. batch_invariant: it does, or a tile would have some of the
+        channels of one sample and some of the next's, as many as there are.
+        """
+        return view if self.batch_invariant else view.one_sample()
+
+    def planned(self, view: View) -> tuple[int, int, int]:
+        """The sizes of a view that its walk is chosen by: those of one sample where it may not depend on more."""
+        return 1 if self.batch_invariant else view.samples, view.width, view.s
 
 
 class View(NamedTuple):

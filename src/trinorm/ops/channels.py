@@ -59,7 +59,8 @@ def forward(
     if spec.of_positions:
         from . import channel_layers
 
-        return Normalized(*channel_layers.forward(x, weight, bias, problem.eps, save=save))
+        how = dict(save=save, batch_invariant=problem.batch_invariant)
+        return Normalized(*channel_layers.forward(x, weight, bias, problem.eps, **how))
     device, channels = x.device, x.shape[1]
     sets = channels if spec.over_samples else x.shape[0] * num_groups
     stats = accumulator_dtype(x, weight, bias)
@@ -107,8 +108,8 @@ def _take_statistics(
     d = 1 if spec.over_samples else x.shape[1] // problem.num_groups
     if not (spec.over_samples or view.last):
         # A group's channels lie one after the other: one channel of as many times the positions.
-        view, d = View(view.samples, problem.num_groups, view.s * d, False).one_sample(), 1
-    plan = choose_sums(*view[:3], widest(x.dtype, stats), 1, view.last, spec.over_samples, size)
+        view, d = problem.together(View(view.samples, problem.num_groups, view.s * d, False)), 1
+    plan = choose_sums(*problem.planned(view), widest(x.dtype, stats), 1, view.last, spec.over_samples, size)
     parts, outer = plan.partials(view.samples), 1 if spec.over_samples else view.samples
     totals, squares = (empty((parts, view.width), torch.float64, device) for _ in range(2))
     counts = empty((parts,), torch.float64, device) if stats == torch.float64 else None
@@ -138,9 +139,9 @@ def apply(
     y = empty_like(x)
     if x.numel() == 0:
         return y
-    view, size = view_of(problem.spec, x).one_sample(), describe(x.device)
+    view, size = problem.together(view_of(problem.spec, x)), describe(x.device)
     stats = accumulator_dtype(x, weight, bias, mean, rstd)
-    plan = choose_apply(*view[:3], widest(x.dtype, stats), 1, view.last, size)
+    plan = choose_apply(*problem.planned(view), widest(x.dtype, stats), 1, view.last, size)
     channels = x.shape[1]
     shape = view.width, view.s, plan.shares, channels, channels // problem.num_groups
     args = (y, x, mean, rstd, weight, bias, residual, *shape, problem.eps)
@@ -170,7 +171,8 @@ def backward(
     if problem.spec.of_positions:
         from . import channel_layers
 
-        return ChannelGradients(*channel_layers.backward(dy, x, weight, mean, rstd, dx=dx, dw=dw, db=db), None)
+        wanted: dict[str, Any] = dict(dx=dx, dw=dw, db=db, batch_invariant=problem.batch_invariant)
+        return ChannelGradients(*channel_layers.backward(dy, x, weight, mean, rstd, **wanted), None)
     dy = in_order_of(x, dy)
     if problem.activation is None:
         bias = residual = None
@@ -200,8 +202,8 @@ def backward(
     if dx_out is not None:
         if residual is not None and dz is not None:  # dL/dz is there by now
             problem, dy, bias = problem._replace(activation=None), dz, None
-        size, view, channels = describe(x.device), view_of(problem.spec, x).one_sample(), x.shape[1]
-        plan = choose_apply(*view[:3], widest(x.dtype, stats), 2, view.last, size)
+        size, view, channels = describe(x.device), problem.together(view_of(problem.spec, x)), x.shape[1]
+        plan = choose_apply(*problem.planned(view), widest(x.dtype, stats), 2, view.last, size)
         shape = view.width, view.s, plan.shares, channels, channels // problem.num_groups
         args = (dx_out, dy, x, mean, rstd, c1, c2, weight, bias, *shape, problem.eps)
         options = _walked(view, plan, stats, size) | _of_channels(problem, weight, bias)
@@ -229,8 +231,8 @@ def _sum(
     of_samples = _is_of_samples(weight, bias)
     view = view_of(problem.spec, x)
     if not across or of_samples:
-        view = view.one_sample()
-    plan = choose_sums(*view[:3], widest(x.dtype, stats), 2, view.last, across and not of_samples, size)
+        view = problem.together(view)
+    plan = choose_sums(*problem.planned(view), widest(x.dtype, stats), 2, view.last, across and not of_samples, size)
     partials = plan.partials(view.samples), view.width
     dy_xhat, dy_sum = (
         empty(partials, torch.float64, device) if c1 is not None or asked is not None else None for asked in (dw, db)
@@ -246,7 +248,7 @@ def _sum(
     # dw and db are sums over all parts, or over those of a sample.
     outers, wide = (view.samples, view.width) if of_samples else (1, channels)
     parts = math.prod(partials) // (outers * wide)
-    sets, of_channels = choose_combine(d, plan.shares * d), choose_combine(1, parts)
+    sets, of_channels = choose_combine(d, plan.shares * d), choose_combine(1, None if problem.batch_invariant else parts)
     grouped = c1 is not None and not across
     set_programs = view.samples * -(-(view.width // d) // sets.sets) if grouped else 0
     channel_programs = outers * -(-wide // of_channels.sets) if dw is not None or db is not None or not grouped else 0
@@ -294,8 +296,9 @@ def _whole(problem: Problem, x: Tensor, stats: torch.dtype, tensors: int) -> _Wh
     sets, runs = view.width, view.samples
     if not spec.over_samples:
         sets, runs = view.samples * problem.num_groups, view.width // problem.num_groups
+    how_many = None if problem.batch_invariant else sets
     plan = choose_whole(
-        sets, runs, view.s, widest(x.dtype, stats), tensors, spec.over_samples, problem.activation is None, size
+        how_many, runs, view.s, widest(x.dtype, stats), tensors, spec.over_samples, problem.activation is None, size
     )
     if plan is None:
         return None

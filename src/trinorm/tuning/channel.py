@@ -6,6 +6,7 @@ Sizes are those of the view that a pass has of x (kernels/channel_tiles.py). Fig
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 
 from ..launch import Device
@@ -134,20 +135,24 @@ def _walk(
 
 @functools.lru_cache(maxsize=1024)
 def choose_whole(
-    sets: int, runs: int, s: int, itemsize: int, tensors: int, over_samples: bool, plain: bool, device: Device
+    sets: int | None, runs: int, s: int, itemsize: int, tensors: int, over_samples: bool, plain: bool, device: Device
 ) -> ChannelWhole | ChannelHeld | ChannelSplit | None:
     """The launch of a pass whose programs, or teams, have whole statistics, of ``runs`` runs of s positions of so many
     tensors; None where there are too few statistics for the device. plain: there is no activation.
+
+    For sets None, one for any number of statistics: that of many, but of those large enough for a team, of which few would
+    take long by a program each, and many take two readings by either launch.
     """
-    enough = sets * _LEAST_SHARE >= device.multiprocessors
+    share = math.inf if sets is None else sets / device.multiprocessors
+    enough = sets is None or share * _LEAST_SHARE >= 1
     if enough and (held := _held(runs, s, itemsize, tensors, over_samples)) is not None:
         return held
     if (split := _split(runs, s, itemsize, plain, device)) is not None:
         return split
-    if not enough:
+    if not enough or (sets is None and runs * s >= _SPLIT[-1]):
         return None
-    small = runs * s <= _SMALL and sets >= _WHOLE[0][0] * device.multiprocessors
-    of_share = next(shape for share, *shape in _WHOLE if sets >= share * device.multiprocessors)
+    small = runs * s <= _SMALL and share >= _WHOLE[0][0]
+    of_share = next(shape for least, *shape in _WHOLE if share >= least)
     elements, warps = _SMALL_WHOLE if small else of_share
     tile, ragged = _tile_of_runs(runs, s, elements * 2 // max(2, itemsize))
     warps = min(warps, max(1, tile.rows * tile.chunk * itemsize // _LEAST_OF_WARP))
@@ -196,21 +201,26 @@ def _tile_of_runs(runs: int, s: int, elements: int) -> tuple[Tile, bool]:
     return Tile(rows, positions, 1), s % positions != 0 or runs % rows != 0
 
 
-def choose_combine(d: int, parts: int) -> ChannelCombine:
-    """The combining of ``parts`` partials into statistics of d channels each, side by side or one all along."""
-    k, sets = (_power_of_two(parts), 8) if d == 1 else (_power_of_two(parts), 1)
+def choose_combine(d: int, parts: int | None) -> ChannelCombine:
+    """The combining of ``parts`` partials into statistics of d channels each, side by side or one all along; for parts
+    None, one for any number of partials.
+    """
+    sets = 8 if d == 1 else 1
+    k = _COMBINED if parts is None else _power_of_two(parts)
     k = max(_LEAST_COMBINED // sets, min(k, _COMBINED // sets))
     return ChannelCombine(k, sets, 4 if k * sets <= 1024 else 8)
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_layer_forward(m: int, c: int, unit: int, itemsize: int, device: Device) -> ChannelLayer:
-    """The launch of LayerNorm over c channels at m positions. unit: how many of those surely lie together, up to 16."""
+def choose_layer_forward(m: int | None, c: int, unit: int, itemsize: int, device: Device) -> ChannelLayer:
+    """The launch of LayerNorm over c channels at m positions; for m None, one for any number of them. unit: how many of
+    those surely lie together, up to 16.
+    """
     return _layer(m, c, unit, itemsize, 1, itemsize, device)
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_layer_backward(m: int, c: int, unit: int, itemsize: int, device: Device) -> ChannelLayer:
+def choose_layer_backward(m: int | None, c: int, unit: int, itemsize: int, device: Device) -> ChannelLayer:
     """The same of its backward."""
     sums = 2 * max(4, itemsize) // min(unit, _WIDE // itemsize)
     plan = _layer(m, c, unit, itemsize, 2, 2 * itemsize + sums, device)
@@ -223,12 +233,12 @@ def choose_layer_backward(m: int, c: int, unit: int, itemsize: int, device: Devi
     return replace(plan, stages=1 + max(0, min(2, ahead)), per_sm=per_sm)
 
 
-def _layer(m: int, c: int, unit: int, itemsize: int, tensors: int, held: int, device: Device) -> ChannelLayer:
+def _layer(m: int | None, c: int, unit: int, itemsize: int, tensors: int, held: int, device: Device) -> ChannelLayer:
     """held: bytes that an element takes of a thread."""
     elements, run, most, of_thread = _LAYER[tensors]
     least = _LAYER_RUN // itemsize
     rows = min(_MOST_LAYER_ROWS, max(least, _power_of_two(elements * 2 // itemsize // c + 1) // 2))
-    while rows * itemsize > _LAYER_RUN_OF_FEW and -(-m // rows) < device.multiprocessors:
+    while m is not None and rows * itemsize > _LAYER_RUN_OF_FEW and -(-m // rows) < device.multiprocessors:
         rows //= 2
     while rows * itemsize > run and rows * c * held > most:
         rows //= 2
