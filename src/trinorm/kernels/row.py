@@ -156,8 +156,8 @@ def row_forward(
     """TILES tiles of ROWS rows, each read once and held as chunks.
 
     PRELOAD asks for w and b before the statistics are known: their latency hides behind x's, for registers. It is
-    worth 0.2 µs of 1.9 where a launch is short, and costs occupancy where it is long. PIVOT: moments about one, which takes
-    0.2 to 0.3 µs off LayerNorm of 4096 columns where rows are few (H100); a row that is far from it is rescued.
+    worth 0.2 µs of 1.9 where a launch is short, and costs occupancy where it is long. PIVOT: moments about one; a row
+    that is far from it is rescued.
     """
     wait_for_previous(PDL)
     eps = tl.full([1, 1], eps, ACC)

@@ -23,7 +23,7 @@ from .index import (
 from .overlap import let_next_launch, wait_for_previous
 from .row import normalize_streamed, store_stats, store_y
 from .row_backward import add_db, add_dw, dx_sums, load_stats, store_column_sums, store_dx, undoing_row, zero_chunks
-from .stats import distances_from, held_moments, mean_of, power_about, rescued_stats, row_pivot, row_sums, trusted
+from .stats import held_moments, mean_of, rescued_stats, trusted
 from .team import awaited, publish, team_sum
 
 
@@ -62,10 +62,9 @@ def row_forward_split(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     LANES: tl.constexpr,
-    PIVOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One block of one row a program, held as chunks. PIVOT: as row_forward's, one for all blocks of a row."""
+    """One block of one row a program, held as chunks."""
     TEAM: tl.constexpr = N // BLOCK
     wait_for_previous(PDL)
     let_next_launch(PDL)
@@ -77,22 +76,12 @@ def row_forward_split(
     x_row = X + row_offsets(row, x_odd_sizes, x_strides)
     xs = load_row(x_row + start, every, BLOCK, CHUNK, True)
 
+    mean, power = held_moments(xs, BLOCK, CENTER, ACC)
     words = WORDS + first_program() - member
-    if PIVOT:
-        pivot = row_pivot(x_row, every, N, ACC)
-        moved, squares = row_sums(*distances_from(pivot, xs, BLOCK, ACC))
-        publish(words + member, moved, squares, every)
-        moved, squares = awaited(words, True, TEAM, LANES)
-        shift = (team_sum(moved.to(tl.float64)) / N).to(ACC)
-        power, near = power_about(shift, team_sum(squares), N)
-        mean = pivot + shift
-        good = near & trusted(power + eps)
-    else:
-        mean, power = held_moments(xs, BLOCK, CENTER, ACC)
-        publish(words + member, mean, power * BLOCK, every)
-        means, squares = awaited(words, True, TEAM, LANES)
-        mean, power = merged_blocks(means, squares, N, BLOCK, CENTER)
-        good = trusted(power + eps) if RESCUE else row >= 0
+    publish(words + member, mean, power * BLOCK, every)
+    means, squares = awaited(words, True, TEAM, LANES)
+    mean, power = merged_blocks(means, squares, N, BLOCK, CENTER)
+    good = trusted(power + eps) if RESCUE else row >= 0
     rstd = tl.rsqrt(power + eps)
     first = tl.full([1, 1], member == 0, tl.int1)
     store_stats(MEAN, RSTD, row, mean, rstd, first & good, CENTER)

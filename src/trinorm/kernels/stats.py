@@ -147,42 +147,30 @@ def row_pivot(row, exists, N: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def distances_from(pivot, xs, N: tl.constexpr, ACC: tl.constexpr):
-    """(sums, sums of squares) in each lane, ``[ROWS, CHUNK]``, of the distances from the pivot of rows held as chunks."""
+def pivoted_moments(xs, pivot, N: tl.constexpr, ACC: tl.constexpr):
+    """(mean, power, where they have their digits), each ``[ROWS, 1]``, of rows held as chunks: one exchange between warps
+    where ``held_moments`` takes two, but the power is a difference. The mean is that of the elements themselves, as the sum
+    with the pivot would be rounded.
+    """
     ROWS: tl.constexpr = xs[0].shape[0]
     CHUNK: tl.constexpr = xs[0].shape[1]
     total = tl.zeros([ROWS, CHUNK], ACC)
+    moved = tl.zeros([ROWS, CHUNK], ACC)
     squares = tl.zeros([ROWS, CHUNK], ACC)
     for i in tl.static_range(len(xs)):
         live = columns_live(chunk_columns(i * CHUNK, CHUNK), (i + 1) * CHUNK, N)
-        distance = tl.where(live, widened(xs[i], ACC) - pivot, 0.0)
-        total += distance
+        x = widened(xs[i], ACC)
+        distance = tl.where(live, x - pivot, 0.0)
+        total += x
+        moved += distance
         squares += distance * distance
-    return total, squares
-
-
-@triton.jit
-def power_about(shift, squares, N: tl.constexpr):
-    """(power, where it has its digits) of the sum of the squares of N distances, whose mean is ``shift``."""
-    power = mean_of(squares, N) - shift * shift
-    return power, shift * shift <= power * _FAR
-
-
-@triton.jit
-def pivoted_moments(xs, pivot, N: tl.constexpr, ACC: tl.constexpr):
-    """(mean, power, where they are good), each ``[ROWS, 1]``: one exchange between warps where ``held_moments`` takes two,
-    but the power is a difference. The mean is that of the elements themselves, as adding the pivot would round it.
-    """
-    moved, squares = distances_from(pivot, xs, N, ACC)
-    total = tl.zeros(moved.shape, ACC)
-    for i in tl.static_range(len(xs)):
-        total += widened(xs[i], ACC)
     sums = tl.sum(tl.join(tl.join(moved, squares), tl.join(total, total)), axis=1, keep_dims=True)
     of_distances, of_elements = tl.split(sums)
     moved, squares = tl.split(of_distances)
     total, _ = tl.split(of_elements)
-    power, good = power_about(mean_of(moved, N), squares, N)
-    return mean_of(total, N), power, good
+    shift = mean_of(moved, N)
+    power = mean_of(squares, N) - shift * shift
+    return mean_of(total, N), power, shift * shift <= power * _FAR
 
 
 @triton.jit

@@ -69,16 +69,14 @@ def forward(
         CHUNK=plan.tile.chunk,
     )
     options.update(started_by(plan.tile, size, early=not isinstance(plan, RowForward) or plan.early))
-    # Of wider numbers what a pivot costs is more than the result's rounding.
-    pivoted = spec.center and x.dtype.itemsize == 2 and stats == torch.float32
     if isinstance(plan, RowForward):
         options.update(ROWS=plan.tile.rows, TILES=plan.tiles, STREAM=plan.stream, PRELOAD=plan.preload)
-        options.update(PIVOT=pivoted and plan.pivot)
+        options.update(PIVOT=plan.pivot and x.dtype.itemsize == 2 and stats == torch.float32)
         rows = plan.tile.rows * plan.tiles
         args: tuple[Any, ...] = (y, mean, rstd, x, weight, bias, of_rows(m), odd_sizes, strides, eps)
         launch(row_forward, (of_rows(m, lambda m: -(-m // rows)),), device, args, options)
     elif isinstance(plan, RowForwardSplit):
-        options.update(BLOCK=plan.block, LANES=plan.lanes, PIVOT=pivoted)
+        options.update(BLOCK=plan.block, LANES=plan.lanes)
         team = n // plan.block
         args = (y, mean, rstd, words_of_teams(launch, m, team, device), x, weight, bias, odd_sizes, strides, eps)
         launch(row_forward_split, (of_rows(m, lambda m: m * team),), device, args, options)
