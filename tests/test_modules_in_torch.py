@@ -244,6 +244,27 @@ def test_hooks(pair: tuple[Kind, Kind], device: torch.device) -> None:
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:trinorm:UserWarning")
+def test_an_ensemble_at_once(pair: tuple[Kind, Kind], device: torch.device) -> None:
+    """Modules' parameters and buffers stacked, and mapped over, in the backward too."""
+    bare, *modules = pair[0]("meta"), *(filled(pair[0](device)) for _ in range(3))
+    for factor, module in enumerate(modules, 1):
+        for t in module.state_dict().values():
+            t *= factor
+    x = pair[0].drawn(device, len(modules))
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, buffers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        y = torch.func.functional_call(bare, (parameters, buffers), (x,))
+        return (y * torch.linspace(-1, 2, x.numel(), device=device).view_as(x)).sum(), y
+
+    parameters, buffers = torch.func.stack_module_state(modules)
+    of_each = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1), has_aux=True))
+    (gradients, dx), y = of_each(parameters, x, buffers)
+    one_by_one = [results(module, t) for module, t in zip(modules, x, strict=True)]
+    expected = {name: torch.stack([found[name] for found in one_by_one]) for name in one_by_one[0]}
+    torch.testing.assert_close({"y": y, "x": dx, **gradients, **buffers}, expected)
+
+
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
 def test_grad_scaler(pair: tuple[Kind, Kind], device: torch.device) -> None:
     """Its scale rises, and falls with the batch that overflows and takes no step, as with torch's module."""
