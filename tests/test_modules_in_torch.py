@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 import pickle
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils import parametrize, prune, skip_init
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trinorm import nn
 from trinorm.compare import assert_no_worse
@@ -263,6 +265,53 @@ def test_an_ensemble_at_once(pair: tuple[Kind, Kind], device: torch.device) -> N
     one_by_one = [results(module, t) for module, t in zip(modules, x, strict=True)]
     expected = {name: torch.stack([found[name] for found in one_by_one]) for name in one_by_one[0]}
     torch.testing.assert_close({"y": y, "x": dx, **gradients, **buffers}, expected)
+
+
+class Checkpointed(Module):
+    """A part of a model that has the module. saved: whether its op's results are, None where no one is asked."""
+
+    def __init__(self, module: Module, saved: bool | None) -> None:
+        super().__init__()
+        self.module, self.asked = module, set[str]()
+
+        def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            self.asked.add(str(op))
+            return CheckpointPolicy.MUST_SAVE if saved and "_norm" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+        selective = dict(context_fn=functools.partial(create_selective_checkpoint_contexts, policy))
+        self.run = functools.partial(checkpoint, self.part, use_reentrant=False, **({} if saved is None else selective))
+
+    def part(self, x: Tensor) -> Tensor:
+        return self.module(x * 2).sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+
+@pytest.mark.filterwarnings("ignore:trinorm:UserWarning")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("saved", [None, True, False], ids=["all", "selective, saved", "selective, recomputed"])
+@pytest.mark.parametrize("pair", ["GroupNorm", "ChannelLayerNorm", "BatchNorm2d", "InstanceNorm1d"], indirect=True)
+def test_checkpointed(
+    pair: tuple[Kind, Kind], saved: bool | None, compiled: bool, device: torch.device, launched: list[Any]
+) -> None:
+    """What is run once more keeps running statistics up once more, as torch's; compiled they are kept up once."""
+    torch._dynamo.reset()
+    x = pair[0].drawn(device)
+    ours, theirs = (Checkpointed(filled(kind(device)), saved) for kind in pair)
+    found, expected = (
+        results(torch.compile(part, fullgraph=True, backend="aot_eager") if compiled else part, x)
+        for part in (ours, theirs)
+    )
+    torch.testing.assert_close(found, expected)
+    assert any("trinorm." in op for op in ours.asked) == (compiled and saved is not None)
+    launches = len(launched)
+    results(filled(pair[0](device)), x)
+    of_one_run = len(launched) - launches
+    if compiled or saved is None:
+        assert (launches > of_one_run) == (not saved)
+    else:
+        assert launches == 0, "who is asked of ATen's ops is given them"
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
