@@ -68,11 +68,11 @@ def _nothing_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The kernels that a test has launched, one by one."""
-    from trinorm.ops import channels, rows
+    from trinorm.ops import channel_layers, channels, rows
 
     kernels: list[object] = []
     actual = rows.launch
-    for family in (rows, channels):
+    for family in (rows, channels, channel_layers):
         monkeypatch.setattr(family, "launch", lambda kernel, *args: (kernels.append(kernel), actual(kernel, *args))[1])
     return kernels
 

@@ -11,7 +11,7 @@ import datetime
 import itertools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from machine import ON_GPU
 from test_channels import groups_of
 from test_channels import norm as channel_norm
 from trinorm import functional, nn
-from trinorm.channel_reference import Given
 from trinorm.ops import road
 from trinorm.spec import (
     BATCH_NORM,
@@ -43,7 +42,7 @@ from trinorm.spec import (
     ChannelNorm,
     RowNorm,
 )
-from two_ranks import SHAPE, Spec, assert_same, by_kernels, lay, lay_all, norm, results, tensors
+from two_ranks import SHAPE, Spec, assert_same, by_kernels, lay, lay_all, module, norm, results, tensors
 
 
 @pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="two ranks over NCCL need two GPUs")
@@ -194,31 +193,49 @@ def with_a_residual(spec: Spec, mesh: DeviceMesh) -> None:
             assert_same(found, results(added, dy, inputs))
 
 
+def running_statistics_compiled(spec: Spec, mesh: DeviceMesh) -> None:
+    torch._dynamo.reset()
+    layouts = (Shard(0), Shard(0)), (Shard(1), Replicate())
+    keep_up_and_use(spec, mesh, layouts, torch.compile(fullgraph=True, backend="aot_eager"))
+
+
 def running_statistics(spec: Spec, mesh: DeviceMesh) -> None:
-    """Kept up and used, however they lie; torch's own, whole ones beside channels that are sharded, are silently wrong."""
-    assert isinstance(spec, ChannelNorm)
+    """However they lie; torch's own, whole ones beside channels that are sharded, are silently wrong."""
+    of_x, of_running = (Shard(0), Shard(1), Shard(2), Replicate()), (Shard(0), Replicate())
+    alone, shared = keep_up_and_use(spec, mesh, itertools.product(of_x, of_running))
     x = tensors(spec, mesh)[1][0]
-    for of_x, of_running in itertools.product((Shard(0), Shard(1), Shard(2), Replicate()), (Shard(0), Replicate())):
-        alone = [torch.zeros(4).to(x), torch.ones(4).to(x)]
-        shared = [lay(t.clone(), mesh, of_running) for t in alone]
-        for step in range(2):
-            found, expected = (
-                kept_up(spec, *given) for given in ((lay(x + step, mesh, of_x), *shared), (x + step, *alone))
-            )
-            assert_same([found, *shared], [expected, *alone])
-        found, expected = (
-            channel_norm(spec, t, 4, None, None, Given(*running))
-            for t, running in ((lay(x, mesh, of_x), shared), (x, alone))
-        )
-        assert_same([found], [expected])
     for given in ((lay(x, mesh, Shard(0)), *alone), (x, *shared)):
         with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
             kept_up(spec, *given)
     assert_same(shared, alone)
 
 
+def keep_up_and_use(
+    spec: Spec,
+    mesh: DeviceMesh,
+    layouts: Iterable[tuple[Placement, Placement]],
+    of_shared: Callable[..., Any] = lambda f: f,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Statistics of one process and of the ranks, after that."""
+    assert isinstance(spec, ChannelNorm)
+    keep_up, use = of_shared(kept_up), of_shared(used)
+    x = tensors(spec, mesh)[1][0]
+    for of_x, of_running in layouts:
+        alone = [torch.zeros(4).to(x), torch.ones(4).to(x)]
+        shared = [lay(t.clone(), mesh, of_running) for t in alone]
+        for step in range(2):
+            found, expected = keep_up(spec, lay(x + step, mesh, of_x), *shared), kept_up(spec, x + step, *alone)
+            assert_same([found, *shared], [expected, *alone])
+        assert_same([use(spec, lay(x, mesh, of_x), *shared)], [used(spec, x, *alone)])
+    return alone, shared
+
+
 def kept_up(spec: ChannelNorm, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     return getattr(functional, spec.name)(x, mean, var, None, None, True)
+
+
+def used(spec: ChannelNorm, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    return getattr(functional, spec.name)(x, mean, var, None, None, False)
 
 
 def gradients_wanted_in_any_order(spec: Spec, mesh: DeviceMesh) -> None:
@@ -286,10 +303,6 @@ def tensors_of_two_kinds_are_refused(spec: Spec, mesh: DeviceMesh) -> None:
 # Modules.
 
 
-def module(spec: RowNorm, mesh: DeviceMesh) -> torch.nn.Module:
-    return (nn.LayerNorm if spec.center else nn.RMSNorm)(8, device=mesh.device_type, dtype=torch.float64)
-
-
 def mine(t: Tensor, dim: int = 0) -> Tensor:
     """This rank's half."""
     return t.chunk(2, dim)[dist.get_rank()]
@@ -312,30 +325,40 @@ def sequence_parallel(spec: RowNorm, mesh: DeviceMesh) -> None:
     assert_same([part.grad, *gradients(parallel)], [mine(whole.grad, 1), *gradients(alone)])
 
 
-def fully_sharded(spec: RowNorm, mesh: DeviceMesh) -> None:
+def fully_sharded(spec: Spec, mesh: DeviceMesh) -> None:
     train_wrapped(lambda model: fully_shard(model, mesh=mesh), spec, mesh)
 
 
-def data_parallel(spec: RowNorm, mesh: DeviceMesh) -> None:
+def data_parallel(spec: Spec, mesh: DeviceMesh) -> None:
     train_wrapped(DistributedDataParallel, spec, mesh)
 
 
-def train_wrapped(wrap: Callable[[torch.nn.Module], torch.nn.Module], spec: RowNorm, mesh: DeviceMesh) -> None:
-    """Two steps on batches that the ranks share."""
+def train_wrapped(wrap: Callable[[torch.nn.Module], torch.nn.Module], spec: Spec, mesh: DeviceMesh) -> None:
+    """Two steps on batches that the ranks share: as in one process that has them whole, but for BatchNorm, whose statistics
+    are of a rank's part; and as torch's module in the same wrapper, whose running statistics ours has too.
+    """
     linear = torch.nn.Linear(8, 8, device=mesh.device_type, dtype=torch.float64)
-    alone = torch.nn.Sequential(linear, module(spec, mesh), copy.deepcopy(linear))
-    shared = wrap(copy.deepcopy(alone))
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (alone, shared)]
+    ours, theirs = (
+        torch.nn.Sequential(copy.deepcopy(linear), module(spec, mesh, library), copy.deepcopy(linear))
+        for library in (nn, torch.nn)
+    )
+    alone, shared, theirs = copy.deepcopy(ours), wrap(ours), wrap(theirs)
+    models = [shared, theirs, *([alone] if spec is not BATCH_NORM else [])]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
     for _ in range(2):
         x = torch.randn(SHAPE, dtype=torch.float64).to(mesh.device_type)
         alone(x).sin().mean().backward()
+        theirs(mine(x)).sin().mean().backward()
         with by_kernels():
             shared(mine(x)).sin().mean().backward()
-        assert_same(gradients(shared), gradients(alone))
+        for model in models[1:]:
+            assert_same(gradients(shared), gradients(model))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    assert_same(list(shared.parameters()), list(alone.parameters()))
+    assert_same(list(shared.state_dict().values()), list(theirs.state_dict().values()))
+    for model in models[1:]:
+        assert_same(list(shared.parameters()), list(model.parameters()))
 
 
 CHANNELS: tuple[Spec, ...] = *CHANNEL_NORMS, CHANNEL_LAYER_NORM
@@ -350,11 +373,12 @@ CHECKS: dict[Callable[[Any, DeviceMesh], None], tuple[tuple[Spec, ...], tuple[Sp
     each_samples_scale: ((GROUP_NORM,), ()),
     with_a_residual: ((GROUP_NORM, BATCH_NORM), ()),
     running_statistics: ((INSTANCE_NORM, BATCH_NORM), ()),
+    running_statistics_compiled: ((INSTANCE_NORM, BATCH_NORM), ()),
     second_derivatives: (ALL, ROW_NORMS),
     compiled: (ALL, (LAYER_NORM, GROUP_NORM)),
     results_on_their_way: (ALL, ALL),
     tensors_of_two_kinds_are_refused: (ALL, ALL),
     sequence_parallel: (ROW_NORMS, ROW_NORMS),
-    fully_sharded: (ROW_NORMS, ROW_NORMS),
-    data_parallel: (ROW_NORMS, ROW_NORMS),
+    fully_sharded: (ALL, ALL),
+    data_parallel: (ALL, ALL),
 }

@@ -1,4 +1,4 @@
-"""What the tests on two ranks share: norms, tensors on a mesh, and that kernels ran or did not (test_distributed.py)."""
+"""What the tests on two ranks (test_distributed.py) share: norms, modules, tensors on a mesh, whether kernels ran."""
 
 from __future__ import annotations
 
@@ -14,9 +14,19 @@ from torch.distributed.tensor import DTensor, Partial, Placement, distribute_ten
 from machine import ON_GPU
 from test_channels import groups_of
 from test_channels import norm as channel_norm
-from trinorm import functional
+from test_modules_in_torch import ChannelLayerNorm
+from trinorm import functional, nn
 from trinorm.ops import CALLS, channel, channel_layers, channels, road, rows
-from trinorm.spec import ChannelNorm, RowNorm
+from trinorm.spec import (
+    BATCH_NORM,
+    CHANNEL_LAYER_NORM,
+    GROUP_NORM,
+    INSTANCE_NORM,
+    LAYER_NORM,
+    RMS_NORM,
+    ChannelNorm,
+    RowNorm,
+)
 
 Spec = RowNorm | ChannelNorm
 
@@ -29,6 +39,23 @@ def norm(spec: Spec, shape: tuple[int, ...] = (8,), groups: int = 2) -> Callable
             spec, x, groups_of(spec, x.shape, groups), *(*parameters, None, None)[:2]
         )
     return lambda x, *parameters: getattr(functional, spec.name)(x, shape, *parameters, eps=1e-5)
+
+
+# What is built of ours and of torch's, to normalize SHAPE.
+MODULES: dict[Spec, tuple[str, tuple[Any, ...]]] = {
+    LAYER_NORM: ("LayerNorm", (8,)),
+    RMS_NORM: ("RMSNorm", (8,)),
+    GROUP_NORM: ("GroupNorm", (2, 4)),
+    INSTANCE_NORM: ("InstanceNorm1d", (4, 1e-5, 0.1, True, True)),
+    BATCH_NORM: ("BatchNorm1d", (4,)),
+    CHANNEL_LAYER_NORM: ("ChannelLayerNorm", (4,)),
+}
+
+
+def module(spec: Spec, mesh: DeviceMesh, library: Any = nn) -> torch.nn.Module:
+    name, arguments = MODULES[spec]
+    kind = getattr(library, name, ChannelLayerNorm)
+    return kind(*arguments, device=mesh.device_type, dtype=torch.float64)
 
 
 def tensors(
@@ -61,9 +88,12 @@ def results(
     return [y.detach(), *torch.autograd.grad(y, [t for t in inputs if t.requires_grad], dy)]
 
 
+def whole(t: Any) -> Any:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
 def assert_same(found: list[Any], expected: list[Any]) -> None:
-    whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in found]
-    torch.testing.assert_close(whole, expected)
+    torch.testing.assert_close([whole(t) for t in found], [whole(t) for t in expected])
 
 
 @contextlib.contextmanager

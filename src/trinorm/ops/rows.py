@@ -71,7 +71,7 @@ def forward(
     options.update(started_by(plan.tile, size, early=not isinstance(plan, RowForward) or plan.early))
     if isinstance(plan, RowForward):
         options.update(ROWS=plan.tile.rows, TILES=plan.tiles, STREAM=plan.stream, PRELOAD=plan.preload)
-        options.update(PIVOT=plan.pivot and x.dtype.itemsize == 2 and stats == torch.float32)
+        options.update(PIVOT=plan.pivot and spec.center and x.dtype.itemsize == 2 and stats == torch.float32)
         rows = plan.tile.rows * plan.tiles
         args: tuple[Any, ...] = (y, mean, rstd, x, weight, bias, of_rows(m), odd_sizes, strides, eps)
         launch(row_forward, (of_rows(m, lambda m: -(-m // rows)),), device, args, options)

@@ -107,7 +107,7 @@ def _choose_forward(
     # program holds (fp32, 4096x16384: 0.96 against 0.90).
     preload = not (stream and (spec.center or n * itemsize >= _HELD_BYTES))
     early = scarce or tile.warps >= _EARLY_WARPS
-    pivot = spec.center and scarce and _PIVOT_COLUMNS[0] <= n <= _PIVOT_COLUMNS[1]
+    pivot = scarce and _PIVOT_COLUMNS[0] <= n <= _PIVOT_COLUMNS[1]
     return RowForward(_narrowed(tile, n), tiles, stream, preload, early, pivot)
 
 
