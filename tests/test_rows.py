@@ -12,7 +12,7 @@ from paths import PATHS, SPECS, SPLIT, WIDE
 from trinorm import reference
 from trinorm.compare import assert_no_worse
 from trinorm.ops import rows
-from trinorm.spec import RMS_NORM, RowNorm
+from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
 from trinorm.tuning import (
     RowBackward,
     RowBackwardFew,
@@ -92,6 +92,35 @@ def _results(
 def test_held(spec: RowNorm, n: int, path: str, device: str, force: Callable[[object, object], None]) -> None:
     force(*PATHS[path])
     _check(spec, 7, n, device)
+
+
+# Rows of 16-bit numbers by what their moments depend on: how near the mean the four elements are that a pivot is made of.
+ROWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "normal": lambda x: x,
+    "far from 0": lambda x: x / 64 + 100,
+    "equal": lambda x: torch.full_like(x, 3.14159),
+    "far pivots": lambda x: x.scatter(1, torch.arange(4, device=x.device).expand(len(x), 4) * (x.shape[1] // 4), 1000.0),
+    "large": lambda x: x * 1e4,
+    "small": lambda x: x * 1e-7,
+    "infinite": lambda x: torch.cat([x[:1] / 0, x[1:]]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 1000, 4096])
+@pytest.mark.parametrize("case", ROWS)
+def test_moments_about_a_pivot(
+    case: str, n: int, dtype: torch.dtype, device: str, force: Callable[[object, object], None]
+) -> None:
+    force(*PATHS["few"])
+    x = ROWS[case](torch.randn(5, n, device=device)).to(dtype)
+    y, mean, rstd = rows.forward(LAYER_NORM, x, 1, None, None, 1e-5, save=True)
+    assert mean is not None and rstd is not None
+    exact = reference.oracle(LAYER_NORM, x, (n,), None, None, 1e-5)
+    by_torch, torchs_mean, torchs_rstd = torch.native_layer_norm(x.float(), (n,), None, None, 1e-5)
+    assert_no_worse("y", y, exact.y, by_torch.to(dtype))
+    assert_no_worse("mean", mean, exact.mean, torchs_mean.flatten(), x.double().abs().mean(1))
+    assert_no_worse("rstd", rstd, exact.rstd, torchs_rstd.flatten())
 
 
 @pytest.mark.parametrize("spec", SPECS)
