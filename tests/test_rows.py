@@ -239,7 +239,7 @@ def test_over_two_billion_elements(spec: RowNorm, device: str) -> None:
     weight = torch.randn(n, device=device, dtype=torch.bfloat16)
     y, mean, rstd = rows.forward(spec, x, 1, weight, None, 1e-5, save=True)
     tail = x[-16:].clone()
-    alone = rows.forward(spec, tail, 1, weight, None, 1e-5, save=True)
+    alone = rows.forward(spec, tail, 1, weight, None, 1e-5, save=True, batch_invariant=True)  # by the launch of many rows
     assert torch.equal(y[-16:], alone.y)
     assert rstd is not None and alone.rstd is not None
     assert torch.equal(rstd[-16:], alone.rstd)
