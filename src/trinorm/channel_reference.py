@@ -205,8 +205,10 @@ class _BatchNorm(torch.autograd.Function):
             bias_dtype = None if bias is None else bias.dtype
             found = composite_gradients(BATCH_NORM, x, x.shape[1], weight, bias, bias_dtype, ctx.eps, dy)
             return *found[:3], None, None, None, None
-        how = None, None, *statistics, True, ctx.eps, ctx.needs_input_grad[:3]
-        return *torch.ops.aten.native_batch_norm_backward(dy, x, weight, *how), None, None, None, None
+        wanted = ctx.needs_input_grad[:3]
+        found = torch.ops.aten.native_batch_norm_backward(dy, x, weight, None, None, *statistics, True, ctx.eps, wanted)
+        # On a GPU db comes with dw, asked for or not.
+        return *(t if is_wanted else None for t, is_wanted in zip(found, wanted, strict=True)), None, None, None, None
 
 
 def _defined(
