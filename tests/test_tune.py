@@ -260,6 +260,7 @@ def test_a_json_line_says_what_was_launched_and_how_fast() -> None:
         "stream": False,
         "preload": False,
         "early": True,
+        "pivot": False,
     }
     assert (read["device_us"], read["ceiling_us"], read["ceiling_ratio"]) == (4.0, 3.0, 0.75)
     assert read["gpu"] == "Made-up GPU 9"
@@ -272,7 +273,7 @@ def test_the_table_shows_the_fastest_and_todays() -> None:
     launches = [replace(FORWARD, tile=Tile(1, 64 << i, 4)) for i in range(7)]
     trials = [Trial(launch, "timed", 4.0 + i, 0.5, 40, 0) for i, launch in enumerate(launches)]
     trials += [Trial(today, "timed", 12.0, 0.5, 32, 0), Trial(FORWARD, "spills", spills=8)]
-    console = Console(width=160)
+    console = Console(width=180)
     with console.capture() as shown:
         console.print(tune.table(case(m=128, n=768), trials, 3.0, today))
     lines = [line.strip() for line in shown.get().splitlines() if "RowForward" in line]
