@@ -12,7 +12,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks
 from .channel_reference import Averages, Given
-from .ops.channel import CALLS, channel_norm
+from .ops import channel_norm
+from .ops.channel import CALLS
 from .spec import ACTIVATIONS, BATCH_NORM, GROUP_NORM, INSTANCE_NORM, Activation
 
 

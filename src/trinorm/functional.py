@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks
 from .channel_functional import batch_norm, check_channels, group_norm, instance_norm
-from .ops import CALLS, channel, jagged, row_norm
+from .ops import CALLS, channel, channel_norm, jagged, row_norm
 from .spec import CASTS, CHANNEL_LAYER_NORM, LAYER_NORM, RMS_NORM, Cast
 
 __all__ = ["batch_norm", "channel_layer_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
@@ -207,7 +207,7 @@ def channel_layer_norm(
     if rows.is_contiguous():
         return layer_norm(rows, rows.shape[-1:], weight, bias, eps, batch_invariant=batch_invariant).movedim(-1, 1)
     given = dict(asked=asked, batch_invariant=invariant)
-    return channel.channel_norm(CHANNEL_LAYER_NORM, input, 1, weight, bias, eps, **given)
+    return channel_norm(CHANNEL_LAYER_NORM, input, 1, weight, bias, eps, **given)
 
 
 # What begins a manner that is not the plain one, so that no argument of one call looks like several of another.

@@ -11,68 +11,16 @@ from torch.autograd.graph import increment_version
 
 from .. import channel_reference as reference
 from ..channel_reference import Averages, Given
-from ..reference import autocasts_to_fp32, in_fp32
-from ..spec import Activation, ChannelNorm
+from ..spec import ChannelNorm
 from ..switches import when_set
-from . import channel_library, road
+from . import road
 from .calls import Bounded, Known
 from .layout import beside, channels_readable, dense, in_order_of
 from .row import RECORDED_FROM, are_plain
 
 if TYPE_CHECKING:
     from ..replay import Function, Results
-    from .channels import Problem
-
-
-def channel_norm(
-    spec: ChannelNorm,
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: Activation | None = None,
-    given: Given | None = None,
-    averages: Averages | None = None,
-    residual: Tensor | None = None,
-    asked: Hashable = None,
-    batch_invariant: bool = False,
-) -> Tensor:
-    """The norm of checked arguments: by the kernels, or, where they do not serve, by the composite.
-
-    asked: what the caller was asked for besides tensors, by which the next call is recalled; None if it shall not be.
-    """
-    running = given or (None if averages is None else averages[:2]) or (None, None)
-    if given is None and road.takes_op(spec.name, x, weight, bias, whole=batch_invariant):
-        how = activation, averages, batch_invariant
-        return channel_library.norm(spec, x, num_groups, weight, bias, residual, eps, *how)
-    served = road.kernels_serve(spec.name, x, weight, bias)
-    if not served or any(type(t) not in road.PLAIN_OR_NONE for t in (*running, residual)):
-        return reference.composite(spec, x, num_groups, weight, bias, eps, given, averages, activation, residual)
-    if x.dtype != torch.float64 and autocasts_to_fp32(spec.name, x.device.type):
-        x, weight, bias, residual = in_fp32(x, weight, bias, residual)
-    x = channels_readable(x)
-    inputs: Any = x, *(None if t is None else dense(t) for t in (weight, bias, *running)), beside(x, residual)
-    # Of copies too: those of the next call will be like them.
-    call = None if asked is None else CALLS.recall((spec.name, asked), *inputs)
-    if call is None:
-        from .channels import Problem
-
-        call = ChannelCall(
-            Problem(spec, num_groups, eps, activation, given is not None, batch_invariant),
-            None if averages is None else averages.momentum,
-            None if bias is None else bias.dtype,
-            kept=asked is not None,
-            differentiated=road.is_differentiated(*inputs[:3], residual),
-        )
-        if asked is not None:
-            CALLS.keep((spec.name, asked), call, *inputs)
-    y = call(*inputs)
-    if averages is not None:
-        for t, now in zip(averages[:2], inputs[3:5], strict=True):
-            if t is not now and now is not None:
-                t.copy_(now)
-    return y
+    from .channel_problem import Problem
 
 
 class ChannelCall:

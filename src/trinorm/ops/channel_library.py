@@ -29,6 +29,7 @@ from .. import channel_reference as reference
 from ..reference import autocasts_to_fp32, in_fp32, keeping_dtype
 from ..spec import ACTIVATIONS, BATCH_NORM, CHANNEL_LAYER_NORM, GROUP_NORM, INSTANCE_NORM, ChannelNorm
 from . import road
+from .channel import CALLS, ChannelCall
 from .channel_problem import Problem
 from .layout import beside, channels_readable, dense, in_order_of
 from .registering import Op, any_requires_grad, know_distributed, out_of_autocast, register
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from ..channel_reference import Averages
     from ..replay import Results
     from ..spec import Activation
-    from .channel import ChannelCall
 
 # The manner of a registered op's calls, which no caller of functional can name.
 _REGISTERED = object()
@@ -149,16 +149,12 @@ class _ChannelOp(Op):
 
     def _recalled(self, problem: Problem, db: Any, stats: Any, *inputs: Any) -> Any:
         """The call that was kept of one like this. db, stats: the dtypes that a backward's are to have, and has."""
-        from .channel import CALLS
-
         return CALLS.recall((_REGISTERED, self.name, problem, db, stats), *inputs)
 
     def _prepared(
         self, problem: Problem, db: Any, stats: Any, x: Tensor, *others: Tensor | None
     ) -> tuple[ChannelCall, tuple[Any, ...]]:
         """The call of these, and they as the kernels read them, of which ``_recalled`` knows it again."""
-        from .channel import CALLS, ChannelCall
-
         *parameters, residual = others
         read = channels_readable(x)
         rest = *(None if t is None else dense(t) for t in parameters), beside(read, residual)
