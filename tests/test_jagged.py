@@ -127,6 +127,13 @@ def test_other_arguments_are_checked(spec: RowNorm, device: torch.device) -> Non
         norm(spec, x, 8)
 
 
+def test_a_jagged_weight_is_refused(spec: RowNorm, device: torch.device) -> None:
+    x = torch.randn(4, 8, device=device)
+    weight = torch.nested.nested_tensor([x[0], x[1]], layout=torch.jagged, device=device)
+    with pytest.raises(RuntimeError, match=r"weight has shape"):
+        getattr(functional, spec.name)(x, (8,), weight)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_strided_nested_tensors_are_refused(spec: RowNorm, device: torch.device) -> None:
     x = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], device=device)

@@ -133,7 +133,7 @@ def rms_norm(
 
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
-    if has_torch_function_variadic(input, weight) and not jagged.is_jagged(input):
+    if has_torch_function_variadic(input, weight) and not (jagged.is_jagged(input) or jagged.is_jagged(weight)):
         given: dict[str, Any] = dict(weight=weight, eps=eps, save=save, cast=cast, batch_invariant=batch_invariant)
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, **given)
     manner = (

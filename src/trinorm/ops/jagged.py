@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def is_jagged(x: Tensor) -> bool:
+def is_jagged(x: Tensor | None) -> bool:
     """Whether x is one. Its layout is not to be asked of other subclasses, which would hear of it."""
     from torch.nested._internal.nested_tensor import NestedTensor
 
