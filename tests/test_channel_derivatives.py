@@ -12,7 +12,7 @@ from test_channels import norm
 from test_observers import third
 from test_transforms import OF_DERIVATIVES
 from trinorm import functional
-from trinorm.channel_reference import Given
+from trinorm.channel_reference import Given, oracle_gradients
 from trinorm.ops import road
 from trinorm.spec import BATCH_NORM, CHANNEL_NORMS, GROUP_NORM, INSTANCE_NORM, ChannelNorm
 
@@ -87,6 +87,29 @@ def test_tangents_of_given_statistics(op: str, device: torch.device) -> None:
     tangents = torch.randn_like(mean), torch.randn_like(var)
     found, expected = (torch.func.jvp(f, (mean, var), tangents) for f in (evaluated, definition))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("of_dy", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("samples", [1, 2])
+def test_gradients_in_either_order(
+    samples: int, order: torch.memory_format, of_dy: torch.memory_format, device: torch.device
+) -> None:
+    """Of one sample torch's instance_norm confuses the two."""
+    x, dy = (
+        torch.randn(samples, 3, 4, 5, device=device, dtype=torch.float64).contiguous(memory_format=m)
+        for m in (order, of_dy)
+    )
+    (found,) = torch.autograd.grad(functional.instance_norm(x.requires_grad_()), x, dy)
+    exact = oracle_gradients(INSTANCE_NORM, x.detach(), 3, None, None, 1e-5, dy).dx
+    torch.testing.assert_close(found, exact)
+
+
+def test_no_samples_leave_running_statistics_alone(device: torch.device) -> None:
+    running = [torch.zeros(4, device=device), torch.ones(4, device=device)]
+    for op in (functional.instance_norm, lambda *args: functional.batch_norm(*args, training=True)):
+        op(torch.ones(0, 4, 5, device=device), *running)
+    torch.testing.assert_close(running, [torch.zeros(4, device=device), torch.ones(4, device=device)])
 
 
 @pytest.mark.parametrize("op", ["batch_norm", "instance_norm"])

@@ -339,3 +339,10 @@ def test_by_torch_where_kernels_do_not_serve(spec: ChannelNorm, monkeypatch: pyt
         for g, running in zip(f, (kept, theirs), strict=True):
             g(drawn[0].detach(), *running, None, None, True)
         assert all(torch.equal(a, b) for a, b in zip(kept, theirs, strict=True))
+
+
+def test_a_modules_mode_that_is_no_bool(device: torch.device) -> None:
+    """As torch's module takes it, whose function does not."""
+    ours, theirs, x = nn.BatchNorm1d(4).to(device), torch.nn.BatchNorm1d(4).to(device), torch.randn(5, 4, device=device)
+    ours.training = theirs.training = 1  # type: ignore[assignment]
+    torch.testing.assert_close(ours(x), theirs(x))

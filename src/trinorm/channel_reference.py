@@ -135,6 +135,8 @@ def composite(
         narrow, running = x.dtype, given or (None if averages is None else averages[:2])
         dtypes = {t.dtype for t in (x, weight, bias, *(running or ())) if t is not None}
         defined = spec is not GROUP_NORM and is_transformed()
+        if not x.numel() and given is None:
+            running = None  # torch would make NaN of them
         mean, var = running or (None, None)
         if len(dtypes) > 1 or defined:
             wide = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -159,7 +161,7 @@ def composite(
         if spec is INSTANCE_NORM and x.shape[0] == 1 and y.is_contiguous():
             # torch's backward (2.11 to 2.13) reads the gradient of one sample as contiguous, whatever it is: so it will be.
             y = y.flatten().view(y.shape)
-        if averages is not None:
+        if averages is not None and running is not None:
             for kept, now in zip(averages[:2], (mean, var), strict=True):
                 if now is not None and kept is not now:
                     kept.copy_(now)
@@ -181,7 +183,8 @@ def _taken(
         return _BatchNorm.apply(x, weight, bias, mean, var, momentum, eps)
     samples = x.shape[0]
     each = [None if t is None else t.repeat(samples) for t in (weight, bias, mean, var)]
-    y = _BatchNorm.apply(x.reshape(1, -1, *x.shape[2:]), *each, momentum, eps)
+    # In torch's order of memory: of another, of one sample, x and y would be of two, which its backward mixes up.
+    y = _BatchNorm.apply(x.contiguous().view(1, -1, *x.shape[2:]), *each, momentum, eps)
     for kept, now in ((mean, each[2]), (var, each[3])):
         if kept is not None and now is not None:
             kept.copy_(now.view(samples, -1).mean(0))

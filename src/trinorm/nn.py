@@ -212,7 +212,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # the mean of all batches so far
                 momentum = _OfThisCall(1.0 / float(self.num_batches_tracked))
-        of_input = self.training or (self.running_mean is None and self.running_var is None)
+        of_input = bool(self.training) or (self.running_mean is None and self.running_var is None)
         running = (self.running_mean, self.running_var) if kept_up or not of_input else (None, None)
         return functional.batch_norm(
             input,
