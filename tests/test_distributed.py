@@ -226,7 +226,9 @@ def keep_up_and_use(
         for step in range(2):
             found, expected = keep_up(spec, lay(x + step, mesh, of_x), *shared), kept_up(spec, x + step, *alone)
             assert_same([found, *shared], [expected, *alone])
-        assert_same([use(spec, lay(x, mesh, of_x), *shared)], [used(spec, x, *alone)])
+        with warnings.catch_warnings():  # an evaluation of DTensors is torch's operator, which a GPU's first one says
+            warnings.filterwarnings("ignore", ".*an argument is a tensor subclass", UserWarning)
+            assert_same([use(spec, lay(x, mesh, of_x), *shared)], [used(spec, x, *alone)])
     return alone, shared
 
 
