@@ -148,7 +148,8 @@ def composite(
             weight = torch.ones_like(bias)
         if spec is GROUP_NORM:
             return _group_norm(x, num_groups, weight, bias, eps).to(narrow)
-        norm = F.batch_norm if spec.over_samples else F.instance_norm
+        # By given statistics the two are one, and torch's own InstanceNorm then flattens, which DTensors refuse (2.11).
+        norm = F.batch_norm if spec.over_samples or given is not None else F.instance_norm
         how = given is None, 0.0 if averages is None else averages.momentum, eps
         if defined:
             if averages is not None:
@@ -158,7 +159,7 @@ def composite(
             y = _taken(spec, x, weight, bias, mean, var, *how[1:])
         else:
             y = norm(x, mean, var, weight, bias, *how)
-        if spec is INSTANCE_NORM and x.shape[0] == 1 and y.is_contiguous():
+        if norm is F.instance_norm and x.shape[0] == 1 and y.is_contiguous():
             # torch's backward (2.11 to 2.13) reads the gradient of one sample as contiguous, whatever it is: so it will be.
             y = y.flatten().view(y.shape)
         if averages is not None and running is not None:
