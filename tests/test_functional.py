@@ -132,7 +132,7 @@ def test_strided_rows_are_read_without_a_copy(op: str, device: torch.device, mon
     read = []
     actual = rows.launch
     monkeypatch.setattr(
-        rows, "launch", lambda k, g, d, args, o: (read.append(args[3].data_ptr()), actual(k, g, d, args, o))
+        rows, "launch", lambda k, g, d, args, o: (read.append(args[4].data_ptr()), actual(k, g, d, args, o))
     )
     x = torch.randn(4, 6, 96, device=device)
     for name in ("sliced rows", "a slice of a packed last dim", "transposed leading dims", "heads out of packed qkv"):

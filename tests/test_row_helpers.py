@@ -111,8 +111,11 @@ def _backward_kernel(
     tl.store(OUT + ROWS + rows, c2)
     c1, c2 = stats.mean_of(c1, N), stats.mean_of(c2, N)
     how: tl.constexpr = tl.float32
-    row_backward.store_dx(DX, xs, dys, ws, shifts, scales, rstd, c1, c2, rows, every, 0, N, CENTER, 0.0, how, False)
-    row_backward.store_dx_of_rows(DX_OF_ROWS, xs, dys, ws, shifts, scales, rstd, rows, every, N, CENTER, 0.0, how, False)
+    held = xs, dys, ws, shifts, scales
+    outs = DX, None, None
+    row_backward.store_dx(outs, held, rstd, c1, c2, rows, every, 0, N, CENTER, 0.0, 1.0, how, False)
+    outs = DX_OF_ROWS, None, None
+    row_backward.store_dx_of_rows(outs, held, rstd, rows, every, N, CENTER, 0.0, 1.0, how, False)
 
 
 @pytest.mark.parametrize("center", [True, False])

@@ -22,7 +22,7 @@ from .reference import (
     keeping_dtype,
     precise,
 )
-from .spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, Activation, ChannelNorm
+from .spec import BATCH_NORM, GROUP_NORM, LAYER_NORM, Activation, ChannelNorm
 
 
 class Given(NamedTuple):

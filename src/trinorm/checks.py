@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .ops.road import KERNEL_DTYPES
+from .spec import CASTS
 from .switches import options
 
 
@@ -87,3 +88,57 @@ def invariance(op: str, batch_invariant: bool | None) -> bool:
     if not isinstance(batch_invariant, bool):
         raise TypeError(f"{op}(): batch_invariant must be True, False or None, not {batch_invariant!r}")
     return batch_invariant
+
+
+def rows(
+    op: str,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    cast: str,
+    batch_invariant: bool | None,
+    save: str = "input",
+) -> tuple[torch.Size, float, bool]:
+    """Of a norm of rows: normalized_shape as a Size, eps as a float and batch_invariant as a bool, or torch's own class
+    of error, with the argument named.
+    """
+    tensor(op, "input", x)
+    strided(op, "input", x)
+    if x.is_nested:
+        raise RuntimeError(f"{op}(): input is a nested tensor of layout {x.layout}; of these only torch.jagged is taken")
+    parameters = [(name, t) for name, t in (("weight", weight), ("bias", bias)) if t is not None]
+    for name, parameter in parameters:
+        tensor(op, name, parameter)
+    shape = sizes(op, normalized_shape)
+    eps = epsilon(op, eps)
+    if not shape:
+        raise RuntimeError(f"{op}(): normalized_shape is empty; it must name at least one dim")
+    for name, parameter in parameters:
+        strided(op, name, parameter)
+        if parameter.shape != shape:
+            raise RuntimeError(
+                f"{op}(): {name} has shape {tuple(parameter.shape)}, but normalized_shape is {tuple(shape)}; "
+                "they must be equal"
+            )
+    dims = len(shape)
+    if x.shape[-dims:] != shape:
+        refused = ValueError if op == "rms_norm" and dims > x.dim() else RuntimeError  # as torch's
+        raise refused(
+            f"{op}(): normalized_shape is {tuple(shape)}, but input has shape {tuple(x.shape)}; "
+            f"the input's last {dims} dim(s) must be equal to it"
+        )
+    for name, parameter in parameters:
+        beside(op, name, parameter, x)
+    dtype(op, "input", x)
+    if not isinstance(save, str) or save not in ("input", "output"):
+        raise ValueError(f"{op}(): save is {save!r}; it must be 'input' or 'output'")
+    if not isinstance(cast, str) or cast not in CASTS:
+        raise ValueError(f"{op}(): cast is {cast!r}; it must be one of {', '.join(map(repr, CASTS))}")
+    if save == "output" and cast == "llama":
+        raise ValueError(
+            f"{op}(): save is 'output' and cast is 'llama', whose output is rounded twice, which cannot be undone; "
+            "one of the two must be another"
+        )
+    return shape, eps, invariance(op, batch_invariant)

@@ -10,11 +10,21 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks
+from .added_functional import add_layer_norm, add_rms_norm
 from .channel_functional import batch_norm, check_channels, group_norm, instance_norm
 from .ops import CALLS, channel, channel_norm, jagged, row_norm
-from .spec import CASTS, CHANNEL_LAYER_NORM, LAYER_NORM, RMS_NORM, Cast
+from .spec import CHANNEL_LAYER_NORM, LAYER_NORM, RMS_NORM, Cast
 
-__all__ = ["batch_norm", "channel_layer_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "batch_norm",
+    "channel_layer_norm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "rms_norm",
+]
 
 # What is kept for the backward.
 Save = Literal["input", "output"]
@@ -94,7 +104,9 @@ def layer_norm(
         given = dict(weight=weight, bias=bias, eps=eps, save=save, cast=cast, batch_invariant=batch_invariant)
         return jagged.of_values(layer_norm, input, normalized_shape, **given)
     asked = normalized_shape, eps, manner
-    shape, eps, invariant = _check("layer_norm", input, normalized_shape, weight, bias, eps, save, cast, batch_invariant)
+    shape, eps, invariant = checks.rows(
+        "layer_norm", input, normalized_shape, weight, bias, eps, cast, batch_invariant, save
+    )
     return row_norm(LAYER_NORM.with_cast(cast), input, shape, weight, bias, eps, asked, save, invariant)
 
 
@@ -151,7 +163,7 @@ def rms_norm(
         # torch's documentation says finfo(x.dtype).eps; its code, CPU and CUDA, uses the dtype it computes in (2.11, 2.13).
         double = isinstance(input, Tensor) and input.dtype == torch.float64
         eps = 2.220446049250313e-16 if double else 1.1920928955078125e-07
-    shape, eps, invariant = _check("rms_norm", input, normalized_shape, weight, None, eps, save, cast, batch_invariant)
+    shape, eps, invariant = checks.rows("rms_norm", input, normalized_shape, weight, None, eps, cast, batch_invariant, save)
     return row_norm(RMS_NORM.with_cast(cast), input, shape, weight, None, eps, asked, save, invariant)
 
 
@@ -212,57 +224,3 @@ def channel_layer_norm(
 
 # What begins a manner that is not the plain one, so that no argument of one call looks like several of another.
 _OTHER = object()
-
-
-def _check(
-    op: str,
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    save: str,
-    cast: str,
-    batch_invariant: bool | None,
-) -> tuple[torch.Size, float, bool]:
-    """normalized_shape as a Size, eps as a float and batch_invariant as a bool, or torch's own class of error, with the
-    argument named.
-    """
-    checks.tensor(op, "input", x)
-    checks.strided(op, "input", x)
-    if x.is_nested:
-        raise RuntimeError(f"{op}(): input is a nested tensor of layout {x.layout}; of these only torch.jagged is taken")
-    parameters = [(name, t) for name, t in (("weight", weight), ("bias", bias)) if t is not None]
-    for name, parameter in parameters:
-        checks.tensor(op, name, parameter)
-    shape = checks.sizes(op, normalized_shape)
-    eps = checks.epsilon(op, eps)
-    if not shape:
-        raise RuntimeError(f"{op}(): normalized_shape is empty; it must name at least one dim")
-    for name, parameter in parameters:
-        checks.strided(op, name, parameter)
-        if parameter.shape != shape:
-            raise RuntimeError(
-                f"{op}(): {name} has shape {tuple(parameter.shape)}, but normalized_shape is {tuple(shape)}; "
-                "they must be equal"
-            )
-    dims = len(shape)
-    if x.shape[-dims:] != shape:
-        refused = ValueError if op == "rms_norm" and dims > x.dim() else RuntimeError  # as torch's
-        raise refused(
-            f"{op}(): normalized_shape is {tuple(shape)}, but input has shape {tuple(x.shape)}; "
-            f"the input's last {dims} dim(s) must be equal to it"
-        )
-    for name, parameter in parameters:
-        checks.beside(op, name, parameter, x)
-    checks.dtype(op, "input", x)
-    if not isinstance(save, str) or save not in ("input", "output"):
-        raise ValueError(f"{op}(): save is {save!r}; it must be 'input' or 'output'")
-    if not isinstance(cast, str) or cast not in CASTS:
-        raise ValueError(f"{op}(): cast is {cast!r}; it must be one of {', '.join(map(repr, CASTS))}")
-    if save == "output" and cast == "llama":
-        raise ValueError(
-            f"{op}(): save is 'output' and cast is 'llama', whose output is rounded twice, which cannot be undone; "
-            "one of the two must be another"
-        )
-    return shape, eps, checks.invariance(op, batch_invariant)

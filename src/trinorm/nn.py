@@ -1,6 +1,7 @@
-"""Modules: torch.nn's own norms, computed by trinorm, and ChannelLayerNorm, which torch.nn has not.
+"""Modules: torch.nn's own norms, computed by trinorm; AddLayerNorm and AddRMSNorm, which take a residual besides; and
+ChannelLayerNorm, which torch.nn has not.
 
-Each of the others is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so checkpoints
+Each but the last is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so checkpoints
 load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input" unless it is
 set), ``cast`` ("output"), ``batch_invariant`` (None) and ``activation`` (None) are the arguments of these names of the
 functions that have them. GroupNorm and BatchNorm take the functions' other tensors too: ``bn(x, residual=shortcut)``. With
@@ -66,6 +67,73 @@ class RMSNorm(torch.nn.RMSNorm):
             self.weight,
             self.eps,
             save=self.save,
+            cast=self.cast,
+            batch_invariant=self.batch_invariant,
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _shown(self)
+
+
+class AddLayerNorm(torch.nn.LayerNorm):
+    r"""Adds a residual and normalizes the sum: ``y, residual = norm(x, residual)``, :math:`s = x + \alpha r` and
+    :math:`y = (s - \mathrm{E}[s]) / \sqrt{\mathrm{Var}[s] + \epsilon} \cdot w + b`, of which (y, s) is returned.
+
+    Constructor, parameters and ``state_dict`` are :class:`torch.nn.LayerNorm`'s; see
+    :func:`trinorm.functional.add_layer_norm` for shapes, dtypes and errors.
+
+    Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
+    """
+
+    alpha: float = 1.0
+    cast: functional.Cast = "output"
+    batch_invariant: bool | None = None
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, residual: Tensor, *, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return functional.add_layer_norm(
+            input,
+            residual,
+            self.weight,
+            self.bias,
+            self.eps,
+            normalized_shape=self.normalized_shape,
+            alpha=self.alpha,
+            out=out,
+            cast=self.cast,
+            batch_invariant=self.batch_invariant,
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _shown(self)
+
+
+class AddRMSNorm(torch.nn.RMSNorm):
+    r"""Adds a residual and normalizes the sum: ``y, residual = norm(x, residual)``, :math:`s = x + \alpha r` and
+    :math:`y = s / \sqrt{\mathrm{E}[s^2] + \epsilon} \cdot w`, of which (y, s) is returned.
+
+    Constructor, parameters and ``state_dict`` are :class:`torch.nn.RMSNorm`'s; see
+    :func:`trinorm.functional.add_rms_norm` for shapes, dtypes and errors.
+
+    Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+    """
+
+    alpha: float = 1.0
+    cast: functional.Cast = "output"
+    batch_invariant: bool | None = None
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor, *, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return functional.add_rms_norm(
+            x,
+            residual,
+            self.weight,
+            self.eps,
+            normalized_shape=self.normalized_shape,
+            alpha=self.alpha,
+            out=out,
             cast=self.cast,
             batch_invariant=self.batch_invariant,
         )
@@ -246,7 +314,7 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
 
 def _shown(module: torch.nn.Module) -> str:
     """What is not torch's, where it is not the default."""
-    names = ("save", "cast", "batch_invariant", "activation")
+    names = ("save", "alpha", "cast", "batch_invariant", "activation")
     of_class = {name: getattr(type(module), name) for name in names if hasattr(type(module), name)}
     return "".join(
         f", {name}={getattr(module, name)!r}" for name, usual in of_class.items() if getattr(module, name) != usual

@@ -171,15 +171,22 @@ def statistics(spec: RowNorm, x: Tensor, dims: int, eps: float) -> tuple[Tensor,
 
 
 def composite_gradients(
-    spec: RowNorm, x: Tensor, dims: int, weight: Tensor | None, bias_dtype: torch.dtype | None, eps: float, dy: Tensor
+    spec: RowNorm,
+    x: Tensor,
+    dims: int,
+    weight: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    eps: float,
+    dy: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Gradients:
-    """The same closed form in ATen's ops: a differentiable function of x, weight and dy.
+    """The same closed form in ATen's ops: a differentiable function of x, weight and dy. dtype: y's, None where it is x's.
 
     The road of second derivatives, of batched ones and of whatever looks inside a backward. In fp64, as the kernels that
     made y rescue rows beyond fp32's squares, which this could not.
     """
     _, rstd, xhat = _normalized(spec, x.double(), dims, eps)
-    weighted = xhat.to(x.dtype).double() if spec.rounded else xhat
+    weighted = xhat.to(dtype or x.dtype).double() if spec.rounded else xhat
     return in_dtypes_of(_gradients(spec, xhat, rstd, dims, _double(weight), dy.double(), weighted), x, weight, bias_dtype)
 
 
@@ -266,25 +273,32 @@ def composite(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The norm as torch's own op, differentiable any number of times and in either mode.
 
     torch's op where it takes the dtypes given; where it does not (weights of another floating dtype), the same op in
     fp32 or fp64 with one rounding at the end; so too in a casting mode of its own. Under torch.func and in forward mode
     LayerNorm is the definition, written out: of torch's op the forward mode of a derivative, and third derivatives, are
-    wrong there, silently (2.13).
+    wrong there, silently (2.13). dtype: the result's, None where it is the input's (or autocast's).
     """
     with keeping_dtype(x.device.type):
-        return _composite(spec, x, list(normalized_shape), weight, bias, eps)
+        return _composite(spec, x, list(normalized_shape), weight, bias, eps, dtype)
 
 
 def _composite(
-    spec: RowNorm, x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+    spec: RowNorm,
+    x: Tensor,
+    shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
 ) -> Tensor:
     if x.dtype != torch.float64 and autocast_to_fp32(spec, x.device.type):
         x, weight, bias = in_fp32(x, weight, bias)
-    dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
-    narrow = x.dtype
+    narrow = dtype or x.dtype
+    dtypes = {narrow, *(t.dtype for t in (x, weight, bias) if t is not None)}
     defined = spec.center and is_transformed()
     if len(dtypes) > 1 or defined or spec.cast != "output":
         wide = torch.float64 if torch.float64 in dtypes else torch.float32

@@ -27,7 +27,7 @@ from .timing import device_time, sets_past_l2
 # One of tuning's frozen dataclasses.
 Launch = Any
 
-_CHOOSE = {"forward": tuning.choose_forward, "backward": tuning.choose_backward}
+_CHOOSE: dict[str, Callable[..., Launch]] = {"forward": tuning.choose_forward, "backward": tuning.choose_backward}
 
 # What each field besides the tiles may be. A new field needs a line here to be swept.
 _VALUES: dict[str, Sequence[Any]] = {

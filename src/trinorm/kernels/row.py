@@ -1,9 +1,9 @@
 """Row norms, forward: y = (x - mean)·rstd·(w + OFFSET) + b over the last N elements of each row.
 
 ``row_forward`` reads a row once and holds it; ``row_forward_streamed`` reads it twice, the second time from L2, for
-rows too wide to hold. LayerNorm is CENTER, RMSNorm is not; OFFSET and ROUND are affine.py's. W, B, MEAN and RSTD may be
-None: absent, or not asked for. Offsets, strides and N count elements; ``x_odd_sizes`` and ``x_strides`` describe x's
-leading dims (index.row_offsets).
+rows too wide to hold. LayerNorm is CENTER, RMSNorm is not; OFFSET and ROUND are affine.py's, RESIDUAL, SUM and ALPHA
+added.py's. W, B, MEAN, RSTD and RESIDUAL may be None: absent, or not asked for. Offsets, strides and N count elements;
+``x_odd_sizes`` and ``x_strides`` describe x's leading dims (index.row_offsets).
 STREAM says that x and y are too large for L2: they pass through it and leave w and b there (H200, bf16, 8192 columns:
 LayerNorm 0.97 of the copy against 0.95, RMSNorm 0.97 against 0.95; 1024 columns: 0.98 and 1.00 against 0.96 and 0.97).
 """
@@ -11,6 +11,7 @@ LayerNorm 0.97 of the copy against 0.95, RMSNorm 0.97 against 0.95; 1024 columns
 import triton
 import triton.language as tl
 
+from .added import add_row, add_streamed, rows_in_memory
 from .affine import NO_BIAS, NO_WEIGHT, affine, rounded
 from .index import (
     chunk_columns,
@@ -94,6 +95,7 @@ def rescue(
     Y,
     MEAN,
     RSTD,
+    SUM,
     X,
     W,
     B,
@@ -116,12 +118,14 @@ def rescue(
     would cost every row the registers (LayerNorm at 8192 columns: 56 a thread against 40, and 0.89 of the copy against
     0.95).
     """
+    if SUM is not None:
+        tl.debug_barrier()  # other threads have stored what is to be read
     STEP: tl.constexpr = CHUNK if CHUNK < 1024 else 1024  # short steps, for few registers beside the common path's
     for r in tl.range(0, ROWS):
         row = tile_rows(first_row + r, 1)
         bad = tl.max(tl.where(tile_rows(0, ROWS) == r, good.to(tl.int32), 1) ^ 1, axis=0, keep_dims=True) == 1
         if tl.max(bad.to(tl.int32)) == 1:
-            x_row = X + row_offsets(row, x_odd_sizes, x_strides)
+            x_row = rows_in_memory(X, SUM, row, x_odd_sizes, x_strides, N)
             mean, rstd = rescued_stats(x_row, eps, N, CENTER, ACC, STEP)
             store_stats(MEAN, RSTD, row, mean, rstd, bad, CENTER)
             normalize_streamed(Y, x_row, W, B, row, 0, N, mean, rstd, bad, N, OFFSET, ROUND, ACC, STEP, False)
@@ -132,9 +136,11 @@ def row_forward(
     Y,
     MEAN,
     RSTD,
+    SUM,
     X,
     W,
     B,
+    RESIDUAL,
     M,
     x_odd_sizes,
     x_strides,
@@ -143,6 +149,7 @@ def row_forward(
     CENTER: tl.constexpr,
     OFFSET: tl.constexpr,
     ROUND: tl.constexpr,
+    ALPHA: tl.constexpr,
     ACC: tl.constexpr,
     RESCUE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -165,8 +172,9 @@ def row_forward(
     tiles = ()
     for t in tl.static_range(TILES):
         rows = tile_rows(first + t, ROWS)
-        x_rows = X + row_offsets(rows, x_odd_sizes, x_strides)
-        tiles = tiles + (load_row(x_rows, rows_live(rows, M, ROWS * TILES), N, CHUNK, STREAM),)
+        live = rows_live(rows, M, ROWS * TILES)
+        xs = load_row(X + row_offsets(rows, x_odd_sizes, x_strides), live, N, CHUNK, STREAM)
+        tiles = tiles + (add_row(SUM, RESIDUAL, xs, rows * N, live, N, ALPHA, ACC, STREAM),)
     if PRELOAD:
         every = tl.full([ROWS, 1], True, tl.int1)
         ws = load_row_or(W, every, N, CHUNK, NO_WEIGHT)
@@ -215,6 +223,7 @@ def row_forward(
                     Y,
                     MEAN,
                     RSTD,
+                    SUM,
                     X,
                     W,
                     B,
@@ -238,9 +247,11 @@ def row_forward_streamed(
     Y,
     MEAN,
     RSTD,
+    SUM,
     X,
     W,
     B,
+    RESIDUAL,
     x_odd_sizes,
     x_strides,
     eps: tl.float64,
@@ -248,6 +259,7 @@ def row_forward_streamed(
     CENTER: tl.constexpr,
     OFFSET: tl.constexpr,
     ROUND: tl.constexpr,
+    ALPHA: tl.constexpr,
     ACC: tl.constexpr,
     RESCUE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -258,7 +270,10 @@ def row_forward_streamed(
     let_next_launch(PDL)
     eps = tl.full([1, 1], eps, ACC)
     row = tile_rows(first_program(), 1)
-    x_row = X + row_offsets(row, x_odd_sizes, x_strides)
+    if RESIDUAL is not None:
+        x_row = X + row_offsets(row, x_odd_sizes, x_strides)
+        add_streamed(SUM, RESIDUAL, x_row, row * N, N, ALPHA, ACC, CHUNK)
+    x_row = rows_in_memory(X, SUM, row, x_odd_sizes, x_strides, N)
     mean, power = streamed_moments(x_row, N, CENTER, ACC, CHUNK)
     good = trusted(power + eps) if RESCUE else row >= 0
     rstd = tl.rsqrt(power + eps)
@@ -268,5 +283,23 @@ def row_forward_streamed(
         if tl.min(good.to(tl.int32)) == 0:
             first = first_program()
             rescue(
-                Y, MEAN, RSTD, X, W, B, good, first, x_odd_sizes, x_strides, eps, N, CENTER, OFFSET, ROUND, ACC, 1, CHUNK
+                Y,
+                MEAN,
+                RSTD,
+                SUM,
+                X,
+                W,
+                B,
+                good,
+                first,
+                x_odd_sizes,
+                x_strides,
+                eps,
+                N,
+                CENTER,
+                OFFSET,
+                ROUND,
+                ACC,
+                1,
+                CHUNK,
             )

@@ -5,8 +5,8 @@
 
 docs/mathematics.md derives them. x̂ = (v - shift)·scale of what the forward kept: v is x, with the row's mean and rstd; or,
 with FROM_OUTPUT, y, with the columns' b and 1/(w + OFFSET). With ROUND dw is of x̂ as y had it, rounded (affine.py). DX, DW
-and DB may be None: only what is asked for is computed. Sums over rows are taken in a fixed order, in fp32, with no atomics:
-the same bits on every run.
+and DB may be None: only what is asked for is computed. DRESIDUAL, DSUM and ALPHA are added.py's, where x is a sum. Sums
+over rows are taken in a fixed order, in fp32, with no atomics: the same bits on every run.
 
 - ``row_backward_few``       few rows: one launch, in which some programs take rows (dx) and others columns (dw, db)
 - ``row_backward``           many rows: persistent programs walk tiles of whole rows, dw and db in registers
@@ -18,6 +18,7 @@ Rows too wide to hold are split over a team (row_split.py) or read twice (row_ba
 import triton
 import triton.language as tl
 
+from .added import store_input_gradients
 from .affine import NO_BIAS, NO_WEIGHT, affine_backward, offset_by, rounded
 from .index import (
     chunk_columns,
@@ -105,12 +106,8 @@ def dx_sums(kept, dys, ws, shifts, scales, CENTER: tl.constexpr, OFFSET: tl.cons
 
 @triton.jit
 def store_dx(
-    DX,
-    kept,
-    dys,
-    ws,
-    shifts,
-    scales,
+    outs,
+    held,
     rstd,
     c1,
     c2,
@@ -120,40 +117,41 @@ def store_dx(
     N: tl.constexpr,
     CENTER: tl.constexpr,
     OFFSET: tl.constexpr,
+    ALPHA: tl.constexpr,
     ACC: tl.constexpr,
     STREAM: tl.constexpr,
 ):
-    """dx of a tile of rows held as chunks from column ``start``."""
+    """dx of a tile of rows held as chunks from column ``start``. outs: (DX, DRESIDUAL, DSUM); held: (what was kept, dy, w,
+    shifts, scales), each as chunks.
+    """
+    kept, dys, ws, shifts, scales = held
     CHUNK: tl.constexpr = kept[0].shape[1]
     for i in tl.static_range(len(kept)):
         columns = chunk_columns(start + i * CHUNK, CHUNK)
         mask = live & columns_live(columns, (i + 1) * CHUNK, N)
         g = affine_backward(dys[i].to(ACC), ws[i], OFFSET)
         dx = dx_of(g, normalized(kept[i], shifts[i], scales[i], ACC), rstd, c1, c2, CENTER)
-        tl.store(DX + rows * N + columns, dx.to(DX.dtype.element_ty), mask=mask, cache_modifier=".cs" if STREAM else "")
+        store_input_gradients(outs, dx, rows * N + columns, mask, ALPHA, ACC, STREAM)
 
 
 @triton.jit
 def store_dx_of_rows(
-    DX,
-    kept,
-    dys,
-    ws,
-    shifts,
-    scales,
+    outs,
+    held,
     rstd,
     rows,
     live,
     N: tl.constexpr,
     CENTER: tl.constexpr,
     OFFSET: tl.constexpr,
+    ALPHA: tl.constexpr,
     ACC: tl.constexpr,
     STREAM: tl.constexpr,
 ):
     """dx of a tile of whole rows."""
-    c1, c2 = dx_sums(kept, dys, ws, shifts, scales, CENTER, OFFSET, ACC)
+    c1, c2 = dx_sums(*held, CENTER, OFFSET, ACC)
     c1, c2 = mean_of(c1, N), mean_of(c2, N)
-    store_dx(DX, kept, dys, ws, shifts, scales, rstd, c1, c2, rows, live, 0, N, CENTER, OFFSET, ACC, STREAM)
+    store_dx(outs, held, rstd, c1, c2, rows, live, 0, N, CENTER, OFFSET, ALPHA, ACC, STREAM)
 
 
 @triton.jit
@@ -216,9 +214,11 @@ def store_column_sums(OUT, offset, sums, N: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def row_backward(
     DX,
+    DRESIDUAL,
     DW,
     DB,
     DY,
+    DSUM,
     KEPT,
     W,
     B,
@@ -234,6 +234,7 @@ def row_backward(
     OFFSET: tl.constexpr,
     ROUND: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
+    ALPHA: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -260,11 +261,12 @@ def row_backward(
             mean, rstd = load_stats(MEAN, RSTD, rows, live)
             shifts, scales = undoing_row(mean, rstd, ws, bs, OFFSET, FROM_OUTPUT, ACC)
             if DW is not None:
-                dw = add_dw(dw, kept, dys, shifts, scales, KEPT.dtype.element_ty, ROUND, ACC)
+                dw = add_dw(dw, kept, dys, shifts, scales, DY.dtype.element_ty, ROUND, ACC)
             if DB is not None:
                 db = add_db(db, dys, ACC)
             if DX is not None:
-                store_dx_of_rows(DX, kept, dys, ws, shifts, scales, rstd, rows, live, N, CENTER, OFFSET, ACC, STREAM)
+                outs, held = (DX, DRESIDUAL, DSUM), (kept, dys, ws, shifts, scales)
+                store_dx_of_rows(outs, held, rstd, rows, live, N, CENTER, OFFSET, ALPHA, ACC, STREAM)
     let_next_launch(PDL)
 
     if DW is not None:
@@ -276,9 +278,11 @@ def row_backward(
 @triton.jit(do_not_specialize=["M", "row_tiles"])
 def row_backward_few(
     DX,
+    DRESIDUAL,
     DW,
     DB,
     DY,
+    DSUM,
     KEPT,
     W,
     B,
@@ -295,6 +299,7 @@ def row_backward_few(
     OFFSET: tl.constexpr,
     ROUND: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
+    ALPHA: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -319,7 +324,8 @@ def row_backward_few(
             bs = load_row_or(B, live, N, CHUNK, NO_BIAS)
             mean, rstd = load_stats(MEAN, RSTD, rows, live)
             shifts, scales = undoing_row(mean, rstd, ws, bs, OFFSET, FROM_OUTPUT, ACC)
-            store_dx_of_rows(DX, kept, dys, ws, shifts, scales, rstd, rows, live, N, CENTER, OFFSET, ACC, False)
+            outs, held = (DX, DRESIDUAL, DSUM), (kept, dys, ws, shifts, scales)
+            store_dx_of_rows(outs, held, rstd, rows, live, N, CENTER, OFFSET, ALPHA, ACC, False)
     else:
         columns = chunk_columns((program - row_tiles) * SUM_CHUNK, SUM_CHUNK)
         in_row = columns_live(columns, rounded_up(N, SUM_CHUNK), N)
@@ -337,7 +343,7 @@ def row_backward_few(
                 mean, rstd = load_stats(MEAN, RSTD, rows, live)
                 shift, scale = undoing(mean, rstd, w, b, OFFSET, FROM_OUTPUT, ACC)
                 kept = load(KEPT + row_offsets(rows, kept_odd_sizes, kept_strides) + columns, live & in_row)
-                dw += dy * rounded(normalized(kept, shift, scale, ACC), KEPT.dtype.element_ty, ROUND)
+                dw += dy * rounded(normalized(kept, shift, scale, ACC), DY.dtype.element_ty, ROUND)
         if DW is not None:
             total = tl.sum(dw, axis=0, keep_dims=True).to(DW.dtype.element_ty)
             tl.store(DW + columns, total, mask=in_row)

@@ -7,6 +7,7 @@
 import triton
 import triton.language as tl
 
+from .added import store_input_gradients
 from .affine import NO_BIAS, NO_WEIGHT, affine_backward, rounded
 from .index import (
     chunk_columns,
@@ -79,9 +80,11 @@ def row_backward_moments(
 @triton.jit(do_not_specialize=["M"])
 def row_backward_apply(
     DX,
+    DRESIDUAL,
     DW,
     DB,
     DY,
+    DSUM,
     KEPT,
     W,
     B,
@@ -99,6 +102,7 @@ def row_backward_apply(
     OFFSET: tl.constexpr,
     ROUND: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
+    ALPHA: tl.constexpr,
     ACC: tl.constexpr,
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -122,13 +126,13 @@ def row_backward_apply(
         shift, scale = undoing(mean, rstd, w, b, OFFSET, FROM_OUTPUT, ACC)
         xhat = normalized(kept, shift, scale, ACC)
         if DW is not None:
-            dw += dy * rounded(xhat, KEPT.dtype.element_ty, ROUND)
+            dw += dy * rounded(xhat, DY.dtype.element_ty, ROUND)
         if DB is not None:
             db += dy
         if DX is not None:
             c2, c1 = load_stats(C2, C1, row, live)
             dx = dx_of(affine_backward(dy, w, OFFSET), xhat, rstd, c1, c2, CENTER)
-            tl.store(DX + row * N + columns, dx.to(DX.dtype.element_ty), mask=in_row, cache_modifier=".cs")
+            store_input_gradients((DX, DRESIDUAL, DSUM), dx, row * N + columns, in_row, ALPHA, ACC, True)
     let_next_launch(PDL)
 
     if DW is not None:

@@ -7,6 +7,7 @@ program, of two fp32 numbers (team.py).
 import triton
 import triton.language as tl
 
+from .added import add_row, rows_in_memory
 from .affine import NO_BIAS, NO_WEIGHT
 from .index import (
     chunk_columns,
@@ -24,7 +25,7 @@ from .overlap import let_next_launch, wait_for_previous
 from .row import normalize_streamed, store_stats, store_y
 from .row_backward import add_db, add_dw, dx_sums, load_stats, store_column_sums, store_dx, undoing_row, zero_chunks
 from .stats import held_moments, mean_of, rescued_stats, trusted
-from .team import awaited, publish, team_sum
+from .team import awaited, publish, see_what_others_stored, team_sum
 
 
 @triton.jit
@@ -46,10 +47,12 @@ def row_forward_split(
     Y,
     MEAN,
     RSTD,
+    SUM,
     WORDS,
     X,
     W,
     B,
+    RESIDUAL,
     x_odd_sizes,
     x_strides,
     eps: tl.float64,
@@ -57,6 +60,7 @@ def row_forward_split(
     CENTER: tl.constexpr,
     OFFSET: tl.constexpr,
     ROUND: tl.constexpr,
+    ALPHA: tl.constexpr,
     ACC: tl.constexpr,
     RESCUE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -73,12 +77,12 @@ def row_forward_split(
     member = (first_program() % TEAM).to(tl.int32)
     start = member * BLOCK
     every = tl.full([1, 1], True, tl.int1)
-    x_row = X + row_offsets(row, x_odd_sizes, x_strides)
-    xs = load_row(x_row + start, every, BLOCK, CHUNK, True)
+    xs = load_row(X + row_offsets(row, x_odd_sizes, x_strides) + start, every, BLOCK, CHUNK, True)
+    xs = add_row(SUM, RESIDUAL, xs, row * N + start, every, BLOCK, ALPHA, ACC, True)
 
     mean, power = held_moments(xs, BLOCK, CENTER, ACC)
     words = WORDS + first_program() - member
-    publish(words + member, mean, power * BLOCK, every)
+    publish(words + member, mean, power * BLOCK, every, RELEASE=RESCUE and SUM is not None)
     means, squares = awaited(words, True, TEAM, LANES)
     mean, power = merged_blocks(means, squares, N, BLOCK, CENTER)
     good = trusted(power + eps) if RESCUE else row >= 0
@@ -95,6 +99,9 @@ def row_forward_split(
 
     if RESCUE:
         if tl.min(good.to(tl.int32)) == 0:
+            if SUM is not None:
+                see_what_others_stored(LANES)
+            x_row = rows_in_memory(X, SUM, row, x_odd_sizes, x_strides, N)
             mean, rstd = rescued_stats(x_row, eps, N, CENTER, ACC, CHUNK)
             store_stats(MEAN, RSTD, row, mean, rstd, first, CENTER)
             end = start + BLOCK
@@ -113,10 +120,12 @@ def widened_chunks(chunks, ACC: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def row_backward_split(
     DX,
+    DRESIDUAL,
     DW,
     DB,
     WORDS,
     DY,
+    DSUM,
     KEPT,
     W,
     B,
@@ -132,6 +141,7 @@ def row_backward_split(
     OFFSET: tl.constexpr,
     ROUND: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
+    ALPHA: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -171,7 +181,7 @@ def row_backward_split(
         first_kept = kept if CENTER else widened_chunks(kept, ACC)
         first_dys = dys if CENTER else widened_chunks(dys, ACC)
         if DW is not None:
-            dw = add_dw(dw, first_kept, first_dys, shifts, scales, KEPT.dtype.element_ty, ROUND, ACC)
+            dw = add_dw(dw, first_kept, first_dys, shifts, scales, DY.dtype.element_ty, ROUND, ACC)
         if DB is not None:
             db = add_db(db, first_dys, ACC)
         if DX is not None:
@@ -186,7 +196,8 @@ def row_backward_split(
             live = tl.full([1, 1], asked, tl.int1)
             mean, rstd = load_stats(MEAN, RSTD, row, live)
             shifts, scales = undoing_row(mean, rstd, ws, bs, OFFSET, FROM_OUTPUT, ACC)
-            store_dx(DX, held, held_dys, ws, shifts, scales, rstd, c1, c2, row, live, start, N, CENTER, OFFSET, ACC, True)
+            outs, late = (DX, DRESIDUAL, DSUM), (held, held_dys, ws, shifts, scales)
+            store_dx(outs, late, rstd, c1, c2, row, live, start, N, CENTER, OFFSET, ALPHA, ACC, True)
             held = kept
             held_dys = dys
     let_next_launch(PDL)

@@ -55,11 +55,15 @@ def forget_words(WORDS, COUNT: tl.int64, CHUNK: tl.constexpr, PDL: tl.constexpr)
 
 
 @triton.jit
-def publish(WORD, a, b, live):
-    """Tell the team two fp32 numbers, each ``[1, 1]``, where ``live``."""
+def publish(WORD, a, b, live, RELEASE: tl.constexpr = False):
+    """Tell the team two fp32 numbers, each ``[1, 1]``, where ``live``. RELEASE: who has seen them may see what this program
+    had stored by then too (``see_what_others_stored``).
+    """
+    if RELEASE:
+        tl.debug_barrier()
     low = a.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     high = b.to(tl.int32, bitcast=True).to(tl.int64) << 32
-    tl.atomic_xchg(WORD + tl.zeros([1, 1], tl.int32), high | low, mask=live, sem="relaxed")
+    tl.atomic_xchg(WORD + tl.zeros([1, 1], tl.int32), high | low, mask=live, sem="release" if RELEASE else "relaxed")
 
 
 @triton.jit
@@ -80,6 +84,15 @@ def awaited(WORDS, asked, TEAM, LANES: tl.constexpr):
     )
     a = (words & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
     return a, (words >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def see_what_others_stored(LANES: tl.constexpr):
+    """From here on what the team stored before it told its words can be read, by threads that have awaited those."""
+    tl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; mov.b32 $0, $1;", "=r,r", [tl.arange(0, LANES)], dtype=tl.int32, is_pure=False, pack=1
+    )
+    tl.debug_barrier()
 
 
 @triton.jit

@@ -92,7 +92,7 @@ class _Forward(Op):
 
     def composite(self, *args: Any) -> Results:
         x, shape, weight, bias, eps, _, cast = self._named(*args)
-        _check(self.name, cast, x, shape, weight, bias)
+        check(self.name, cast, x, shape, weight, bias)
         y = reference.composite(self._spec.with_cast(cast), x, shape, weight, bias, eps).contiguous()
         mean, rstd = reference.statistics(self._spec, x, len(shape), eps)
         stats = road.accumulator_dtype(x, weight, bias)
@@ -103,7 +103,7 @@ class _Forward(Op):
         inputs, manner = (x, weight, bias), (_REGISTERED, batch_invariant, cast)
         call = CALLS.recall(self.name, manner, x, shape, weight, bias, eps)
         if call is None:
-            _check(self.name, cast, x, shape, weight, bias)
+            check(self.name, cast, x, shape, weight, bias)
             if not road.has_kernels(x) or not x.numel():
                 return self.composite(*args)
             how: dict[str, Any] = dict(batch_invariant=batch_invariant, differentiated=True)
@@ -115,7 +115,7 @@ class _Forward(Op):
 
     def fake(self, *args: Any) -> Results:
         x, shape, weight, bias, *_, cast = self._named(*args)
-        _check(self.name, cast, x, shape, weight, bias)
+        check(self.name, cast, x, shape, weight, bias)
         stats = road.accumulator_dtype(x, weight, bias)
         mean, rstd = (x.new_empty(x.shape[: -len(shape)], dtype=stats) for _ in range(2))
         return self._results(x.new_empty(x.shape), mean, rstd)
@@ -176,7 +176,7 @@ class _Backward(Op):
         manner = _REGISTERED, batch_invariant, cast, db, rstd.dtype
         call = CALLS.recall(self.name, manner, x, shape, weight, None, eps)
         if call is None:
-            _check(self.name, cast, x, shape, weight)
+            check(self.name, cast, x, shape, weight)
             torch._check(
                 not dw or weight is not None, lambda: f"trinorm::{self.name}: dw is asked for, but there is no weight"
             )
@@ -209,7 +209,7 @@ class _Backward(Op):
         )
 
 
-def _check(op: str, cast: str, x: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> None:
+def check(op: str, cast: str, x: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> None:
     """That the kernels read nothing but these tensors, in a way that there is."""
     torch._check(cast in CASTS, lambda: f"trinorm::{op}: cast is {cast!r}; it must be one of {', '.join(CASTS)}")
     shape = torch.Size(shape)

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import channel_reference, reference
+from .. import added_reference, channel_reference, reference
 from ..channel_reference import Averages, Given
 from ..reference import autocasts_to_fp32, in_fp32
 from ..spec import Activation, ChannelNorm, RowNorm
-from . import channel_library, library, road
+from . import added, added_library, channel_library, library, road
+from .added import AddedCall, AddedProblem
 from .channel import CALLS, ChannelCall
 from .channel_problem import Problem
-from .layout import beside, channels_readable, dense
+from .layout import beside, channels_readable, dense, readable
 from .row import prepared
 
 
@@ -49,6 +50,46 @@ def row_norm(
         differentiated=road.is_differentiated(x, weight, bias),
     )
     return call.norm(*inputs)
+
+
+def added_norm(
+    spec: RowNorm,
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    alpha: float,
+    out: Tensor | None,
+    asked: Hashable,
+    batch_invariant: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, sum) of checked arguments. out: where the sum goes. asked: as channel_norm's."""
+    op, tensors, dims = added_library.NAMES[spec.name], (x, residual, weight, bias), len(normalized_shape)
+    to_fp32 = x.dtype != torch.float64 and reference.autocast_to_fp32(spec, x.device.type)
+    dtype = torch.float32 if to_fp32 else x.dtype
+    if road.takes_op(op, *tensors, whole=spec.rounded or batch_invariant):
+        y, total = added_library.norm(spec, *tensors, normalized_shape, eps, alpha, dtype, batch_invariant)
+    elif not road.kernels_serve(op, *tensors, out):
+        y, total = added_reference.composite(spec, x, residual, normalized_shape, weight, bias, eps, alpha, dtype)
+    else:
+        parameters = (None if t is None else readable(t, dims) for t in (weight, bias))
+        inputs: Any = (readable(x, dims), dense(residual), *parameters, out)
+        call = None
+        if asked is not None and any(now is not before for now, before in zip(inputs, tensors, strict=False)):
+            call = added.recall(asked, *inputs)
+        if call is None:
+            call = AddedCall(
+                AddedProblem(spec, dims, eps, alpha, dtype, batch_invariant),
+                added.dtypes_of(*tensors),
+                kept=asked is not None,
+                differentiated=road.is_differentiated(*tensors),
+            )
+            if asked is not None:
+                added.keep(asked, call, *inputs)
+        return call(*inputs)
+    return (y, total) if out is None else (y, out.copy_(total))
 
 
 def channel_norm(

@@ -92,7 +92,7 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Results:
-        if gradients[0] is None:
+        if all(gradient is None for gradient in gradients):
             return (None,) * len(ctx.needs_input_grad)
         return None, None, None, *ctx.op.differentiate(ctx, *gradients)
 

@@ -42,14 +42,15 @@ def are_distributed(*args: object) -> bool:
     return any(isinstance(t, classes) for t in args)
 
 
-def takes_op(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, whole: bool) -> bool:
+def takes_op(op: str, *tensors: Tensor | None, whole: bool) -> bool:
     """Whether this call is the registered op's: one of distributed tensors, whose rules hold without kernels too; or one
     that torch.compile or torch.export records, where the kernels will serve it.
 
     Elsewhere, and with ``options.inductor_fuses``, the composite is recorded, which Inductor fuses with what is around it;
-    unless the call promises what would be lost so (``whole``).
+    unless the call promises what would be lost so (``whole``). tensors: the input first.
     """
-    others = [t for t in (x, weight, bias) if type(t) not in PLAIN_OR_NONE]
+    x, others = tensors[0], [t for t in tensors if type(t) not in PLAIN_OR_NONE]
+    assert x is not None
     if others and are_distributed(*others):
         if x.is_cuda and not HAS_TRITON and not torch.compiler.is_compiling():
             _warn_once(op, _NO_TRITON)
@@ -59,7 +60,7 @@ def takes_op(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, who
     return whole or (has_kernels(x) and not options.inductor_fuses)
 
 
-def kernels_serve(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+def kernels_serve(op: str, x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels compute this call; a GPU call that they do not serve says why, once.
 
     The composite serves CPU tensors, other tensor subclasses, and whatever looks inside an op (``observer``).
@@ -69,9 +70,9 @@ def kernels_serve(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None
     reason = observer()
     if reason is None and not HAS_TRITON:
         reason = _NO_TRITON
-    elif reason is None and any(t is not None and not _has_storage(t) for t in (x, weight, bias)):
+    elif reason is None and any(t is not None and not _has_storage(t) for t in (x, *others)):
         reason = "an argument has no memory of its own"
-    elif reason is None and (type(x) not in PLAIN or type(weight) not in PLAIN_OR_NONE or type(bias) not in PLAIN_OR_NONE):
+    elif reason is None and not PLAIN_OR_NONE.issuperset(map(type, (x, *others))):
         reason = "an argument is a tensor subclass"
     if reason is None:
         return True

@@ -36,6 +36,26 @@ class Normalized(NamedTuple):
     rstd: Tensor | None
 
 
+class Added(NamedTuple):
+    """What is added to x before it is normalized: alpha times a contiguous residual. total: memory for the sum, which may
+    be the residual's; y: the result's dtype.
+    """
+
+    residual: Tensor | None
+    total: Tensor | None
+    y: torch.dtype
+    alpha: float
+
+
+class AddedBackward(NamedTuple):
+    """A sum's own gradient, contiguous, if it has one; memory for the residual's, where that is not dx; dx's dtype."""
+
+    dsum: Tensor | None
+    dresidual: Tensor | None
+    dx: torch.dtype
+    alpha: float
+
+
 def forward(
     spec: RowNorm,
     x: Tensor,
@@ -46,24 +66,28 @@ def forward(
     *,
     save: bool,
     batch_invariant: bool = False,
+    added: Added | None = None,
 ) -> Normalized:
-    """Normalize the last ``dims`` dims of x, which is readable (layout.readable); y is contiguous."""
+    """Normalize the last ``dims`` dims of x, which is readable (layout.readable), or of a sum with it; y is contiguous."""
     device = x.device
-    y = empty(x, x.dtype, device)
+    residual, total, y_dtype, alpha = added or Added(None, None, x.dtype, 1.0)
+    kept = x if total is None else total
+    y = empty(x, y_dtype, device)
     n = x.shape[-dims:].numel()
     m = x.numel() // n if n else 0
-    stats = accumulator_dtype(x, weight, bias)
+    stats = accumulator_dtype(kept, weight, bias)
     mean = empty((of_rows(m),), stats, device) if save and spec.center else None
     rstd = empty((of_rows(m),), stats, device) if save else None
     if m == 0:
         return Normalized(y, mean, rstd)
 
     size = describe(device)
-    plan = choose_forward(spec, None if batch_invariant else m, n, widest(x.dtype, stats), size)
+    plan = choose_forward(spec, None if batch_invariant else m, n, widest(kept.dtype, stats), size)
     odd_sizes, strides = rows_of(x, dims, n)
     options = dict(
         N=n,
-        **_variant(spec, x, weight, stats),
+        **_variant(spec, y_dtype, weight, stats),
+        ALPHA=alpha,
         ACC=ACCUMULATOR[stats],
         RESCUE=stats == torch.float32,
         CHUNK=plan.tile.chunk,
@@ -71,17 +95,20 @@ def forward(
     options.update(started_by(plan.tile, size, early=not isinstance(plan, RowForward) or plan.early))
     if isinstance(plan, RowForward):
         options.update(ROWS=plan.tile.rows, TILES=plan.tiles, STREAM=plan.stream, PRELOAD=plan.preload)
-        options.update(PIVOT=plan.pivot and spec.center and x.dtype.itemsize == 2 and stats == torch.float32)
+        # A pivot is read apart from the row, before a sum is there to be read.
+        pivot = plan.pivot and residual is None and spec.center and x.dtype.itemsize == 2 and stats == torch.float32
+        options.update(PIVOT=pivot)
         rows = plan.tile.rows * plan.tiles
-        args: tuple[Any, ...] = (y, mean, rstd, x, weight, bias, of_rows(m), odd_sizes, strides, eps)
+        args: tuple[Any, ...] = (y, mean, rstd, total, x, weight, bias, residual, of_rows(m), odd_sizes, strides, eps)
         launch(row_forward, (of_rows(m, lambda m: -(-m // rows)),), device, args, options)
     elif isinstance(plan, RowForwardSplit):
         options.update(BLOCK=plan.block, LANES=plan.lanes)
         team = n // plan.block
-        args = (y, mean, rstd, words_of_teams(launch, m, team, device), x, weight, bias, odd_sizes, strides, eps)
+        words = words_of_teams(launch, m, team, device)
+        args = (y, mean, rstd, total, words, x, weight, bias, residual, odd_sizes, strides, eps)
         launch(row_forward_split, (of_rows(m, lambda m: m * team),), device, args, options)
     else:
-        args = (y, mean, rstd, x, weight, bias, odd_sizes, strides, eps)
+        args = (y, mean, rstd, total, x, weight, bias, residual, odd_sizes, strides, eps)
         launch(row_forward_streamed, (of_rows(m),), device, args, options)
     return Normalized(y, mean, rstd)
 
@@ -101,17 +128,19 @@ def backward(
     from_output: bool = False,
     bias: Tensor | None = None,
     batch_invariant: bool = False,
+    added: AddedBackward | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dw, db) for a readable dy and what the forward kept, readable too: dx where asked for, dw and db in the dtype
     asked for.
 
-    kept: x. from_output: it is y, of which ``bias`` and ``weight``, nowhere 0, make x̂ again; mean is not needed.
+    kept: x, or the sum. from_output: it is y, of which ``bias`` and ``weight``, nowhere 0, make x̂ again; no mean is needed.
     """
     device = kept.device
+    dsum, dresidual, dx_dtype, alpha = added or AddedBackward(None, None, kept.dtype, 1.0)
     n = kept.shape[-dims:].numel()
     m = kept.numel() // n if n else 0
     shape = kept.shape[-dims:]
-    dx_out = empty(kept, kept.dtype, device) if dx else None
+    dx_out = empty(kept, dx_dtype, device) if dx else None
     dw_out, db_out = (
         None if dtype is None else empty(shape, dtype, device) if m else torch.zeros(shape, dtype=dtype, device=device)
         for dtype in (dw, db)
@@ -120,11 +149,13 @@ def backward(
         return dx_out, dw_out, db_out
 
     size = describe(device)
-    plan = choose_backward(spec, None if batch_invariant else m, n, widest(kept.dtype, rstd.dtype), size)
-    operands = dy, kept, weight, bias if from_output else None, None if from_output else mean, rstd
+    tensors = 2 if dsum is None else 3
+    plan = choose_backward(spec, None if batch_invariant else m, n, widest(kept.dtype, rstd.dtype), size, tensors)
+    operands = kept, weight, bias if from_output else None, None if from_output else mean, rstd
     layout = (*rows_of(kept, dims, n), *rows_of(dy, dims, n))
     options = dict(N=n, ACC=ACCUMULATOR[rstd.dtype])
-    tiled = options | _variant(spec, kept, weight, rstd.dtype) | dict(FROM_OUTPUT=from_output, CHUNK=plan.tile.chunk)
+    tiled = options | _variant(spec, dy.dtype, weight, rstd.dtype) | dict(FROM_OUTPUT=from_output, CHUNK=plan.tile.chunk)
+    outs, inputs, of_sum = (dx_out, dresidual), (dy, dsum, *operands), dict(ALPHA=alpha)
     tiled.update(started_by(plan.tile, size))
 
     if isinstance(plan, RowBackwardFew):
@@ -132,8 +163,8 @@ def backward(
         column_tiles = -(-n // plan.sums.chunk) if dw or db else 0
         row_tiles = of_rows(m, lambda m: -(-m // rows) if dx else 0)
         grid = of_rows(m, lambda m: row_tiles.of(m) + column_tiles)
-        args: tuple[Any, ...] = (dx_out, dw_out, db_out, *operands, of_rows(m), row_tiles, *layout)
-        tiled.update(ROWS=rows, SUM_ROWS=plan.sums.rows, SUM_CHUNK=plan.sums.chunk)
+        args: tuple[Any, ...] = (*outs, dw_out, db_out, *inputs, of_rows(m), row_tiles, *layout)
+        tiled.update(of_sum, ROWS=rows, SUM_ROWS=plan.sums.rows, SUM_CHUNK=plan.sums.chunk)
         launch(row_backward_few, (grid,), device, args, tiled)
         return dx_out, dw_out, db_out
 
@@ -143,14 +174,14 @@ def backward(
         None if out is None else empty((programs, n), rstd.dtype, device) for out in (dw_out, db_out)
     )
     if isinstance(plan, RowBackward):
-        args = (dx_out, *partials, *operands, of_rows(m), *layout)
-        tiled.update(ROWS=plan.tile.rows, TILES=plan.tiles, STAGES=plan.stages, STREAM=plan.stream)
+        args = (*outs, *partials, *inputs, of_rows(m), *layout)
+        tiled.update(of_sum, ROWS=plan.tile.rows, TILES=plan.tiles, STAGES=plan.stages, STREAM=plan.stream)
         launch(row_backward, (programs,), device, args, tiled)
     elif isinstance(plan, RowBackwardSplit):
         team = n // plan.block
         words = words_of_teams(launch, m, team, device) if dx else None
-        args = (dx_out, *partials, words, *operands, of_rows(m), *layout)
-        tiled.update(BLOCK=plan.block, LANES=plan.lanes(n), STAGES=plan.stages)
+        args = (*outs, *partials, words, *inputs, of_rows(m), *layout)
+        tiled.update(of_sum, BLOCK=plan.block, LANES=plan.lanes(n), STAGES=plan.stages)
         if plan.registers:
             tiled.update(maxnreg=plan.registers)
         grid = of_rows(m, lambda m: programs.of(m) * team)
@@ -159,10 +190,10 @@ def backward(
         c1 = empty((of_rows(m),), rstd.dtype, device) if dx else None
         c2 = empty((of_rows(m),), rstd.dtype, device) if dx and spec.center else None
         if dx:
-            launch(row_backward_moments, (of_rows(m),), device, (c1, c2, *operands, *layout), tiled)
-        args = (dx_out, *partials, *operands, c1, c2, of_rows(m), *layout)
+            launch(row_backward_moments, (of_rows(m),), device, (c1, c2, dy, *operands, *layout), tiled)
+        args = (*outs, *partials, *inputs, c1, c2, of_rows(m), *layout)
         chunks = -(-n // plan.tile.chunk)
-        launch(row_backward_apply, (programs, chunks), device, args, tiled | dict(STAGES=plan.stages))
+        launch(row_backward_apply, (programs, chunks), device, args, tiled | of_sum | dict(STAGES=plan.stages))
     add_up(dw_out, db_out, dw_partials, db_partials, programs, plan.most_partials(n, size), rstd.dtype)
     return dx_out, dw_out, db_out
 
@@ -187,10 +218,10 @@ def add_up(
     launch(sum_partials, (-(-n // total.chunk), len(summed)), device, args, options)
 
 
-def _variant(spec: RowNorm, x: Tensor, weight: Tensor | None, stats: torch.dtype) -> dict[str, Any]:
-    """What the kernels are told of the spec. An absent weight is 1, whatever a given one is kept as."""
+def _variant(spec: RowNorm, y: torch.dtype, weight: Tensor | None, stats: torch.dtype) -> dict[str, Any]:
+    """What the kernels are told of the spec. An absent weight is 1, whatever a given one is kept as. y: y's dtype."""
     return dict(
         CENTER=spec.center,
         OFFSET=0.0 if weight is None else spec.offset,
-        ROUND=spec.rounded and x.dtype != stats,
+        ROUND=spec.rounded and y != stats,
     )

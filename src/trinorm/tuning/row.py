@@ -170,12 +170,14 @@ _TOTAL = (Tile(128, 32, 4), Tile(256, 32, 8), Tile(512, 32, 16))
 
 
 def choose_backward(
-    spec: RowNorm, m: int | None, n: int, itemsize: int, device: Device
+    spec: RowNorm, m: int | None, n: int, itemsize: int, device: Device, tensors: int = 2
 ) -> RowBackward | RowBackwardFew | RowBackwardSplit | RowBackwardWide:
-    """The backward's launch for m rows of n elements of ``itemsize`` bytes; for m None, one for any number of rows."""
+    """The backward's launch for m rows of n elements of ``itemsize`` bytes; for m None, one for any number of rows.
+    tensors: how many of x's size are read.
+    """
     *_, large_from = backward_turns(n, itemsize, device)
     few = next((rows for rows in _FEW_ROWS if m is not None and m <= rows), None)
-    return _choose_backward(spec, n, itemsize, device, few, m is None or m >= large_from)
+    return _choose_backward(spec, n, itemsize, device, few, m is None or m >= large_from, tensors)
 
 
 def backward_turns(n: int, itemsize: int, device: Device) -> tuple[int, ...]:
@@ -185,34 +187,35 @@ def backward_turns(n: int, itemsize: int, device: Device) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _choose_backward(
-    spec: RowNorm, n: int, itemsize: int, device: Device, few: int | None, stream: bool
+    spec: RowNorm, n: int, itemsize: int, device: Device, few: int | None, stream: bool, tensors: int
 ) -> RowBackward | RowBackwardFew | RowBackwardSplit | RowBackwardWide:
     if n > _SPLIT_ABOVE and (split := _first_split(_BACKWARD_SPLIT, spec, n, itemsize, device)):
-        return _fitted(split, n, itemsize, device)
+        return _fitted(split, n, itemsize, device, tensors)
     held = next((row[1:][_column(spec)] for row in _BACKWARD if n <= row[0]), None)
     if held is None or (itemsize == 8 and n > _HELD_FP64):
-        return _fitted(_BACKWARD_WIDE, n, itemsize, device)
+        return _fitted(_BACKWARD_WIDE, n, itemsize, device, tensors)
     if few is not None:
         tile, _ = next(row[1] for row in _FORWARD if n <= row[0])
         tile = _narrowed(_with_warps(tile, max(tile.warps, _FEW_WARPS)), n)
         return RowBackwardFew(tile, sums=Tile(_FEW_ROWS[few] // (2 if itemsize == 8 else 1), 32, tile.warps))
     tile, tiles, stages, per_sm = _BACKWARD_FP64 if itemsize == 8 else held
-    return _fitted(RowBackward(_narrowed(tile, n), tiles, stages, per_sm, stream), n, itemsize, device)
+    return _fitted(RowBackward(_narrowed(tile, n), tiles, stages, per_sm, stream), n, itemsize, device, tensors)
 
 
 P = TypeVar("P", RowBackward, RowBackwardSplit, RowBackwardWide)
 
 
-def _fitted(wish: P, n: int, itemsize: int, device: Device) -> P:
+def _fitted(wish: P, n: int, itemsize: int, device: Device, tensors: int) -> P:
     """The launch with as many programs, and then stages, as a multiprocessor has room for at once.
 
-    All stages but one of x, dy, mean and rstd wait in shared memory; where they do not fit, loads go to registers.
+    All stages but one of x, dy, a sum's gradient, mean and rstd wait in shared memory; where they do not fit, loads go to
+    registers.
     """
     per_sm = min(wish.per_sm, device.warps // wish.tile.warps)
     besides = _SUMS_BYTES if n * itemsize % 16 == 0 else _UNALIGNED_BYTES
     room = device.shared // per_sm - device.shared_reserved - besides
     rows, columns = wish.stage(n)
-    stage_bytes = 2 * rows * (columns * itemsize + _STATISTIC_BYTES)
+    stage_bytes = rows * (tensors * columns * itemsize + 2 * _STATISTIC_BYTES)
     # Not 2 stages in place of more: they are often worse than 1 (kernels/row_backward.py).
     stages = next((stages for stages in (wish.stages, 3) if (stages - 1) * stage_bytes <= room), 1)
     return dataclasses.replace(wish, stages=stages, per_sm=per_sm)

@@ -1,0 +1,186 @@
+"""The norms of a sum as functions: a residual is added, and what it makes is normalized (functional re-exports them)."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import checks
+from .ops import added, added_norm
+from .spec import LAYER_NORM, RMS_NORM, Cast, RowNorm
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    normalized_shape: Sequence[int] | None = None,
+    alpha: float = 1.0,
+    out: Tensor | None = None,
+    cast: Cast = "output",
+    batch_invariant: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Adds a residual and normalizes the sum, in one pass: what every block of a transformer does.
+
+    .. math::
+        s = x + \alpha r, \qquad y = \frac{s - \mathrm{E}[s]}{\sqrt{\mathrm{Var}[s] + \epsilon}} \cdot w + b
+
+    Both are returned: a pre-norm model hands s on as the next residual, a post-norm model (BERT) takes y for it.
+
+    Args:
+        input: x, ``(*, *normalized_shape)``; float16, bfloat16, float32 or float64, any strides.
+        residual: r, of x's shape, any of the dtypes above. A residual stream in fp32 beside an input of 16 bits keeps the
+            digits that each block would round off.
+        weight, bias, eps: as :func:`layer_norm`.
+        normalized_shape: the sizes of the dims that share statistics. None: the weight's shape, or the bias's, or, without
+            these, the last dim.
+        alpha: the residual's factor; DeepNorm's.
+        out: memory for s, contiguous, of its shape and dtype; residual itself, or input, to have it there in place. For
+            inference: with it no argument may require a gradient.
+        cast, batch_invariant: as :func:`layer_norm`.
+
+    Returns:
+        (y, s), each contiguous and of x's shape. s has the dtype that torch promotes x's and r's to, and is rounded to it
+        before it is normalized, so that y is what adding first and normalizing then would give. y has x's dtype (fp32 where
+        autocast makes :func:`layer_norm` return that). Statistics, products and sums are fp32, fp64 as soon as one of the
+        tensors is.
+
+    Raises:
+        RuntimeError: a shape does not fit, tensors are on different devices, out is no place for s, or an argument requires
+            a gradient with out given.
+        NotImplementedError, TypeError, ValueError: as :func:`layer_norm`.
+
+    Sources: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450; Xiong et al., "On Layer Normalization in the
+    Transformer Architecture", arXiv:2002.04745 (before or after); Wang et al., "DeepNet: Scaling Transformers to 1,000
+    Layers", arXiv:2203.00555 (alpha).
+    """
+    given = input, residual, weight, bias, out
+    how: dict[str, Any] = dict(normalized_shape=normalized_shape, alpha=alpha, cast=cast, batch_invariant=batch_invariant)
+    if has_torch_function_variadic(*given):
+        how |= dict(weight=weight, bias=bias, eps=eps, out=out)
+        return handle_torch_function(add_layer_norm, given, input, residual, **how)
+    return _added(LAYER_NORM, eps, *given, **how)
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    bias: Tensor | None = None,
+    normalized_shape: Sequence[int] | None = None,
+    alpha: float = 1.0,
+    out: Tensor | None = None,
+    cast: Cast = "output",
+    batch_invariant: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Adds a residual and normalizes the sum by its root mean square, in one pass.
+
+    .. math::
+        s = x + \alpha r, \qquad y = \frac{s}{\sqrt{\mathrm{E}[s^2] + \epsilon}} \cdot w + b
+
+    Args:
+        input, residual, weight, bias, normalized_shape, alpha, out, cast, batch_invariant: as :func:`add_layer_norm`.
+        eps: as :func:`rms_norm`: None is an epsilon of the sum's dtype.
+
+    Returns:
+        (y, s), as :func:`add_layer_norm`.
+
+    Raises:
+        RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`add_layer_norm`.
+
+    Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+    """
+    given = input, residual, weight, bias, out
+    how: dict[str, Any] = dict(normalized_shape=normalized_shape, alpha=alpha, cast=cast, batch_invariant=batch_invariant)
+    if has_torch_function_variadic(*given):
+        how |= dict(weight=weight, bias=bias, eps=eps, out=out)
+        return handle_torch_function(add_rms_norm, given, input, residual, **how)
+    return _added(RMS_NORM, eps, *given, **how)
+
+
+def _added(
+    spec: RowNorm,
+    eps: float | None,
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor | None,
+    *,
+    normalized_shape: Sequence[int] | None,
+    alpha: float,
+    cast: Cast,
+    batch_invariant: bool | None,
+) -> tuple[Tensor, Tensor]:
+    plain = type(alpha) is float and (eps is None or type(eps) is float)
+    plain = plain and (batch_invariant is None or type(batch_invariant) is bool)
+    # A list could change; a Size is as good a key as its tuple.
+    plain = plain and (normalized_shape is None or isinstance(normalized_shape, tuple))
+    asked = (spec.name, normalized_shape, eps, alpha, cast, batch_invariant) if plain else None
+    if asked is not None and (call := added.recall(asked, input, residual, weight, bias, out)) is not None:
+        return call(input, residual, weight, bias, out)
+    op = f"add_{spec.name}"
+    checks.tensor(op, "input", input)
+    checks.strided(op, "input", input)
+    checks.tensor(op, "residual", residual)
+    checks.strided(op, "residual", residual)
+    if input.is_nested or residual.is_nested:
+        raise RuntimeError(f"{op}(): input or residual is a nested tensor, which this norm does not take")
+    if residual.shape != input.shape:
+        raise RuntimeError(
+            f"{op}(): residual has shape {tuple(residual.shape)}; it must be the input's, {tuple(input.shape)}: "
+            "residual.expand_as(input)"
+        )
+    checks.beside(op, "residual", residual, input)
+    if normalized_shape is None:
+        parameter = weight if weight is not None else bias
+        normalized_shape = tuple(input.shape[-1:] if not isinstance(parameter, Tensor) else parameter.shape)
+    if eps is None:
+        double = torch.promote_types(input.dtype, residual.dtype) == torch.float64
+        eps = 2.220446049250313e-16 if double else 1.1920928955078125e-07
+    shape, eps, invariant = checks.rows(op, input, normalized_shape, weight, bias, eps, cast, batch_invariant)
+    if isinstance(alpha, (bool, Tensor)) or not isinstance(alpha, numbers.Real):
+        raise TypeError(f"{op}(): alpha must be a float, not {alpha!r}")
+    if out is not None:
+        _check_out(op, out, input, residual, weight, bias)
+    return added_norm(spec.with_cast(cast), input, residual, shape, weight, bias, eps, float(alpha), out, asked, invariant)
+
+
+def _check_out(op: str, out: Tensor, x: Tensor, residual: Tensor, *parameters: Tensor | None) -> None:
+    checks.tensor(op, "out", out)
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    if out.shape != x.shape or out.dtype != dtype or out.device != x.device or not out.is_contiguous():
+        raise RuntimeError(
+            f"{op}(): out is {out.dtype} of shape {tuple(out.shape)} and strides {out.stride()} on {out.device}; it must "
+            f"be {dtype} of shape {tuple(x.shape)}, contiguous, on {x.device}"
+        )
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, out, *parameters)):
+        raise RuntimeError(f"{op}(): out is given, which has no gradient, but an argument requires one")
+    for name, t in (("input", x), ("residual", residual)):
+        same = t.data_ptr() == out.data_ptr() and t.stride() == out.stride()
+        if not same and t.numel() and _overlap(t, out):
+            raise RuntimeError(f"{op}(): out has a part of {name}'s memory; it must be all of it or none")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the two lie in one storage with places in common, at most."""
+    if a.is_meta or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    first, last = ([t.data_ptr(), t.data_ptr() + _extent(t)] for t in (a, b))
+    return first[0] < last[1] and last[0] < first[1]
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from t's first element to its last one's end."""
+    steps = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return (steps + 1) * t.element_size()

@@ -1,0 +1,212 @@
+"""A norm of the sum of x and a residual, under autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .. import added_reference
+from ..spec import RowNorm
+from ..switches import when_set
+from . import road
+from .calls import Bounded, Known
+from .layout import dense, readable
+from .row import RECORDED_FROM, _as_saved, are_plain
+
+if TYPE_CHECKING:
+    from ..replay import Function, Results
+
+
+class AddedProblem(NamedTuple):
+    """What is computed of the tensors: the norm over the last ``dims`` dims of x + alpha·residual, in y's dtype."""
+
+    spec: RowNorm
+    dims: int
+    eps: float
+    alpha: float
+    y: torch.dtype
+    batch_invariant: bool = False
+
+
+def dtypes_of(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype, torch.dtype | None]:
+    """Those of x, residual, sum, statistics and bias."""
+    stats = road.accumulator_dtype(x, residual, weight, bias)
+    return (
+        x.dtype,
+        residual.dtype,
+        torch.promote_types(x.dtype, residual.dtype),
+        stats,
+        None if bias is None else bias.dtype,
+    )
+
+
+class AddedCall:
+    """The norm, and its gradients, of arguments that differ from those of one call in their values alone.
+
+    dtypes: x's, the residual's, the sum's, the statistics' and, None where there is none, the bias's. kept: others will
+    come that are like these, so launches are recorded (replay.py). differentiated: a backward will ask for statistics.
+    """
+
+    __slots__ = ("_again", "_differentiated", "_dtypes", "_gradients", "_kept", "_met", "_problem")
+
+    def __init__(
+        self,
+        problem: AddedProblem,
+        dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype, torch.dtype | None],
+        *,
+        kept: bool,
+        differentiated: bool,
+    ) -> None:
+        self._problem, self._dtypes, self._kept, self._differentiated = problem, dtypes, kept, differentiated
+        self._again: Function | None = None
+        self._gradients: Bounded[Function] = Bounded(8)
+        self._met: Bounded[int] = Bounded(16)
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(y, sum); the sum in ``out`` where that is given, which no gradient is then asked of."""
+        if self._differentiated:
+            return _apply(x, residual, weight, bias, self)
+        y, total, *_ = self.results(x, residual, weight, bias, out)
+        if out is not None:
+            increment_version([out])  # a kernel wrote it, which autograd is to know
+            return y, out  # type: ignore[return-value]
+        return y, total  # type: ignore[return-value]
+
+    def results(self, *inputs: Tensor | None) -> Results:
+        """(y, sum, mean, rstd): the sum where no memory was given for it, the statistics where a backward will ask."""
+        return (self._again or self._forward)(*inputs)
+
+    def _forward(self, *inputs: Tensor | None) -> Results:
+        from ..launch import empty
+        from . import rows
+
+        spec, dims, eps, alpha, y_dtype, batch_invariant = self._problem
+
+        def forward(*inputs: Any) -> Results:
+            x, residual, weight, bias, out = inputs
+            total = empty(x, torch.promote_types(x.dtype, residual.dtype), x.device) if out is None else out
+            added = rows.Added(residual, total, y_dtype, alpha)
+            how: dict[str, Any] = dict(save=self._differentiated, batch_invariant=batch_invariant, added=added)
+            y, mean, rstd = rows.forward(spec, x, dims, weight, bias, eps, **how)
+            return y, total if out is None else None, mean, rstd
+
+        results, self._again = self._record("forward", forward, *inputs)
+        return results
+
+    def backward(
+        self,
+        wanted: tuple[bool, ...],
+        dy: Tensor | None,
+        dsum: Tensor | None,
+        total: Tensor,
+        weight: Tensor | None,
+        mean: Tensor | None,
+        rstd: Tensor,
+    ) -> Results:
+        """(dx, dresidual, dw, db), those that are wanted, of the gradients of y and of the sum, one of which may be None.
+
+        What was saved may come back in another layout or dtype, from a hook.
+        """
+        spec, dims, eps, alpha, y_dtype, batch_invariant = self._problem
+        dx, dr, dw, db = wanted
+        of_x, of_residual, of_sum, stats, of_bias = self._dtypes
+        plain = dy is not None and are_plain(dy, dsum, total, weight, mean, rstd)
+        if torch.is_grad_enabled() or not plain or road.observer() is not None:
+            # Nobody uses y; or someone differentiates this backward, to whom a kernel's result would silently be a
+            # constant, or maps over it.
+            asked = of_x if dx else None, of_residual if dr else None, dw, of_bias if db else None
+            return added_reference.composite_gradients(spec, total, dims, weight, eps, alpha, dy, dsum, *asked, y_dtype)
+        assert dy is not None
+        dy, total = readable(dy, dims), dense(total.to(of_sum))
+        mean, rstd = None if mean is None else _as_saved(mean, stats, 1), _as_saved(rstd, stats, 1)
+        weight = None if weight is None else readable(weight, dims)
+        dsum = None if dsum is None else dense(dsum)
+        apart = dr and (of_residual != of_x or alpha != 1)
+
+        def gradients(dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Any, mean: Any, rstd: Any) -> Results:
+            from ..launch import empty
+            from . import rows
+
+            dresidual = empty(total, of_residual, total.device) if apart else None
+            how: dict[str, Any] = dict(dx=dx or dr, dw=weight.dtype if dw else None, db=of_bias if db else None)
+            how.update(batch_invariant=batch_invariant, added=rows.AddedBackward(dsum, dresidual, of_x, alpha))
+            ds, dw_, db_ = rows.backward(spec, dy, total, dims, weight, mean, rstd, **how)
+            return ds if dx else None, (dresidual if apart else ds) if dr else None, dw_, db_
+
+        inputs = dy, dsum, total, weight, mean, rstd
+        key = wanted, dy.dtype, dy.stride(), None if dsum is None else dsum.dtype, None if weight is None else weight.dtype
+        if (again := self._gradients.get(key)) is not None:
+            return again(*inputs)
+        results, again = self._record(key, gradients, *inputs)
+        if again is not None:
+            self._gradients[key] = again
+        return results
+
+    def _record(
+        self, what: Hashable, function: Callable[..., Results], *inputs: Tensor | None
+    ) -> tuple[Results, Function | None]:
+        """``function(*inputs)``, and its repetition from the RECORDED_FROM-th such call on.
+
+        Nothing is repeated past someone who put a launch of his own in rows' place, to see them all.
+        """
+        from .. import launch, replay
+        from . import rows
+
+        self._met[what] = met = self._met.get(what, 0) + 1
+        if not self._kept or met < RECORDED_FROM or rows.launch is not launch.launch:
+            return function(*inputs), None
+        return replay.record(function, *inputs)
+
+
+class _AddedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, call: AddedCall
+    ) -> tuple[Tensor | None, ...]:
+        y, total, mean, rstd = call.results(x, residual, weight, bias, None)
+        ctx.set_materialize_grads(False)
+        if not (x.requires_grad or residual.requires_grad):
+            ctx.mark_non_differentiable(total)
+        ctx.save_for_backward(total, weight, mean, rstd)
+        ctx.call = call
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None and dsum is None:
+            return (None,) * 5
+        return *ctx.call.backward(ctx.needs_input_grad[:4], dy, dsum, *ctx.saved_tensors), None
+
+
+# As row._apply: without the Python part, which looks for torch.func.
+_apply = super(torch.autograd.Function, _AddedNorm).apply
+
+CALLS: Known[AddedCall] = Known(1024)
+when_set(CALLS.clear)
+
+
+def recall(manner: Hashable, x: Tensor, residual: Tensor, *others: Tensor | None) -> AddedCall | None:
+    """What was kept for a call like this one, of (x, residual, weight, bias, out). manner: as Known.recall's."""
+    *parameters, out = others
+    manner, out = _apart(manner, x, residual, out)
+    return CALLS.recall(manner, x, residual, *parameters, out)
+
+
+def keep(manner: Hashable, call: AddedCall, x: Tensor, residual: Tensor, *others: Tensor | None) -> None:
+    """Recall ``call`` from now on for calls like this one."""
+    *parameters, out = others
+    manner, out = _apart(manner, x, residual, out)
+    CALLS.keep(manner, call, x, residual, *parameters, out)
+
+
+def _apart(manner: Hashable, x: Tensor, residual: Tensor, out: Tensor | None) -> tuple[Hashable, Tensor | None]:
+    """torch's guard knows no tensor that comes twice: of one that is out too, the manner has that."""
+    return (manner, out is x, out is residual), None if out is x or out is residual else out

@@ -1,0 +1,254 @@
+"""The norms of a sum as registered ops. For each spec::
+
+    add_layer_norm(
+        input, residual, normalized_shape, weight?, bias?, eps, alpha, dtype, batch_invariant, cast
+    ) -> (y, sum, mean, rstd)
+    add_rms_norm(the same) -> (y, sum, rstd)
+    <norm>_backward(
+        dy?, dsum?, sum, normalized_shape, weight?, mean?, rstd, eps, alpha, dtypes of dx and dresidual or None,
+        dw, db?, batch_invariant, cast
+    ) -> (dx, dresidual, dw, db)
+
+dtype is y's. The statistics are as library.py's. The sum has a gradient of its own, dsum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import added_reference, reference
+from ..spec import ROW_NORMS, RowNorm
+from . import road
+from .added import AddedCall, AddedProblem, dtypes_of, keep, recall
+from .layout import dense, readable
+from .library import check
+from .registering import Op, any_requires_grad, batched, know_distributed, one_by_one, out_of_autocast, register
+
+if TYPE_CHECKING:
+    from ..replay import Results
+
+# The registered ops' names, by the norms'.
+NAMES = {spec.name: f"add_{spec.name}" for spec in ROW_NORMS}
+
+
+def norm(
+    spec: RowNorm,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalized_shape: Sequence[int],
+    eps: float,
+    alpha: float,
+    dtype: torch.dtype,
+    batch_invariant: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, sum), by the registered op."""
+    know_distributed(x, residual, weight, bias)
+    op = getattr(torch.ops.trinorm, NAMES[spec.name])
+    with reference.keeping_dtype(x.device.type):
+        y, total, *_ = op(x, residual, normalized_shape, weight, bias, eps, alpha, dtype, batch_invariant, spec.cast)
+    return y, total
+
+
+class _Forward(Op):
+    def __init__(self, spec: RowNorm, backward: _Backward) -> None:
+        self._spec = spec
+        mean = "Tensor, " if spec.center else ""
+        self.name = NAMES[spec.name]
+        self.schema = (
+            "(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, "
+            f"float alpha, ScalarType dtype, bool batch_invariant, str cast) -> (Tensor, Tensor, {mean}Tensor)"
+        )
+        self._backward = backward
+
+    def autocast(self, key: str, *args: Any) -> Results:
+        """y is in fp32 where torch's own op gives that."""
+        *before, dtype, batch_invariant, cast = args
+        if args[0].dtype != torch.float64 and reference.autocast_to_fp32(self._spec.with_cast(cast), args[0].device.type):
+            dtype = torch.float32
+        with out_of_autocast(key):
+            return self(*before, dtype, batch_invariant, cast)
+
+    def vmap(self, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Results, Sequence[int | None]]:
+        x, residual, *rest = args
+        if any(isinstance(dim, int) for dim in dims[2:]):
+            return one_by_one(self, info, dims, *args)
+        return batched(self(*(_mapped(t, dim, info.batch_size) for t, dim in ((x, dims[0]), (residual, dims[1]))), *rest))
+
+    def autograd(self, keyset: Any, *args: Any) -> Results:
+        return self.composite(*args) if forward_ad._current_level >= 0 else self.kernel(keyset, *args)
+
+    def save(self, ctx: Any, results: Results, *args: Any) -> None:
+        x, residual, shape, weight, bias, eps, alpha, _, *how = args
+        _, total, *statistics = results
+        ctx.save_for_backward(total, weight, *statistics)
+        ctx.mark_non_differentiable(*statistics)
+        ctx.shape, ctx.eps, ctx.alpha, ctx.how = shape, eps, alpha, how
+        ctx.dtypes = x.dtype, residual.dtype, None if bias is None else bias.dtype
+
+    def differentiate(self, ctx: Any, *gradients: Tensor | None) -> Results:
+        (dy, dsum, *_), (total, weight, *mean, rstd) = gradients, ctx.saved_tensors
+        _, _, _, dx, dresidual, _, dw, db, *_ = ctx.needs_input_grad
+        of_x, of_residual, of_bias = ctx.dtypes
+        one = dx and dresidual and of_x == of_residual and ctx.alpha == 1  # which two results of an op could not be
+        wanted = of_x if dx else None, of_residual if dresidual and not one else None, dw, of_bias if db else None
+        how = ctx.eps, ctx.alpha, *wanted, *ctx.how
+        dx, dresidual, dw, db = self._backward(dy, dsum, total, ctx.shape, weight, mean[0] if mean else None, rstd, *how)
+        return dx, dx if one else dresidual, None, dw, db, *(None,) * 5
+
+    def composite(self, *args: Any) -> Results:
+        x, residual, shape, weight, bias, eps, alpha, dtype, _, cast = args
+        _check(self.name, cast, x, residual, shape, weight, bias)
+        y, total = added_reference.composite(
+            self._spec.with_cast(cast), x, residual, shape, weight, bias, eps, alpha, dtype
+        )
+        mean, rstd = reference.statistics(self._spec, total, len(shape), eps)
+        stats = road.accumulator_dtype(x, residual, weight, bias)
+        return self._results(y.contiguous(), total.contiguous(), mean.detach().to(stats), rstd.detach().to(stats))
+
+    def compute(self, *args: Any) -> Results:
+        x, residual, shape, weight, bias, eps, alpha, dtype, batch_invariant, cast = args
+        manner = _REGISTERED, self.name, tuple(shape), eps, alpha, dtype, batch_invariant, cast
+        given = x, residual, weight, bias, None
+        inputs: Any = given
+        call = recall(manner, *given)
+        if call is None:
+            _check(self.name, cast, x, residual, shape, weight, bias)
+            if not road.has_kernels(x) or not x.numel():
+                return self.composite(*args)
+            dims = len(shape)
+            parameters = (None if t is None else readable(t, dims) for t in (weight, bias))
+            inputs = (readable(x, dims), dense(residual), *parameters, None)
+            problem = AddedProblem(self._spec.with_cast(cast), dims, eps, alpha, dtype, batch_invariant)
+            call = AddedCall(problem, dtypes_of(*given[:4]), **_KEPT)
+            if all(now is before for now, before in zip(inputs, given, strict=True)):
+                keep(manner, call, *inputs)
+        y, total, *statistics = call.results(*inputs)
+        leading = x.shape[: -len(shape)]
+        return self._results(y, total, *(None if t is None else t.view(leading) for t in statistics))
+
+    def fake(self, *args: Any) -> Results:
+        x, residual, shape, weight, bias, _, _, dtype, _, cast = args
+        _check(self.name, cast, x, residual, shape, weight, bias)
+        stats = road.accumulator_dtype(x, residual, weight, bias)
+        mean, rstd = (x.new_empty(x.shape[: -len(shape)], dtype=stats) for _ in range(2))
+        total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+        return self._results(x.new_empty(x.shape, dtype=dtype), total, mean, rstd)
+
+    def _results(self, y: Tensor | None, total: Tensor | None, mean: Tensor | None, rstd: Tensor | None) -> Results:
+        return (y, total, mean, rstd) if self._spec.center else (y, total, rstd)
+
+
+class _Backward(Op):
+    schema = (
+        "(Tensor? dy, Tensor? dsum, Tensor sum, SymInt[] normalized_shape, Tensor? weight, Tensor? mean, Tensor rstd, "
+        "float eps, float alpha, ScalarType? dx, ScalarType? dresidual, bool dw, ScalarType? db, bool batch_invariant, "
+        "str cast) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+
+    def __init__(self, spec: RowNorm) -> None:
+        self._spec = spec
+        self.name = f"{NAMES[spec.name]}_backward"
+
+    def vmap(self, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Results, Sequence[int | None]]:
+        dy, dsum, total, shape, weight, mean, rstd, *rest = args
+        dw, db = rest[4:6]
+        if isinstance(dims[4], int) or dw or db is not None:
+            return one_by_one(self, info, dims, *args)  # each has a weight, or sums over rows, of its own
+        rows = (dy, dims[0]), (dsum, dims[1]), (total, dims[2]), (mean, dims[5]), (rstd, dims[6])
+        dy, dsum, total, mean, rstd = (None if t is None else _mapped(t, dim, info.batch_size) for t, dim in rows)
+        return batched(self(dy, dsum, total, shape, weight, mean, rstd, *rest))
+
+    def autograd(self, keyset: Any, *args: Any) -> Results:
+        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any_requires_grad(*args)):
+            return self.composite(*args)
+        return self.kernel(keyset, *args)
+
+    def composite(self, *args: Any) -> Results:
+        dy, dsum, total, shape, weight, _, _, eps, alpha, dx, dresidual, dw, db, _, cast = args
+        wanted = dx, dresidual, dw, db, total.dtype if dy is None else dy.dtype
+        tensors = weight, eps, alpha, dy, dsum
+        found = added_reference.composite_gradients(self._spec.with_cast(cast), total, len(shape), *tensors, *wanted)
+        # Where there is nothing to add a gradient is an argument, or another result, which an op's may not be.
+        return tuple(None if t is None else t.clone(memory_format=torch.contiguous_format) for t in found)
+
+    def compute(self, *args: Any) -> Results:
+        dy, dsum, total, shape, weight, mean, rstd, eps, alpha, dx, dresidual, dw, db, batch_invariant, cast = args
+        alike = all(t is None or t.shape == total.shape for t in (dy, dsum))
+        alike = alike and all(t is None or t.shape == total.shape[: -len(shape)] for t in (mean, rstd))
+        torch._check(alike, lambda: f"trinorm::{self.name}: dy, dsum, mean or rstd is not of the sum's shape")
+        given = self._spec.center == (mean is not None) and (dy is not None or dsum is not None)
+        given = given and all(
+            t is None or (t.device == total.device and t.dtype in road.KERNEL_DTYPES) for t in (dy, dsum, mean, rstd)
+        )
+        given = given and rstd.dtype in (torch.float32, torch.float64) and (mean is None or mean.dtype == rstd.dtype)
+        torch._check(given, lambda: f"trinorm::{self.name}: dy, dsum, mean and rstd are not as the forward gives them")
+        _check(self.name, cast, total, total, shape, weight)
+        known = not dw or weight is not None
+        torch._check(known, lambda: f"trinorm::{self.name}: dw is asked for, but there is no weight")
+        if dy is None or not road.has_kernels(total) or not total.numel():
+            return self.composite(*args)
+        wanted = dx, dresidual, dw, db
+        manner = _REGISTERED, self.name, tuple(shape), eps, alpha, wanted, batch_invariant, cast, dy.dtype, rstd.dtype
+        call = recall(manner, total, rstd, weight, None, None)
+        if call is None:
+            problem = AddedProblem(self._spec.with_cast(cast), len(shape), eps, alpha, dy.dtype, batch_invariant)
+            call = AddedCall(problem, (dx or total.dtype, dresidual or total.dtype, total.dtype, rstd.dtype, db), **_KEPT)
+            keep(manner, call, total, rstd, weight, None, None)
+        mean = None if mean is None else mean.flatten()
+        asked = dx is not None, dresidual is not None, dw, db is not None
+        with torch.no_grad():
+            of_x, of_residual, *sums = call.backward(asked, dy, dsum, total, weight, mean, rstd.flatten())
+        if of_residual is not None and of_residual is of_x:  # which two results of an op may not be
+            of_residual = of_residual.clone()
+        return of_x, of_residual, *sums
+
+    def fake(self, *args: Any) -> Results:
+        _, _, total, shape, weight, _, _, _, _, dx, dresidual, dw, db, *_ = args
+        of_x, of_residual = (
+            None if dtype is None else total.new_empty(total.shape, dtype=dtype) for dtype in (dx, dresidual)
+        )
+        return (
+            of_x,
+            of_residual,
+            weight.new_empty(shape) if dw else None,
+            None if db is None else total.new_empty(shape, dtype=db),
+        )
+
+
+def _mapped(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """t with the mapped dim first, which it may not have."""
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _check(op: str, cast: str, x: Tensor, residual: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> None:
+    """That the kernels read nothing but these tensors, in a way that there is."""
+    torch._check(
+        residual.shape == x.shape and residual.device == x.device,
+        lambda: f"trinorm::{op}: residual is not of the input's shape",
+    )
+    check(op, cast, x, shape, *parameters)
+    known = residual.dtype in road.KERNEL_DTYPES
+    torch._check_not_implemented(known, lambda: f"trinorm::{op}: a dtype other than {road.KERNEL_DTYPES}")
+
+
+_KEPT: dict[str, Any] = dict(kept=True, differentiated=True)
+
+# The manner of a registered op's calls, which no caller of functional can name.
+_REGISTERED = object()
+
+
+def _register(spec: RowNorm) -> None:
+    backward = _Backward(spec)
+    register(_Forward(spec, backward))
+    register(backward)
+
+
+for _spec in ROW_NORMS:
+    _register(_spec)
