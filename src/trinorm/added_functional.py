@@ -166,6 +166,8 @@ def _check_out(op: str, out: Tensor, x: Tensor, residual: Tensor, *parameters: T
         )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, out, *parameters)):
         raise RuntimeError(f"{op}(): out is given, which has no gradient, but an argument requires one")
+    if torch.compiler.is_compiling():  # out is then copied into
+        return
     for name, t in (("input", x), ("residual", residual)):
         same = t.data_ptr() == out.data_ptr() and t.stride() == out.stride()
         if not same and t.numel() and _overlap(t, out):
