@@ -56,8 +56,10 @@ def draw(
     return [x.to(stream[0]), residual.to(stream[1]), w, b, dy.to(stream[0]), dsum.to(total)]
 
 
-def assert_right(spec: RowNorm, given: list[Tensor], alpha: float, biased: bool, **how: Any) -> None:
-    """The sum beside float64 and torch's own; and of the sum, as it is kept, y and every gradient."""
+def assert_right(
+    spec: RowNorm, given: list[Tensor], alpha: float, biased: bool, factor: Tensor | None = None, **how: Any
+) -> None:
+    """The sum beside float64 and torch's own; and of the sum, as it is kept, y and every gradient. factor: x's, float64."""
     *tensors, dy, dsum = given
     tensors = tensors if biased else tensors[:3]
     leaves = [t.detach().requires_grad_() for t in tensors]
@@ -68,12 +70,17 @@ def assert_right(spec: RowNorm, given: list[Tensor], alpha: float, biased: bool,
 
     x, residual, *parameters = tensors
     exact_sum, torch_sum = x.double() + alpha * residual.double(), torch.add(x, residual, alpha=alpha)
+    wide = torch.promote_types(dsum.dtype, torch.float32)
+    if factor is not None:
+        exact_sum = x.double() * factor + alpha * residual.double()
+        torch_sum = torch.add(x.to(wide) * factor.to(wide), residual.to(wide), alpha=alpha).to(dsum.dtype)
     assert_no_worse("sum", total.detach(), exact_sum, torch_sum)
     weight, bias = (*parameters, None)[:2]
     problem = spec, total.detach(), (x.shape[-1],), weight, bias, EPS
     dx, *sums = reference.oracle_gradients(*problem, dy)
     assert dx is not None
     ds = dx + dsum.double()
+    dx = ds if factor is None else ds * factor
     # torch's own, of the same sum.
     apart = [t.detach().requires_grad_() for t in (total, *parameters)]
     torch_y, torch_total = added_reference.composite(
@@ -81,7 +88,8 @@ def assert_right(spec: RowNorm, given: list[Tensor], alpha: float, biased: bool,
     )
     torch_ds, *torch_sums = torch.autograd.grad((torch_y, torch_total), apart, (dy, dsum))
     assert_no_worse("y", y.detach(), reference.oracle(*problem).y, torch_y.detach())
-    assert_no_worse("dx", found[0], ds, torch_ds.to(x.dtype))
+    torch_dx = torch_ds if factor is None else torch_ds * factor.to(wide)
+    assert_no_worse("dx", found[0], dx, torch_dx.to(x.dtype))
     assert_no_worse("dresidual", found[1], alpha * ds, (alpha * torch_ds).to(residual.dtype))
     for what, got, want, torchs in zip(("dw", "db"), found[2:], sums, torch_sums, strict=False):
         assert want is not None

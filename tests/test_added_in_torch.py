@@ -30,6 +30,7 @@ def spec(request: pytest.FixtureRequest) -> RowNorm:
     return request.param
 
 
+@pytest.mark.filterwarnings("ignore:.*runs torch's own operator")  # a GPU says so of torch.func and forward mode
 def test_derivatives(spec: RowNorm, device: torch.device) -> None:
     """Numerically, by both roads, and twice; forward mode and torch.func have torch's operators."""
     given = [
@@ -41,7 +42,7 @@ def test_derivatives(spec: RowNorm, device: torch.device) -> None:
 
     def registered(x: Tensor, residual: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         op = getattr(torch.ops.trinorm, f"add_{spec.name}")
-        return op(x, residual, (5,), w, b, EPS, 0.7, torch.float64, False, "output")[:2]
+        return op(x, residual, (5,), w, b, None, None, EPS, 0.7, 0.0, torch.float64, False, "output")[:2]
 
     for norm in (eager, registered):
         torch.autograd.gradcheck(norm, given, check_batched_grad=True)
@@ -72,7 +73,7 @@ def test_registered(spec: RowNorm, stream: tuple[torch.dtype, torch.dtype], alph
         t.requires_grad_()
     op = getattr(torch.ops.trinorm, f"add_{spec.name}").default
     for bias, cast in ((b, "output"), (None, "llama")):
-        opcheck(op, (x, residual, (16,), w, bias, EPS, alpha, x.dtype, False, cast))
+        opcheck(op, (x, residual, (16,), w, bias, None, None, EPS, alpha, 0.0, x.dtype, False, cast))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -221,7 +222,7 @@ def test_out_with_a_part_of_another(spec: RowNorm) -> None:
 
 def test_the_registered_op_refuses_what_does_not_fit(spec: RowNorm, device: torch.device) -> None:
     op = getattr(torch.ops.trinorm, f"add_{spec.name}")
-    x, how = torch.randn(3, 8, device=device), (EPS, 1.0, torch.float32, False)
+    x, how = torch.randn(3, 8, device=device), (None, None, EPS, 1.0, 0.0, torch.float32, False)
     with pytest.raises(RuntimeError, match="residual is not of the input's shape"):
         op(x, x[:2], (8,), None, None, *how, "output")
     with pytest.raises(RuntimeError, match="does not fit normalized_shape"):

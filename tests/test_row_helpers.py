@@ -112,10 +112,10 @@ def _backward_kernel(
     c1, c2 = stats.mean_of(c1, N), stats.mean_of(c2, N)
     how: tl.constexpr = tl.float32
     held = xs, dys, ws, shifts, scales
-    outs = DX, None, None
-    row_backward.store_dx(outs, held, rstd, c1, c2, rows, every, 0, N, CENTER, 0.0, 1.0, how, False)
-    outs = DX_OF_ROWS, None, None
-    row_backward.store_dx_of_rows(outs, held, rstd, rows, every, N, CENTER, 0.0, 1.0, how, False)
+    outs = DX, None, None, None, None
+    row_backward.store_dx(outs, held, rstd, c1, c2, rows, every, 0, N, N, CENTER, 0.0, 1.0, 0.0, how, False)
+    outs = DX_OF_ROWS, None, None, None, None
+    row_backward.store_dx_of_rows(outs, held, rstd, rows, every, N, CENTER, 0.0, 1.0, 0.0, how, False)
 
 
 @pytest.mark.parametrize("center", [True, False])

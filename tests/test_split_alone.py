@@ -58,13 +58,14 @@ def test_the_last_step(
     words = torch.full((m + LEFT, 1), -1) if "dx" in wanted else None
     kept = (y, weight, bias, None) if from_output else (x, weight, None, mean)
     row_split.row_backward_split[(teams,)](
-        *(dx, None, dw, db, words, given, None, *kept, rstd, m, (), (N,), (), strides),
+        *(dx, None, dw, db, words, given, None, None, None, *kept, rstd, m, (), (N,), (), strides),
         N=N,
         CENTER=spec.center,
         OFFSET=0.0,
         ROUND=False,
         FROM_OUTPUT=from_output,
         ALPHA=1.0,
+        DROP=0.0,
         ACC=tl.float32,
         BLOCK=N,
         CHUNK=CHUNK,

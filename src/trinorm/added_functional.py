@@ -24,6 +24,9 @@ def add_layer_norm(
     *,
     normalized_shape: Sequence[int] | None = None,
     alpha: float = 1.0,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    row_scale: Tensor | None = None,
     out: Tensor | None = None,
     cast: Cast = "output",
     batch_invariant: bool | None = None,
@@ -32,6 +35,8 @@ def add_layer_norm(
 
     .. math::
         s = x + \alpha r, \qquad y = \frac{s - \mathrm{E}[s]}{\sqrt{\mathrm{Var}[s] + \epsilon}} \cdot w + b
+
+    Of x it may be a dropout, with its rows scaled: :math:`c_m \, \mathrm{dropout}(x_m)` for :math:`x_m`.
 
     Both are returned: a pre-norm model hands s on as the next residual, a post-norm model (BERT) takes y for it.
 
@@ -43,6 +48,11 @@ def add_layer_norm(
         normalized_shape: the sizes of the dims that share statistics. None: the weight's shape, or the bias's, or, without
             these, the last dim.
         alpha: the residual's factor; DeepNorm's.
+        dropout_p: the probability that an element of x is dropped, and the others are divided by 1 - dropout_p; 0 to 1. No
+            mask is stored: the backward makes it again of a seed, which is drawn at each call.
+        generator: what the seed is drawn from, of x's device; None is torch's own (``torch.manual_seed``).
+        row_scale: c, of x's leading dims or broadcast to them, any of the dtypes above: of stochastic depth 0 or
+            1/(1 - p) for each sample. It gets no gradient.
         out: memory for s, contiguous, of its shape and dtype; residual itself, or input, to have it there in place. For
             inference: with it no argument may require a gradient.
         cast, batch_invariant: as :func:`layer_norm`.
@@ -54,17 +64,20 @@ def add_layer_norm(
         tensors is.
 
     Raises:
-        RuntimeError: a shape does not fit, tensors are on different devices, out is no place for s, or an argument requires
-            a gradient with out given.
-        NotImplementedError, TypeError, ValueError: as :func:`layer_norm`.
+        RuntimeError: a shape does not fit, tensors are on different devices, out is no place for s, row_scale requires a
+            gradient, or, with out given, an argument does.
+        ValueError: as :func:`layer_norm`; or dropout_p is no probability.
+        NotImplementedError, TypeError: as :func:`layer_norm`.
 
     Sources: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450; Xiong et al., "On Layer Normalization in the
     Transformer Architecture", arXiv:2002.04745 (before or after); Wang et al., "DeepNet: Scaling Transformers to 1,000
-    Layers", arXiv:2203.00555 (alpha).
+    Layers", arXiv:2203.00555 (alpha); Srivastava et al., "Dropout", JMLR 15, 2014; Huang et al., "Deep Networks with
+    Stochastic Depth", arXiv:1603.09382 (row_scale).
     """
     given = input, residual, weight, bias, out
-    how: dict[str, Any] = dict(normalized_shape=normalized_shape, alpha=alpha, cast=cast, batch_invariant=batch_invariant)
-    if has_torch_function_variadic(*given):
+    how: dict[str, Any] = dict(normalized_shape=normalized_shape, alpha=alpha, dropout_p=dropout_p, generator=generator)
+    how.update(row_scale=row_scale, cast=cast, batch_invariant=batch_invariant)
+    if has_torch_function_variadic(*given, row_scale):
         how |= dict(weight=weight, bias=bias, eps=eps, out=out)
         return handle_torch_function(add_layer_norm, given, input, residual, **how)
     return _added(LAYER_NORM, eps, *given, **how)
@@ -79,6 +92,9 @@ def add_rms_norm(
     bias: Tensor | None = None,
     normalized_shape: Sequence[int] | None = None,
     alpha: float = 1.0,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    row_scale: Tensor | None = None,
     out: Tensor | None = None,
     cast: Cast = "output",
     batch_invariant: bool | None = None,
@@ -89,7 +105,8 @@ def add_rms_norm(
         s = x + \alpha r, \qquad y = \frac{s}{\sqrt{\mathrm{E}[s^2] + \epsilon}} \cdot w + b
 
     Args:
-        input, residual, weight, bias, normalized_shape, alpha, out, cast, batch_invariant: as :func:`add_layer_norm`.
+        input, residual, weight, bias, normalized_shape, alpha, dropout_p, generator, row_scale, out, cast,
+            batch_invariant: as :func:`add_layer_norm`.
         eps: as :func:`rms_norm`: None is an epsilon of the sum's dtype.
 
     Returns:
@@ -101,8 +118,9 @@ def add_rms_norm(
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
     given = input, residual, weight, bias, out
-    how: dict[str, Any] = dict(normalized_shape=normalized_shape, alpha=alpha, cast=cast, batch_invariant=batch_invariant)
-    if has_torch_function_variadic(*given):
+    how: dict[str, Any] = dict(normalized_shape=normalized_shape, alpha=alpha, dropout_p=dropout_p, generator=generator)
+    how.update(row_scale=row_scale, cast=cast, batch_invariant=batch_invariant)
+    if has_torch_function_variadic(*given, row_scale):
         how |= dict(weight=weight, bias=bias, eps=eps, out=out)
         return handle_torch_function(add_rms_norm, given, input, residual, **how)
     return _added(RMS_NORM, eps, *given, **how)
@@ -119,16 +137,22 @@ def _added(
     *,
     normalized_shape: Sequence[int] | None,
     alpha: float,
+    dropout_p: float,
+    generator: torch.Generator | None,
+    row_scale: Tensor | None,
     cast: Cast,
     batch_invariant: bool | None,
 ) -> tuple[Tensor, Tensor]:
-    plain = type(alpha) is float and (eps is None or type(eps) is float)
+    plain = type(alpha) is type(dropout_p) is float and (eps is None or type(eps) is float)
     plain = plain and (batch_invariant is None or type(batch_invariant) is bool)
     # A list could change; a Size is as good a key as its tuple.
     plain = plain and (normalized_shape is None or isinstance(normalized_shape, tuple))
-    asked = (spec.name, normalized_shape, eps, alpha, cast, batch_invariant) if plain else None
-    if asked is not None and (call := added.recall(asked, input, residual, weight, bias, out)) is not None:
-        return call(input, residual, weight, bias, out)
+    asked = (spec.name, normalized_shape, eps, alpha, dropout_p, cast, batch_invariant) if plain else None
+    drops = dropout_p if plain and dropout_p and isinstance(input, Tensor) else 0.0
+    seed = _seed(input, generator) if drops else None
+    given = input, residual, weight, bias, seed, row_scale, out
+    if asked is not None and (call := added.recall(asked, *given)) is not None:
+        return call(*given)
     op = f"add_{spec.name}"
     checks.tensor(op, "input", input)
     checks.strided(op, "input", input)
@@ -151,9 +175,45 @@ def _added(
     shape, eps, invariant = checks.rows(op, input, normalized_shape, weight, bias, eps, cast, batch_invariant)
     if isinstance(alpha, (bool, Tensor)) or not isinstance(alpha, numbers.Real):
         raise TypeError(f"{op}(): alpha must be a float, not {alpha!r}")
+    if isinstance(dropout_p, (bool, Tensor)) or not isinstance(dropout_p, numbers.Real):
+        raise TypeError(f"{op}(): dropout_p must be a float, not {dropout_p!r}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"{op}(): dropout_p is {dropout_p}; it must be a probability, from 0 to 1")
+    if dropout_p and seed is None:
+        seed = _seed(input, generator)
+    if row_scale is not None:
+        row_scale = _checked_scale(op, row_scale, input, len(shape))
+        asked = asked if row_scale is given[5] else None
     if out is not None:
         _check_out(op, out, input, residual, weight, bias)
-    return added_norm(spec.with_cast(cast), input, residual, shape, weight, bias, eps, float(alpha), out, asked, invariant)
+    how = eps, float(alpha), out, asked, invariant, seed, row_scale, float(dropout_p)
+    return added_norm(spec.with_cast(cast), input, residual, shape, weight, bias, *how)
+
+
+def _seed(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Drawn on x's device, where a captured graph draws anew at each replay."""
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), dtype=torch.int64, device=x.device, generator=generator)
+
+
+def _checked_scale(op: str, row_scale: Tensor, x: Tensor, dims: int) -> Tensor:
+    """Of each row, as the kernels read it: itself, where it is so already."""
+    checks.tensor(op, "row_scale", row_scale)
+    checks.strided(op, "row_scale", row_scale)
+    checks.beside(op, "row_scale", row_scale, x)
+    if row_scale.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{op}(): row_scale requires a gradient, which this norm does not give it; detach it")
+    leading = x.shape[: x.dim() - dims]
+    try:
+        return (
+            row_scale
+            if row_scale.shape == leading and row_scale.is_contiguous()
+            else row_scale.expand(leading).contiguous()
+        )
+    except RuntimeError:
+        raise RuntimeError(
+            f"{op}(): row_scale has shape {tuple(row_scale.shape)}, but input has rows of {tuple(leading)}; it must be "
+            "broadcast to that"
+        ) from None
 
 
 def _check_out(op: str, out: Tensor, x: Tensor, residual: Tensor, *parameters: Tensor | None) -> None:

@@ -86,11 +86,12 @@ class AddLayerNorm(torch.nn.LayerNorm):
     """
 
     alpha: float = 1.0
+    dropout_p: float = 0.0
     cast: functional.Cast = "output"
     batch_invariant: bool | None = None
 
     def forward(  # type: ignore[override]
-        self, input: Tensor, residual: Tensor, *, out: Tensor | None = None
+        self, input: Tensor, residual: Tensor, *, row_scale: Tensor | None = None, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         return functional.add_layer_norm(
             input,
@@ -100,6 +101,8 @@ class AddLayerNorm(torch.nn.LayerNorm):
             self.eps,
             normalized_shape=self.normalized_shape,
             alpha=self.alpha,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            row_scale=row_scale,
             out=out,
             cast=self.cast,
             batch_invariant=self.batch_invariant,
@@ -120,11 +123,12 @@ class AddRMSNorm(torch.nn.RMSNorm):
     """
 
     alpha: float = 1.0
+    dropout_p: float = 0.0
     cast: functional.Cast = "output"
     batch_invariant: bool | None = None
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, residual: Tensor, *, out: Tensor | None = None
+        self, x: Tensor, residual: Tensor, *, row_scale: Tensor | None = None, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         return functional.add_rms_norm(
             x,
@@ -133,6 +137,8 @@ class AddRMSNorm(torch.nn.RMSNorm):
             self.eps,
             normalized_shape=self.normalized_shape,
             alpha=self.alpha,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            row_scale=row_scale,
             out=out,
             cast=self.cast,
             batch_invariant=self.batch_invariant,
@@ -314,7 +320,7 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
 
 def _shown(module: torch.nn.Module) -> str:
     """What is not torch's, where it is not the default."""
-    names = ("save", "alpha", "cast", "batch_invariant", "activation")
+    names = ("save", "alpha", "dropout_p", "cast", "batch_invariant", "activation")
     of_class = {name: getattr(type(module), name) for name in names if hasattr(type(module), name)}
     return "".join(
         f", {name}={getattr(module, name)!r}" for name, usual in of_class.items() if getattr(module, name) != usual

@@ -1,9 +1,9 @@
 """Row norms, forward: y = (x - mean)·rstd·(w + OFFSET) + b over the last N elements of each row.
 
 ``row_forward`` reads a row once and holds it; ``row_forward_streamed`` reads it twice, the second time from L2, for
-rows too wide to hold. LayerNorm is CENTER, RMSNorm is not; OFFSET and ROUND are affine.py's, RESIDUAL, SUM and ALPHA
-added.py's. W, B, MEAN, RSTD and RESIDUAL may be None: absent, or not asked for. Offsets, strides and N count elements;
-``x_odd_sizes`` and ``x_strides`` describe x's leading dims (index.row_offsets).
+rows too wide to hold. LayerNorm is CENTER, RMSNorm is not; OFFSET and ROUND are affine.py's, RESIDUAL, SUM, SEED,
+ROW_SCALE, ALPHA and DROP added.py's. W, B, MEAN, RSTD and RESIDUAL may be None: absent, or not asked for. Offsets, strides
+and N count elements; ``x_odd_sizes`` and ``x_strides`` describe x's leading dims (index.row_offsets).
 STREAM says that x and y are too large for L2: they pass through it and leave w and b there (H200, bf16, 8192 columns:
 LayerNorm 0.97 of the copy against 0.95, RMSNorm 0.97 against 0.95; 1024 columns: 0.98 and 1.00 against 0.96 and 0.97).
 """
@@ -141,6 +141,8 @@ def row_forward(
     W,
     B,
     RESIDUAL,
+    SEED,
+    ROW_SCALE,
     M,
     x_odd_sizes,
     x_strides,
@@ -150,6 +152,7 @@ def row_forward(
     OFFSET: tl.constexpr,
     ROUND: tl.constexpr,
     ALPHA: tl.constexpr,
+    DROP: tl.constexpr,
     ACC: tl.constexpr,
     RESCUE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -174,7 +177,8 @@ def row_forward(
         rows = tile_rows(first + t, ROWS)
         live = rows_live(rows, M, ROWS * TILES)
         xs = load_row(X + row_offsets(rows, x_odd_sizes, x_strides), live, N, CHUNK, STREAM)
-        tiles = tiles + (add_row(SUM, RESIDUAL, xs, rows * N, live, N, ALPHA, ACC, STREAM),)
+        added = SUM, RESIDUAL, SEED, ROW_SCALE
+        tiles = tiles + (add_row(added, xs, rows, 0, live, N, N, ALPHA, DROP, ACC, STREAM),)
     if PRELOAD:
         every = tl.full([ROWS, 1], True, tl.int1)
         ws = load_row_or(W, every, N, CHUNK, NO_WEIGHT)
@@ -252,6 +256,8 @@ def row_forward_streamed(
     W,
     B,
     RESIDUAL,
+    SEED,
+    ROW_SCALE,
     x_odd_sizes,
     x_strides,
     eps: tl.float64,
@@ -260,6 +266,7 @@ def row_forward_streamed(
     OFFSET: tl.constexpr,
     ROUND: tl.constexpr,
     ALPHA: tl.constexpr,
+    DROP: tl.constexpr,
     ACC: tl.constexpr,
     RESCUE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -272,7 +279,7 @@ def row_forward_streamed(
     row = tile_rows(first_program(), 1)
     if RESIDUAL is not None:
         x_row = X + row_offsets(row, x_odd_sizes, x_strides)
-        add_streamed(SUM, RESIDUAL, x_row, row * N, N, ALPHA, ACC, CHUNK)
+        add_streamed((SUM, RESIDUAL, SEED, ROW_SCALE), x_row, row, N, ALPHA, DROP, ACC, CHUNK)
     x_row = rows_in_memory(X, SUM, row, x_odd_sizes, x_strides, N)
     mean, power = streamed_moments(x_row, N, CENTER, ACC, CHUNK)
     good = trusted(power + eps) if RESCUE else row >= 0

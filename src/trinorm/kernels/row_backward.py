@@ -5,7 +5,7 @@
 
 docs/mathematics.md derives them. x̂ = (v - shift)·scale of what the forward kept: v is x, with the row's mean and rstd; or,
 with FROM_OUTPUT, y, with the columns' b and 1/(w + OFFSET). With ROUND dw is of x̂ as y had it, rounded (affine.py). DX, DW
-and DB may be None: only what is asked for is computed. DRESIDUAL, DSUM and ALPHA are added.py's, where x is a sum. Sums
+and DB may be None: only what is asked for is computed. What else is named is added.py's, where x is a sum. Sums
 over rows are taken in a fixed order, in fp32, with no atomics: the same bits on every run.
 
 - ``row_backward_few``       few rows: one launch, in which some programs take rows (dx) and others columns (dw, db)
@@ -115,23 +115,24 @@ def store_dx(
     live,
     start,
     N: tl.constexpr,
+    HELD: tl.constexpr,
     CENTER: tl.constexpr,
     OFFSET: tl.constexpr,
     ALPHA: tl.constexpr,
+    DROP: tl.constexpr,
     ACC: tl.constexpr,
     STREAM: tl.constexpr,
 ):
-    """dx of a tile of rows held as chunks from column ``start``. outs: (DX, DRESIDUAL, DSUM); held: (what was kept, dy, w,
+    """dx of HELD columns from ``start`` of a tile of rows. outs: as store_input_gradients'; held: (what was kept, dy, w,
     shifts, scales), each as chunks.
     """
     kept, dys, ws, shifts, scales = held
     CHUNK: tl.constexpr = kept[0].shape[1]
     for i in tl.static_range(len(kept)):
-        columns = chunk_columns(start + i * CHUNK, CHUNK)
-        mask = live & columns_live(columns, (i + 1) * CHUNK, N)
+        mask = live & columns_live(chunk_columns(i * CHUNK, CHUNK), (i + 1) * CHUNK, HELD)
         g = affine_backward(dys[i].to(ACC), ws[i], OFFSET)
         dx = dx_of(g, normalized(kept[i], shifts[i], scales[i], ACC), rstd, c1, c2, CENTER)
-        store_input_gradients(outs, dx, rows * N + columns, mask, ALPHA, ACC, STREAM)
+        store_input_gradients(outs, dx, rows, start + i * CHUNK, live, mask, N, ALPHA, DROP, ACC, STREAM)
 
 
 @triton.jit
@@ -145,13 +146,14 @@ def store_dx_of_rows(
     CENTER: tl.constexpr,
     OFFSET: tl.constexpr,
     ALPHA: tl.constexpr,
+    DROP: tl.constexpr,
     ACC: tl.constexpr,
     STREAM: tl.constexpr,
 ):
     """dx of a tile of whole rows."""
     c1, c2 = dx_sums(*held, CENTER, OFFSET, ACC)
     c1, c2 = mean_of(c1, N), mean_of(c2, N)
-    store_dx(outs, held, rstd, c1, c2, rows, live, 0, N, CENTER, OFFSET, ALPHA, ACC, STREAM)
+    store_dx(outs, held, rstd, c1, c2, rows, live, 0, N, N, CENTER, OFFSET, ALPHA, DROP, ACC, STREAM)
 
 
 @triton.jit
@@ -219,6 +221,8 @@ def row_backward(
     DB,
     DY,
     DSUM,
+    SEED,
+    ROW_SCALE,
     KEPT,
     W,
     B,
@@ -235,6 +239,7 @@ def row_backward(
     ROUND: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
     ALPHA: tl.constexpr,
+    DROP: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -265,8 +270,8 @@ def row_backward(
             if DB is not None:
                 db = add_db(db, dys, ACC)
             if DX is not None:
-                outs, held = (DX, DRESIDUAL, DSUM), (kept, dys, ws, shifts, scales)
-                store_dx_of_rows(outs, held, rstd, rows, live, N, CENTER, OFFSET, ALPHA, ACC, STREAM)
+                outs, held = (DX, DRESIDUAL, DSUM, SEED, ROW_SCALE), (kept, dys, ws, shifts, scales)
+                store_dx_of_rows(outs, held, rstd, rows, live, N, CENTER, OFFSET, ALPHA, DROP, ACC, STREAM)
     let_next_launch(PDL)
 
     if DW is not None:
@@ -283,6 +288,8 @@ def row_backward_few(
     DB,
     DY,
     DSUM,
+    SEED,
+    ROW_SCALE,
     KEPT,
     W,
     B,
@@ -300,6 +307,7 @@ def row_backward_few(
     ROUND: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
     ALPHA: tl.constexpr,
+    DROP: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -324,8 +332,8 @@ def row_backward_few(
             bs = load_row_or(B, live, N, CHUNK, NO_BIAS)
             mean, rstd = load_stats(MEAN, RSTD, rows, live)
             shifts, scales = undoing_row(mean, rstd, ws, bs, OFFSET, FROM_OUTPUT, ACC)
-            outs, held = (DX, DRESIDUAL, DSUM), (kept, dys, ws, shifts, scales)
-            store_dx_of_rows(outs, held, rstd, rows, live, N, CENTER, OFFSET, ALPHA, ACC, False)
+            outs, held = (DX, DRESIDUAL, DSUM, SEED, ROW_SCALE), (kept, dys, ws, shifts, scales)
+            store_dx_of_rows(outs, held, rstd, rows, live, N, CENTER, OFFSET, ALPHA, DROP, ACC, False)
     else:
         columns = chunk_columns((program - row_tiles) * SUM_CHUNK, SUM_CHUNK)
         in_row = columns_live(columns, rounded_up(N, SUM_CHUNK), N)

@@ -85,6 +85,8 @@ def row_backward_apply(
     DB,
     DY,
     DSUM,
+    SEED,
+    ROW_SCALE,
     KEPT,
     W,
     B,
@@ -103,6 +105,7 @@ def row_backward_apply(
     ROUND: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
     ALPHA: tl.constexpr,
+    DROP: tl.constexpr,
     ACC: tl.constexpr,
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -132,7 +135,8 @@ def row_backward_apply(
         if DX is not None:
             c2, c1 = load_stats(C2, C1, row, live)
             dx = dx_of(affine_backward(dy, w, OFFSET), xhat, rstd, c1, c2, CENTER)
-            store_input_gradients((DX, DRESIDUAL, DSUM), dx, row * N + columns, in_row, ALPHA, ACC, True)
+            outs, start = (DX, DRESIDUAL, DSUM, SEED, ROW_SCALE), second_program() * CHUNK
+            store_input_gradients(outs, dx, row, start, live, in_row, N, ALPHA, DROP, ACC, True)
     let_next_launch(PDL)
 
     if DW is not None:

@@ -53,6 +53,8 @@ def row_forward_split(
     W,
     B,
     RESIDUAL,
+    SEED,
+    ROW_SCALE,
     x_odd_sizes,
     x_strides,
     eps: tl.float64,
@@ -61,6 +63,7 @@ def row_forward_split(
     OFFSET: tl.constexpr,
     ROUND: tl.constexpr,
     ALPHA: tl.constexpr,
+    DROP: tl.constexpr,
     ACC: tl.constexpr,
     RESCUE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -78,7 +81,7 @@ def row_forward_split(
     start = member * BLOCK
     every = tl.full([1, 1], True, tl.int1)
     xs = load_row(X + row_offsets(row, x_odd_sizes, x_strides) + start, every, BLOCK, CHUNK, True)
-    xs = add_row(SUM, RESIDUAL, xs, row * N + start, every, BLOCK, ALPHA, ACC, True)
+    xs = add_row((SUM, RESIDUAL, SEED, ROW_SCALE), xs, row, start, every, N, BLOCK, ALPHA, DROP, ACC, True)
 
     mean, power = held_moments(xs, BLOCK, CENTER, ACC)
     words = WORDS + first_program() - member
@@ -126,6 +129,8 @@ def row_backward_split(
     WORDS,
     DY,
     DSUM,
+    SEED,
+    ROW_SCALE,
     KEPT,
     W,
     B,
@@ -142,6 +147,7 @@ def row_backward_split(
     ROUND: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
     ALPHA: tl.constexpr,
+    DROP: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -196,8 +202,8 @@ def row_backward_split(
             live = tl.full([1, 1], asked, tl.int1)
             mean, rstd = load_stats(MEAN, RSTD, row, live)
             shifts, scales = undoing_row(mean, rstd, ws, bs, OFFSET, FROM_OUTPUT, ACC)
-            outs, late = (DX, DRESIDUAL, DSUM), (held, held_dys, ws, shifts, scales)
-            store_dx(outs, late, rstd, c1, c2, row, live, start, N, CENTER, OFFSET, ALPHA, ACC, True)
+            outs, late = (DX, DRESIDUAL, DSUM, SEED, ROW_SCALE), (held, held_dys, ws, shifts, scales)
+            store_dx(outs, late, rstd, c1, c2, row, live, start, N, BLOCK, CENTER, OFFSET, ALPHA, DROP, ACC, True)
             held = kept
             held_dys = dys
     let_next_launch(PDL)

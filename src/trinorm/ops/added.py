@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 class AddedProblem(NamedTuple):
-    """What is computed of the tensors: the norm over the last ``dims`` dims of x + alpha·residual, in y's dtype."""
+    """What is computed of the tensors: the norm over the last ``dims`` dims of x + alpha·residual, in y's dtype. drop: the
+    probability that an element of x is dropped.
+    """
 
     spec: RowNorm
     dims: int
@@ -30,6 +32,7 @@ class AddedProblem(NamedTuple):
     alpha: float
     y: torch.dtype
     batch_invariant: bool = False
+    drop: float = 0.0
 
 
 def dtypes_of(
@@ -68,13 +71,14 @@ class AddedCall:
         self._gradients: Bounded[Function] = Bounded(8)
         self._met: Bounded[int] = Bounded(16)
 
-    def __call__(
-        self, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """(y, sum); the sum in ``out`` where that is given, which no gradient is then asked of."""
+    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(y, sum) of (x, residual, weight, bias, seed, row_scale, out); the sum in ``out`` where that is given, which no
+        gradient is then asked of.
+        """
+        *tensors, out = inputs
         if self._differentiated:
-            return _apply(x, residual, weight, bias, self)
-        y, total, *_ = self.results(x, residual, weight, bias, out)
+            return _apply(*tensors, self)
+        y, total, *_ = self.results(*inputs)
         if out is not None:
             increment_version([out])  # a kernel wrote it, which autograd is to know
             return y, out  # type: ignore[return-value]
@@ -88,12 +92,12 @@ class AddedCall:
         from ..launch import empty
         from . import rows
 
-        spec, dims, eps, alpha, y_dtype, batch_invariant = self._problem
+        spec, dims, eps, alpha, y_dtype, batch_invariant, drop = self._problem
 
         def forward(*inputs: Any) -> Results:
-            x, residual, weight, bias, out = inputs
+            x, residual, weight, bias, *branch, out = inputs
             total = empty(x, torch.promote_types(x.dtype, residual.dtype), x.device) if out is None else out
-            added = rows.Added(residual, total, y_dtype, alpha)
+            added = rows.Added(residual, total, y_dtype, alpha, tuple(branch), drop)
             how: dict[str, Any] = dict(save=self._differentiated, batch_invariant=batch_invariant, added=added)
             y, mean, rstd = rows.forward(spec, x, dims, weight, bias, eps, **how)
             return y, total if out is None else None, mean, rstd
@@ -110,38 +114,46 @@ class AddedCall:
         weight: Tensor | None,
         mean: Tensor | None,
         rstd: Tensor,
+        seed: Tensor | None = None,
+        row_scale: Tensor | None = None,
     ) -> Results:
         """(dx, dresidual, dw, db), those that are wanted, of the gradients of y and of the sum, one of which may be None.
 
         What was saved may come back in another layout or dtype, from a hook.
         """
-        spec, dims, eps, alpha, y_dtype, batch_invariant = self._problem
+        spec, dims, eps, alpha, y_dtype, batch_invariant, drop = self._problem
         dx, dr, dw, db = wanted
         of_x, of_residual, of_sum, stats, of_bias = self._dtypes
-        plain = dy is not None and are_plain(dy, dsum, total, weight, mean, rstd)
+        branch = seed, row_scale
+        plain = dy is not None and are_plain(dy, dsum, total, weight, mean, rstd, *branch)
         if torch.is_grad_enabled() or not plain or road.observer() is not None:
             # Nobody uses y; or someone differentiates this backward, to whom a kernel's result would silently be a
             # constant, or maps over it.
             asked = of_x if dx else None, of_residual if dr else None, dw, of_bias if db else None
-            return added_reference.composite_gradients(spec, total, dims, weight, eps, alpha, dy, dsum, *asked, y_dtype)
+            return added_reference.composite_gradients(
+                spec, total, dims, weight, eps, alpha, dy, dsum, *asked, y_dtype, *branch, drop
+            )
         assert dy is not None
         dy, total = readable(dy, dims), dense(total.to(of_sum))
         mean, rstd = None if mean is None else _as_saved(mean, stats, 1), _as_saved(rstd, stats, 1)
         weight = None if weight is None else readable(weight, dims)
         dsum = None if dsum is None else dense(dsum)
-        apart = dr and (of_residual != of_x or alpha != 1)
+        apart = dr and (of_residual != of_x or alpha != 1 or any(t is not None for t in branch))
 
-        def gradients(dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Any, mean: Any, rstd: Any) -> Results:
+        def gradients(*inputs: Any) -> Results:
             from ..launch import empty
             from . import rows
 
+            dy, dsum, total, weight, mean, rstd, *branch = inputs
             dresidual = empty(total, of_residual, total.device) if apart else None
             how: dict[str, Any] = dict(dx=dx or dr, dw=weight.dtype if dw else None, db=of_bias if db else None)
-            how.update(batch_invariant=batch_invariant, added=rows.AddedBackward(dsum, dresidual, of_x, alpha))
+            how.update(
+                batch_invariant=batch_invariant, added=rows.AddedBackward(dsum, dresidual, of_x, alpha, tuple(branch), drop)
+            )
             ds, dw_, db_ = rows.backward(spec, dy, total, dims, weight, mean, rstd, **how)
             return ds if dx else None, (dresidual if apart else ds) if dr else None, dw_, db_
 
-        inputs = dy, dsum, total, weight, mean, rstd
+        inputs = dy, dsum, total, weight, mean, rstd, *branch
         key = wanted, dy.dtype, dy.stride(), None if dsum is None else dsum.dtype, None if weight is None else weight.dtype
         if (again := self._gradients.get(key)) is not None:
             return again(*inputs)
@@ -169,21 +181,28 @@ class AddedCall:
 class _AddedNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, call: AddedCall
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        row_scale: Tensor | None,
+        call: AddedCall,
     ) -> tuple[Tensor | None, ...]:
-        y, total, mean, rstd = call.results(x, residual, weight, bias, None)
+        y, total, mean, rstd = call.results(x, residual, weight, bias, seed, row_scale, None)
         ctx.set_materialize_grads(False)
         if not (x.requires_grad or residual.requires_grad):
             ctx.mark_non_differentiable(total)
-        ctx.save_for_backward(total, weight, mean, rstd)
+        ctx.save_for_backward(total, weight, mean, rstd, seed, row_scale)
         ctx.call = call
         return y, total
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None and dsum is None:
-            return (None,) * 5
-        return *ctx.call.backward(ctx.needs_input_grad[:4], dy, dsum, *ctx.saved_tensors), None
+            return (None,) * 7
+        return *ctx.call.backward(ctx.needs_input_grad[:4], dy, dsum, *ctx.saved_tensors), None, None, None
 
 
 # As row._apply: without the Python part, which looks for torch.func.
@@ -194,7 +213,7 @@ when_set(CALLS.clear)
 
 
 def recall(manner: Hashable, x: Tensor, residual: Tensor, *others: Tensor | None) -> AddedCall | None:
-    """What was kept for a call like this one, of (x, residual, weight, bias, out). manner: as Known.recall's."""
+    """What was kept for a call like this one, of AddedCall's arguments. manner: as Known.recall's."""
     *parameters, out = others
     manner, out = _apart(manner, x, residual, out)
     return CALLS.recall(manner, x, residual, *parameters, out)

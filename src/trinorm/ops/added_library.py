@@ -1,12 +1,12 @@
 """The norms of a sum as registered ops. For each spec::
 
     add_layer_norm(
-        input, residual, normalized_shape, weight?, bias?, eps, alpha, dtype, batch_invariant, cast
+        input, residual, normalized_shape, weight?, bias?, seed?, row_scale?, eps, alpha, drop, dtype, batch_invariant, cast
     ) -> (y, sum, mean, rstd)
     add_rms_norm(the same) -> (y, sum, rstd)
     <norm>_backward(
-        dy?, dsum?, sum, normalized_shape, weight?, mean?, rstd, eps, alpha, dtypes of dx and dresidual or None,
-        dw, db?, batch_invariant, cast
+        dy?, dsum?, sum, normalized_shape, weight?, mean?, rstd, seed?, row_scale?, eps, alpha, drop,
+        dtypes of dx and dresidual or None, dw, db?, batch_invariant, cast
     ) -> (dx, dresidual, dw, db)
 
 dtype is y's. The statistics are as library.py's. The sum has a gradient of its own, dsum.
@@ -42,9 +42,12 @@ def norm(
     residual: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    seed: Tensor | None,
+    row_scale: Tensor | None,
     normalized_shape: Sequence[int],
     eps: float,
     alpha: float,
+    drop: float,
     dtype: torch.dtype,
     batch_invariant: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -52,7 +55,8 @@ def norm(
     know_distributed(x, residual, weight, bias)
     op = getattr(torch.ops.trinorm, NAMES[spec.name])
     with reference.keeping_dtype(x.device.type):
-        y, total, *_ = op(x, residual, normalized_shape, weight, bias, eps, alpha, dtype, batch_invariant, spec.cast)
+        tensors = x, residual, normalized_shape, weight, bias, seed, row_scale
+        y, total, *_ = op(*tensors, eps, alpha, drop, dtype, batch_invariant, spec.cast)
     return y, total
 
 
@@ -62,8 +66,9 @@ class _Forward(Op):
         mean = "Tensor, " if spec.center else ""
         self.name = NAMES[spec.name]
         self.schema = (
-            "(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, "
-            f"float alpha, ScalarType dtype, bool batch_invariant, str cast) -> (Tensor, Tensor, {mean}Tensor)"
+            "(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, Tensor? seed, "
+            "Tensor? row_scale, float eps, float alpha, float drop, ScalarType dtype, bool batch_invariant, str cast) "
+            f"-> (Tensor, Tensor, {mean}Tensor)"
         )
         self._backward = backward
 
@@ -85,47 +90,49 @@ class _Forward(Op):
         return self.composite(*args) if forward_ad._current_level >= 0 else self.kernel(keyset, *args)
 
     def save(self, ctx: Any, results: Results, *args: Any) -> None:
-        x, residual, shape, weight, bias, eps, alpha, _, *how = args
+        x, residual, shape, weight, bias, seed, row_scale, *by, _, batch_invariant, cast = args
         _, total, *statistics = results
-        ctx.save_for_backward(total, weight, *statistics)
+        ctx.save_for_backward(total, weight, seed, row_scale, *statistics)
         ctx.mark_non_differentiable(*statistics)
-        ctx.shape, ctx.eps, ctx.alpha, ctx.how = shape, eps, alpha, how
+        ctx.shape, ctx.by, ctx.how = shape, by, (batch_invariant, cast)
         ctx.dtypes = x.dtype, residual.dtype, None if bias is None else bias.dtype
 
     def differentiate(self, ctx: Any, *gradients: Tensor | None) -> Results:
-        (dy, dsum, *_), (total, weight, *mean, rstd) = gradients, ctx.saved_tensors
+        (dy, dsum, *_), (total, weight, seed, row_scale, *mean, rstd) = gradients, ctx.saved_tensors
         _, _, _, dx, dresidual, _, dw, db, *_ = ctx.needs_input_grad
         of_x, of_residual, of_bias = ctx.dtypes
-        one = dx and dresidual and of_x == of_residual and ctx.alpha == 1  # which two results of an op could not be
+        one = dx and dresidual and of_x == of_residual and ctx.by[1] == 1  # which two results of an op could not be
+        one = one and seed is None and row_scale is None
         wanted = of_x if dx else None, of_residual if dresidual and not one else None, dw, of_bias if db else None
-        how = ctx.eps, ctx.alpha, *wanted, *ctx.how
-        dx, dresidual, dw, db = self._backward(dy, dsum, total, ctx.shape, weight, mean[0] if mean else None, rstd, *how)
-        return dx, dx if one else dresidual, None, dw, db, *(None,) * 5
+        saved = total, ctx.shape, weight, mean[0] if mean else None, rstd, seed, row_scale
+        dx, dresidual, dw, db = self._backward(dy, dsum, *saved, *ctx.by, *wanted, *ctx.how)
+        return dx, dx if one else dresidual, None, dw, db, *(None,) * 8
 
     def composite(self, *args: Any) -> Results:
-        x, residual, shape, weight, bias, eps, alpha, dtype, _, cast = args
-        _check(self.name, cast, x, residual, shape, weight, bias)
-        y, total = added_reference.composite(
-            self._spec.with_cast(cast), x, residual, shape, weight, bias, eps, alpha, dtype
-        )
+        x, residual, shape, weight, bias, seed, row_scale, eps, alpha, drop, dtype, _, cast = args
+        _check(self.name, cast, x, residual, shape, seed, row_scale, weight, bias)
+        given = x, residual, shape, weight, bias, eps, alpha, dtype, seed, row_scale, drop
+        y, total = added_reference.composite(self._spec.with_cast(cast), *given)
         mean, rstd = reference.statistics(self._spec, total, len(shape), eps)
         stats = road.accumulator_dtype(x, residual, weight, bias)
         return self._results(y.contiguous(), total.contiguous(), mean.detach().to(stats), rstd.detach().to(stats))
 
     def compute(self, *args: Any) -> Results:
-        x, residual, shape, weight, bias, eps, alpha, dtype, batch_invariant, cast = args
-        manner = _REGISTERED, self.name, tuple(shape), eps, alpha, dtype, batch_invariant, cast
-        given = x, residual, weight, bias, None
+        x, residual, shape, weight, bias, seed, row_scale, *how = args
+        eps, alpha, drop, dtype, batch_invariant, cast = how
+        manner = _REGISTERED, self.name, tuple(shape), *how
+        given = x, residual, weight, bias, seed, row_scale, None
         inputs: Any = given
         call = recall(manner, *given)
         if call is None:
-            _check(self.name, cast, x, residual, shape, weight, bias)
+            _check(self.name, cast, x, residual, shape, seed, row_scale, weight, bias)
             if not road.has_kernels(x) or not x.numel():
                 return self.composite(*args)
             dims = len(shape)
             parameters = (None if t is None else readable(t, dims) for t in (weight, bias))
-            inputs = (readable(x, dims), dense(residual), *parameters, None)
-            problem = AddedProblem(self._spec.with_cast(cast), dims, eps, alpha, dtype, batch_invariant)
+            branch = (None if t is None else dense(t) for t in (seed, row_scale))
+            inputs = (readable(x, dims), dense(residual), *parameters, *branch, None)
+            problem = AddedProblem(self._spec.with_cast(cast), dims, eps, alpha, dtype, batch_invariant, drop)
             call = AddedCall(problem, dtypes_of(*given[:4]), **_KEPT)
             if all(now is before for now, before in zip(inputs, given, strict=True)):
                 keep(manner, call, *inputs)
@@ -134,8 +141,8 @@ class _Forward(Op):
         return self._results(y, total, *(None if t is None else t.view(leading) for t in statistics))
 
     def fake(self, *args: Any) -> Results:
-        x, residual, shape, weight, bias, _, _, dtype, _, cast = args
-        _check(self.name, cast, x, residual, shape, weight, bias)
+        x, residual, shape, weight, bias, seed, row_scale, _, _, _, dtype, _, cast = args
+        _check(self.name, cast, x, residual, shape, seed, row_scale, weight, bias)
         stats = road.accumulator_dtype(x, residual, weight, bias)
         mean, rstd = (x.new_empty(x.shape[: -len(shape)], dtype=stats) for _ in range(2))
         total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
@@ -148,8 +155,8 @@ class _Forward(Op):
 class _Backward(Op):
     schema = (
         "(Tensor? dy, Tensor? dsum, Tensor sum, SymInt[] normalized_shape, Tensor? weight, Tensor? mean, Tensor rstd, "
-        "float eps, float alpha, ScalarType? dx, ScalarType? dresidual, bool dw, ScalarType? db, bool batch_invariant, "
-        "str cast) -> (Tensor, Tensor, Tensor, Tensor)"
+        "Tensor? seed, Tensor? row_scale, float eps, float alpha, float drop, ScalarType? dx, ScalarType? dresidual, "
+        "bool dw, ScalarType? db, bool batch_invariant, str cast) -> (Tensor, Tensor, Tensor, Tensor)"
     )
 
     def __init__(self, spec: RowNorm) -> None:
@@ -158,9 +165,15 @@ class _Backward(Op):
 
     def vmap(self, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Results, Sequence[int | None]]:
         dy, dsum, total, shape, weight, mean, rstd, *rest = args
-        dw, db = rest[4:6]
-        if isinstance(dims[4], int) or dw or db is not None:
-            return one_by_one(self, info, dims, *args)  # each has a weight, or sums over rows, of its own
+        *_, dw, db, _, _ = rest
+        if (
+            any(isinstance(dims[i], int) for i in (4, 7, 8))
+            or rest[0] is not None
+            or rest[1] is not None
+            or dw
+            or db is not None
+        ):
+            return one_by_one(self, info, dims, *args)  # each has a weight, a mask or sums over rows of its own
         rows = (dy, dims[0]), (dsum, dims[1]), (total, dims[2]), (mean, dims[5]), (rstd, dims[6])
         dy, dsum, total, mean, rstd = (None if t is None else _mapped(t, dim, info.batch_size) for t, dim in rows)
         return batched(self(dy, dsum, total, shape, weight, mean, rstd, *rest))
@@ -171,15 +184,16 @@ class _Backward(Op):
         return self.kernel(keyset, *args)
 
     def composite(self, *args: Any) -> Results:
-        dy, dsum, total, shape, weight, _, _, eps, alpha, dx, dresidual, dw, db, _, cast = args
-        wanted = dx, dresidual, dw, db, total.dtype if dy is None else dy.dtype
-        tensors = weight, eps, alpha, dy, dsum
-        found = added_reference.composite_gradients(self._spec.with_cast(cast), total, len(shape), *tensors, *wanted)
+        dy, dsum, total, shape, weight, _, _, seed, row_scale, eps, alpha, drop, *wanted, _, cast = args
+        how: Any = (len(shape), weight, eps, alpha, dy, dsum, *wanted, total.dtype if dy is None else dy.dtype)
+        branch: Any = dict(seed=seed, row_scale=row_scale, drop=drop)
+        found = added_reference.composite_gradients(self._spec.with_cast(cast), total, *how, **branch)
         # Where there is nothing to add a gradient is an argument, or another result, which an op's may not be.
         return tuple(None if t is None else t.clone(memory_format=torch.contiguous_format) for t in found)
 
     def compute(self, *args: Any) -> Results:
-        dy, dsum, total, shape, weight, mean, rstd, eps, alpha, dx, dresidual, dw, db, batch_invariant, cast = args
+        dy, dsum, total, shape, weight, mean, rstd, seed, row_scale, *how = args
+        eps, alpha, drop, dx, dresidual, dw, db, batch_invariant, cast = how
         alike = all(t is None or t.shape == total.shape for t in (dy, dsum))
         alike = alike and all(t is None or t.shape == total.shape[: -len(shape)] for t in (mean, rstd))
         torch._check(alike, lambda: f"trinorm::{self.name}: dy, dsum, mean or rstd is not of the sum's shape")
@@ -189,28 +203,27 @@ class _Backward(Op):
         )
         given = given and rstd.dtype in (torch.float32, torch.float64) and (mean is None or mean.dtype == rstd.dtype)
         torch._check(given, lambda: f"trinorm::{self.name}: dy, dsum, mean and rstd are not as the forward gives them")
-        _check(self.name, cast, total, total, shape, weight)
+        _check(self.name, cast, total, total, shape, seed, row_scale, weight)
         known = not dw or weight is not None
         torch._check(known, lambda: f"trinorm::{self.name}: dw is asked for, but there is no weight")
         if dy is None or not road.has_kernels(total) or not total.numel():
             return self.composite(*args)
-        wanted = dx, dresidual, dw, db
-        manner = _REGISTERED, self.name, tuple(shape), eps, alpha, wanted, batch_invariant, cast, dy.dtype, rstd.dtype
-        call = recall(manner, total, rstd, weight, None, None)
+        manner = _REGISTERED, self.name, tuple(shape), *how, dy.dtype, rstd.dtype
+        call = recall(manner, total, rstd, weight, None, seed, row_scale, None)
         if call is None:
-            problem = AddedProblem(self._spec.with_cast(cast), len(shape), eps, alpha, dy.dtype, batch_invariant)
+            problem = AddedProblem(self._spec.with_cast(cast), len(shape), eps, alpha, dy.dtype, batch_invariant, drop)
             call = AddedCall(problem, (dx or total.dtype, dresidual or total.dtype, total.dtype, rstd.dtype, db), **_KEPT)
-            keep(manner, call, total, rstd, weight, None, None)
+            keep(manner, call, total, rstd, weight, None, seed, row_scale, None)
         mean = None if mean is None else mean.flatten()
         asked = dx is not None, dresidual is not None, dw, db is not None
         with torch.no_grad():
-            of_x, of_residual, *sums = call.backward(asked, dy, dsum, total, weight, mean, rstd.flatten())
+            of_x, of_residual, *sums = call.backward(asked, dy, dsum, total, weight, mean, rstd.flatten(), seed, row_scale)
         if of_residual is not None and of_residual is of_x:  # which two results of an op may not be
             of_residual = of_residual.clone()
         return of_x, of_residual, *sums
 
     def fake(self, *args: Any) -> Results:
-        _, _, total, shape, weight, _, _, _, _, dx, dresidual, dw, db, *_ = args
+        _, _, total, shape, weight, *_, dx, dresidual, dw, db, _, _ = args
         of_x, of_residual = (
             None if dtype is None else total.new_empty(total.shape, dtype=dtype) for dtype in (dx, dresidual)
         )
@@ -227,14 +240,25 @@ def _mapped(t: Tensor, dim: int | None, size: int) -> Tensor:
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
-def _check(op: str, cast: str, x: Tensor, residual: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> None:
+def _check(
+    op: str,
+    cast: str,
+    x: Tensor,
+    residual: Tensor,
+    shape: Sequence[int],
+    seed: Tensor | None,
+    row_scale: Tensor | None,
+    *parameters: Tensor | None,
+) -> None:
     """That the kernels read nothing but these tensors, in a way that there is."""
-    torch._check(
-        residual.shape == x.shape and residual.device == x.device,
-        lambda: f"trinorm::{op}: residual is not of the input's shape",
-    )
+    fits = residual.shape == x.shape and residual.device == x.device
+    torch._check(fits, lambda: f"trinorm::{op}: residual is not of the input's shape")
     check(op, cast, x, shape, *parameters)
-    known = residual.dtype in road.KERNEL_DTYPES
+    fits = row_scale is None or (row_scale.shape == x.shape[: x.dim() - len(shape)] and row_scale.device == x.device)
+    torch._check(fits, lambda: f"trinorm::{op}: row_scale is not of the input's leading dims")
+    fits = seed is None or (seed.numel() == 1 and seed.dtype == torch.int64 and seed.device == x.device)
+    torch._check(fits, lambda: f"trinorm::{op}: seed is no int64 number beside the input")
+    known = all(t is None or t.dtype in road.KERNEL_DTYPES for t in (residual, row_scale))
     torch._check_not_implemented(known, lambda: f"trinorm::{op}: a dtype other than {road.KERNEL_DTYPES}")
 
 

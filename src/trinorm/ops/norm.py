@@ -64,24 +64,36 @@ def added_norm(
     out: Tensor | None,
     asked: Hashable,
     batch_invariant: bool,
+    seed: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    drop: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(y, sum) of checked arguments. out: where the sum goes. asked: as channel_norm's."""
-    op, tensors, dims = added_library.NAMES[spec.name], (x, residual, weight, bias), len(normalized_shape)
+    """(y, sum) of checked arguments. out: where the sum goes. asked: as channel_norm's. seed, row_scale, drop: of what is
+    made of x first (kernels/added.py).
+    """
+    branch, op, tensors, dims = (
+        (seed, row_scale),
+        added_library.NAMES[spec.name],
+        (x, residual, weight, bias),
+        len(normalized_shape),
+    )
     to_fp32 = x.dtype != torch.float64 and reference.autocast_to_fp32(spec, x.device.type)
     dtype = torch.float32 if to_fp32 else x.dtype
-    if road.takes_op(op, *tensors, whole=spec.rounded or batch_invariant):
-        y, total = added_library.norm(spec, *tensors, normalized_shape, eps, alpha, dtype, batch_invariant)
-    elif not road.kernels_serve(op, *tensors, out):
-        y, total = added_reference.composite(spec, x, residual, normalized_shape, weight, bias, eps, alpha, dtype)
+    if road.takes_op(op, *tensors, *branch, whole=spec.rounded or batch_invariant):
+        given = *tensors, *branch, normalized_shape
+        y, total = added_library.norm(spec, *given, eps, alpha, drop, dtype, batch_invariant)
+    elif not road.kernels_serve(op, *tensors, *branch, out):
+        how = eps, alpha, dtype, *branch, drop
+        y, total = added_reference.composite(spec, x, residual, normalized_shape, weight, bias, *how)
     else:
         parameters = (None if t is None else readable(t, dims) for t in (weight, bias))
-        inputs: Any = (readable(x, dims), dense(residual), *parameters, out)
+        inputs: Any = (readable(x, dims), dense(residual), *parameters, *branch, out)
         call = None
         if asked is not None and any(now is not before for now, before in zip(inputs, tensors, strict=False)):
             call = added.recall(asked, *inputs)
         if call is None:
             call = AddedCall(
-                AddedProblem(spec, dims, eps, alpha, dtype, batch_invariant),
+                AddedProblem(spec, dims, eps, alpha, dtype, batch_invariant, drop),
                 added.dtypes_of(*tensors),
                 kept=asked is not None,
                 differentiated=road.is_differentiated(*tensors),

@@ -38,13 +38,16 @@ class Normalized(NamedTuple):
 
 class Added(NamedTuple):
     """What is added to x before it is normalized: alpha times a contiguous residual. total: memory for the sum, which may
-    be the residual's; y: the result's dtype.
+    be the residual's; y: the result's dtype. branch: (seed, row_scale) of what is made of x first, each or not; drop: the
+    probability that an element is dropped.
     """
 
     residual: Tensor | None
     total: Tensor | None
     y: torch.dtype
-    alpha: float
+    alpha: float = 1.0
+    branch: tuple[Tensor | None, Tensor | None] = (None, None)
+    drop: float = 0.0
 
 
 class AddedBackward(NamedTuple):
@@ -53,7 +56,9 @@ class AddedBackward(NamedTuple):
     dsum: Tensor | None
     dresidual: Tensor | None
     dx: torch.dtype
-    alpha: float
+    alpha: float = 1.0
+    branch: tuple[Tensor | None, Tensor | None] = (None, None)
+    drop: float = 0.0
 
 
 def forward(
@@ -70,7 +75,7 @@ def forward(
 ) -> Normalized:
     """Normalize the last ``dims`` dims of x, which is readable (layout.readable), or of a sum with it; y is contiguous."""
     device = x.device
-    residual, total, y_dtype, alpha = added or Added(None, None, x.dtype, 1.0)
+    residual, total, y_dtype, alpha, branch, drop = added or Added(None, None, x.dtype)
     kept = x if total is None else total
     y = empty(x, y_dtype, device)
     n = x.shape[-dims:].numel()
@@ -88,6 +93,7 @@ def forward(
         N=n,
         **_variant(spec, y_dtype, weight, stats),
         ALPHA=alpha,
+        DROP=drop,
         ACC=ACCUMULATOR[stats],
         RESCUE=stats == torch.float32,
         CHUNK=plan.tile.chunk,
@@ -99,16 +105,30 @@ def forward(
         pivot = plan.pivot and residual is None and spec.center and x.dtype.itemsize == 2 and stats == torch.float32
         options.update(PIVOT=pivot)
         rows = plan.tile.rows * plan.tiles
-        args: tuple[Any, ...] = (y, mean, rstd, total, x, weight, bias, residual, of_rows(m), odd_sizes, strides, eps)
+        args: tuple[Any, ...] = (
+            y,
+            mean,
+            rstd,
+            total,
+            x,
+            weight,
+            bias,
+            residual,
+            *branch,
+            of_rows(m),
+            odd_sizes,
+            strides,
+            eps,
+        )
         launch(row_forward, (of_rows(m, lambda m: -(-m // rows)),), device, args, options)
     elif isinstance(plan, RowForwardSplit):
         options.update(BLOCK=plan.block, LANES=plan.lanes)
         team = n // plan.block
         words = words_of_teams(launch, m, team, device)
-        args = (y, mean, rstd, total, words, x, weight, bias, residual, odd_sizes, strides, eps)
+        args = (y, mean, rstd, total, words, x, weight, bias, residual, *branch, odd_sizes, strides, eps)
         launch(row_forward_split, (of_rows(m, lambda m: m * team),), device, args, options)
     else:
-        args = (y, mean, rstd, total, x, weight, bias, residual, odd_sizes, strides, eps)
+        args = (y, mean, rstd, total, x, weight, bias, residual, *branch, odd_sizes, strides, eps)
         launch(row_forward_streamed, (of_rows(m),), device, args, options)
     return Normalized(y, mean, rstd)
 
@@ -136,7 +156,7 @@ def backward(
     kept: x, or the sum. from_output: it is y, of which ``bias`` and ``weight``, nowhere 0, make x̂ again; no mean is needed.
     """
     device = kept.device
-    dsum, dresidual, dx_dtype, alpha = added or AddedBackward(None, None, kept.dtype, 1.0)
+    dsum, dresidual, dx_dtype, alpha, branch, drop = added or AddedBackward(None, None, kept.dtype)
     n = kept.shape[-dims:].numel()
     m = kept.numel() // n if n else 0
     shape = kept.shape[-dims:]
@@ -155,7 +175,7 @@ def backward(
     layout = (*rows_of(kept, dims, n), *rows_of(dy, dims, n))
     options = dict(N=n, ACC=ACCUMULATOR[rstd.dtype])
     tiled = options | _variant(spec, dy.dtype, weight, rstd.dtype) | dict(FROM_OUTPUT=from_output, CHUNK=plan.tile.chunk)
-    outs, inputs, of_sum = (dx_out, dresidual), (dy, dsum, *operands), dict(ALPHA=alpha)
+    outs, inputs, of_sum = (dx_out, dresidual), (dy, dsum, *branch, *operands), dict(ALPHA=alpha, DROP=drop)
     tiled.update(started_by(plan.tile, size))
 
     if isinstance(plan, RowBackwardFew):
