@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import added_reference, reference
 from ..spec import ROW_NORMS, RowNorm
@@ -27,7 +26,7 @@ from . import road
 from .added import AddedCall, AddedProblem, dtypes_of, keep, recall
 from .layout import dense, readable
 from .library import check
-from .registering import Op, any_requires_grad, batched, know_distributed, one_by_one, out_of_autocast, register
+from .registering import Op, batched, know_distributed, one_by_one, out_of_autocast, register
 
 if TYPE_CHECKING:
     from ..replay import Results
@@ -57,6 +56,8 @@ def norm(
 
 
 class _Forward(Op):
+    differentiable = True
+
     def __init__(self, spec: RowNorm, backward: _Backward) -> None:
         self._spec = spec
         mean = "Tensor, " if spec.center else ""
@@ -80,9 +81,6 @@ class _Forward(Op):
         if any(isinstance(dim, int) for dim in dims[2:]):
             return one_by_one(self, info, dims, *args)
         return batched(self(*(_mapped(t, dim, info.batch_size) for t, dim in ((x, dims[0]), (residual, dims[1]))), *rest))
-
-    def autograd(self, keyset: Any, *args: Any) -> Results:
-        return self.composite(*args) if forward_ad._current_level >= 0 else self.kernel(keyset, *args)
 
     def save(self, ctx: Any, results: Results, *args: Any) -> None:
         x, residual, shape, weight, bias, eps, alpha, _, *how = args
@@ -164,11 +162,6 @@ class _Backward(Op):
         rows = (dy, dims[0]), (dsum, dims[1]), (total, dims[2]), (mean, dims[5]), (rstd, dims[6])
         dy, dsum, total, mean, rstd = (None if t is None else _mapped(t, dim, info.batch_size) for t, dim in rows)
         return batched(self(dy, dsum, total, shape, weight, mean, rstd, *rest))
-
-    def autograd(self, keyset: Any, *args: Any) -> Results:
-        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any_requires_grad(*args)):
-            return self.composite(*args)
-        return self.kernel(keyset, *args)
 
     def composite(self, *args: Any) -> Results:
         dy, dsum, total, shape, weight, _, _, eps, alpha, dx, dresidual, dw, db, _, cast = args

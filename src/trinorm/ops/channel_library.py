@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import channel_reference as reference
 from ..reference import autocasts_to_fp32, in_fp32, keeping_dtype
@@ -32,7 +31,7 @@ from . import road
 from .channel import CALLS, ChannelCall
 from .channel_problem import Problem
 from .layout import beside, channels_readable, dense, in_order_of
-from .registering import Op, any_requires_grad, know_distributed, out_of_autocast, register
+from .registering import Op, know_distributed, out_of_autocast, register
 
 if TYPE_CHECKING:
     from ..channel_reference import Averages
@@ -166,6 +165,7 @@ class _ChannelOp(Op):
 
 
 class _Forward(_ChannelOp):
+    differentiable = True
     arguments = (
         "Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str? activation, "
         "bool batch_invariant"
@@ -183,9 +183,6 @@ class _Forward(_ChannelOp):
             x, *tensors = in_fp32(x, *tensors)
         with out_of_autocast(key):
             return self(*self._given(x, num_groups, *tensors, eps, activation, batch_invariant))
-
-    def autograd(self, keyset: Any, *args: Any) -> Results:
-        return self.composite(*args) if forward_ad._current_level >= 0 else self.kernel(keyset, *args)
 
     def save(self, ctx: Any, results: Results, *args: Any) -> None:
         x, num_groups, weight, bias, residual, eps, activation, batch_invariant = self._named(*args)
@@ -251,11 +248,6 @@ class _Backward(_ChannelOp):
         self.results = 3 if spec.of_positions else 4
         super().__init__(spec, *(("bias", "dr") if spec.of_positions else ()))  # the bias is for the activation
         self.name = f"{spec.name}_backward"
-
-    def autograd(self, keyset: Any, *args: Any) -> Results:
-        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any_requires_grad(*args)):
-            return self.composite(*args)
-        return self.kernel(keyset, *args)
 
     def composite(self, *args: Any) -> Results:
         dy, x, num_groups, weight, bias, residual, _, _, eps, activation, _, dx, dw, db, dr = self._named(*args)

@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import reference
 from ..spec import CASTS, ROW_NORMS, Cast, RowNorm
 from . import road
-from .registering import Op, any_requires_grad, batched, know_distributed, one_by_one, out_of_autocast, register
+from .registering import Op, batched, know_distributed, one_by_one, out_of_autocast, register
 from .row import CALLS, RowCall, Turns, prepared
 
 if TYPE_CHECKING:
@@ -49,6 +48,8 @@ def norm(
 
 
 class _Forward(Op):
+    differentiable = True
+
     def __init__(self, spec: RowNorm, backward: _Backward) -> None:
         self._spec = spec
         bias, mean = ("Tensor? bias, ", "Tensor, ") if spec.center else ("", "")
@@ -71,9 +72,6 @@ class _Forward(Op):
         if any(isinstance(dim, int) for dim in dims[1:]):
             return one_by_one(self, info, dims, x, *rest)
         return batched(self(x.movedim(dims[0], 0), *rest))
-
-    def autograd(self, keyset: Any, *args: Any) -> Results:
-        return self.composite(*args) if forward_ad._current_level >= 0 else self.kernel(keyset, *args)
 
     def save(self, ctx: Any, results: Results, *args: Any) -> None:
         x, shape, weight, *bias, eps, batch_invariant, cast = args
@@ -150,11 +148,6 @@ class _Backward(Op):
             for t, dim in ((dy, dims[0]), (x, dims[1]), (mean, dims[4]), (rstd, dims[5]))
         )
         return batched(self(dy, x, shape, weight, mean, rstd, eps, dx, dw, db, *how))
-
-    def autograd(self, keyset: Any, *args: Any) -> Results:
-        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any_requires_grad(*args)):
-            return self.composite(*args)
-        return self.kernel(keyset, *args)
 
     def composite(self, *args: Any) -> Results:
         dy, x, shape, weight, _, _, eps, dx, dw, db, _, cast = args
