@@ -120,11 +120,15 @@ class ChannelCall:
             return reference.composite_gradients(problem.spec, x, problem.num_groups, weight, bias, *how)
         x = channels_readable(x)
         inputs = in_order_of(x, dy), x, weight, bias, mean, rstd, beside(x, residual)
-        key = wanted, *[None if t is None else (t.dtype, t.stride()) for t in inputs]
+        return self.gradients((wanted, *[None if t is None else (t.dtype, t.stride()) for t in inputs]), wanted, *inputs)
+
+    def gradients(self, key: Hashable, wanted: tuple[bool, ...], *inputs: Tensor | None) -> Results:
+        """Of (dy, x, weight, bias, mean, rstd, residual), as the kernels read them. key: what tells these from others."""
         if (again := self._gradients.get(key)) is not None:
             return again(*inputs)
         from . import channels
 
+        problem, (dx, dw, db, dr), weight = self._problem, wanted, inputs[2]
         dw_dtype = weight.dtype if dw and weight is not None else None
         db_dtype = self._bias_dtype if db else None
 
@@ -197,5 +201,6 @@ class _ChannelNorm(torch.autograd.Function):
 # As row._apply: without the Python part, which looks for torch.func.
 _apply = super(torch.autograd.Function, _ChannelNorm).apply
 
-CALLS: Known[ChannelCall] = Known(1024)
+# By what functional is told a ChannelCall, by what an op is told the results of one.
+CALLS: Known[Callable[..., Any]] = Known(1024)
 when_set(CALLS.clear)
