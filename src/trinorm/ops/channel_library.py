@@ -17,7 +17,6 @@ little in rstd. weight and bias: a channel's, or each sample's, both.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from itertools import compress
 from operator import itemgetter
@@ -221,7 +220,7 @@ class _Forward(_ChannelOp):
         if not road.has_kernels(x) or not x.numel():
             return self.composite(*args)
         problem = Problem(self._spec, num_groups, eps, activation, batch_invariant=bool(batch_invariant))
-        how: Any = dict(kept=True, differentiated=True, variance=self._spec.over_samples)
+        how: Any = dict(differentiated=True, variance=self._spec.over_samples)
         x, *parameters = channels_readable(x), *(None if t is None else dense(t) for t in (weight, bias))
         inputs = x, *parameters, None, None, beside(x, residual)
         return self._done(told, lambda: ChannelCall(problem, None, None, **how).results, *inputs)
@@ -271,8 +270,8 @@ class _Backward(_ChannelOp):
         x = channels_readable(x)
         saved = (None if t is None else dense(t) for t in (weight, bias, mean, rstd))
         inputs = in_order_of(x, dy), x, *saved, beside(x, residual)
-        call = ChannelCall(problem, None, db, kept=True, differentiated=True)
-        return self._done(told, lambda: functools.partial(call.gradients, wanted, wanted), *inputs)
+        call = ChannelCall(problem, None, db, differentiated=True)
+        return self._done(told, lambda: call.gradients(wanted), *inputs)
 
     def fake(self, *args: Any) -> Results:
         _, x, _, weight, bias, *_, dx, dw, db, dr = self._named(*args)
