@@ -40,7 +40,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from .launch import Count, Made, Started, Watched, plain, watched
+from .launch import Count, Leading, Made, Started, Watched, plain, watched
 
 Results = tuple[Tensor | None, ...]
 Function = Callable[..., Results]
@@ -155,6 +155,7 @@ class _Text:
         self.counts: list[str] = []
         self.allocated: list[str] = []
         self._given = given
+        self._shapes: dict[str, str] = {}
         self._general = rows_of_length is not None
         self._names: dict[Any, str] = {int: "m"}
         if self._general:
@@ -199,9 +200,12 @@ class _Text:
             self.values |= {f"size{i}": tuple(made.tensor.shape), f"stride{i}": made.tensor.stride()}
             return [f"o{i} = empty(size{i}, stride{i}, dtype{i})", address]
         lines = []
-        if isinstance(made.size, Tensor):
-            lines.append(f"s{i} = {self._given[id(made.size)]}.shape")
-            sizes = [f"s{i}[{j}]" for j in range(made.tensor.dim())]
+        if isinstance(made.size, (Tensor, Leading)):
+            of = self._given[id(made.size if isinstance(made.size, Tensor) else made.size.of)]
+            if of not in self._shapes:
+                self._shapes[of] = f"s{i}"
+                lines.append(f"s{i} = {of}.shape")
+            sizes = [f"{self._shapes[of]}[{j}]" for j in range(made.tensor.dim())]
         else:
             sizes = [self.number(f"size{i}_{j}", size) for j, size in enumerate(made.size)]
         strides = [" * ".join(sizes[j + 1 :]) or "1" for j in range(len(sizes))]

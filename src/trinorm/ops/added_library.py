@@ -127,9 +127,7 @@ class _Forward(Op):
             call = AddedCall(problem, dtypes_of(*given[:4]), **_KEPT)
             if all(now is before for now, before in zip(inputs, given, strict=True)):
                 keep(manner, call, *inputs)
-        y, total, *statistics = call.results(*inputs)
-        leading = x.shape[: -len(shape)]
-        return self._results(y, total, *(None if t is None else t.view(leading) for t in statistics))
+        return self._results(*call.results(*inputs))
 
     def fake(self, *args: Any) -> Results:
         x, residual, shape, weight, bias, _, _, dtype, _, cast = args
@@ -194,10 +192,9 @@ class _Backward(Op):
             problem = AddedProblem(self._spec.with_cast(cast), len(shape), eps, alpha, dy.dtype, batch_invariant)
             call = AddedCall(problem, (dx or total.dtype, dresidual or total.dtype, total.dtype, rstd.dtype, db), **_KEPT)
             keep(manner, call, total, rstd, weight, None, None)
-        mean = None if mean is None else mean.flatten()
         asked = dx is not None, dresidual is not None, dw, db is not None
         with torch.no_grad():
-            of_x, of_residual, *sums = call.backward(asked, dy, dsum, total, weight, mean, rstd.flatten())
+            of_x, of_residual, *sums = call.backward(asked, dy, dsum, total, weight, mean, rstd)
         if of_residual is not None and of_residual is of_x:  # which two results of an op may not be
             of_residual = of_residual.clone()
         return of_x, of_residual, *sums

@@ -107,9 +107,7 @@ class _Forward(Op):
             how: dict[str, Any] = dict(batch_invariant=batch_invariant, differentiated=True)
             spec = self._spec.with_cast(cast)
             call, inputs = prepared(spec, len(shape), inputs, eps, (shape, eps, manner), **how)
-        y, *statistics = call.results(*inputs)
-        leading = x.shape[: -len(shape)]
-        return self._results(y, *(None if t is None else t.view(leading) for t in statistics))
+        return self._results(*call.results(*inputs))
 
     def fake(self, *args: Any) -> Results:
         x, shape, weight, bias, *_, cast = self._named(*args)
@@ -158,14 +156,13 @@ class _Backward(Op):
 
     def compute(self, *args: Any) -> Results:
         dy, x, shape, weight, mean, rstd, eps, dx, dw, db, batch_invariant, cast = args
-        alike = dy.shape == x.shape and all(t is None or t.shape == x.shape[: -len(shape)] for t in (mean, rstd))
-        torch._check(alike, lambda: f"trinorm::{self.name}: dy, mean or rstd is not of the input's shape")
-        given = self._spec.center == (mean is not None)
-        given = given and all(
-            t is None or (t.device == x.device and t.dtype in road.KERNEL_DTYPES) for t in (dy, mean, rstd)
-        )
+        leading = x.shape[: x.dim() - len(shape)]
+        if dy.shape != x.shape or rstd.shape != leading or not (mean is None or mean.shape == leading):
+            raise RuntimeError(f"trinorm::{self.name}: dy, mean or rstd is not of the input's shape")
+        given = self._spec.center == (mean is not None) and dy.dtype in road.KERNEL_DTYPES
         given = given and rstd.dtype in (torch.float32, torch.float64) and (mean is None or mean.dtype == rstd.dtype)
-        torch._check(given, lambda: f"trinorm::{self.name}: dy, mean and rstd are not as the forward gives them")
+        if not given or not (dy.device == rstd.device == x.device and (mean is None or mean.device == x.device)):
+            raise RuntimeError(f"trinorm::{self.name}: dy, mean and rstd are not as the forward gives them")
         manner = _REGISTERED, batch_invariant, cast, db, rstd.dtype
         call = CALLS.recall(self.name, manner, x, shape, weight, None, eps)
         if call is None:
@@ -189,9 +186,7 @@ class _Backward(Op):
                 eps,
                 lambda any_rows: RowCall(*problem, **how, turns=Turns.of(*how_many) if any_rows else None),
             )
-        mean = None if mean is None else mean.flatten()
-        with torch.no_grad():
-            return call.backward((dx, dw, db is not None), dy, x, weight, mean, rstd.flatten())
+        return call.gradients((dx, dw, db is not None), dy, x, weight, mean, rstd)
 
     def fake(self, *args: Any) -> Results:
         _, x, shape, weight, _, _, _, dx, dw, db, _, _ = args
