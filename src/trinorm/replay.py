@@ -17,6 +17,8 @@ as a Python function written for it. RMSNorm's forward:
         start0(x0, y0, z0, stream, handle0, ..., q0, None, None, p0, p1, None, n0_6, n0_7, ...)
         return o0, None, None
 
+What a call makes and does not return lies in one block, each piece so far from its begin (``q1 = block + at1``).
+
 Written out, because loops over tensors and launches cost .8 of 4.2 µs (no GPU, the driver a stub that returns at once).
 
 For any number of rows (``rows_of_length``) what follows from it (launch.Count) is asked anew, and nothing else differs:
