@@ -52,7 +52,11 @@ def _to_contiguous(t: Tensor) -> Tensor:
 
 
 def _to_columns(t: Tensor) -> Tensor:
-    return torch.stack((t, t), -1)[:, 0] if t.dim() < 2 else t.T.contiguous().T
+    return torch.stack((t, t), -1)[:, 0] if t.dim() < 2 else t.mT.contiguous().mT
+
+
+def _to_half_of_wide(t: Tensor) -> Tensor:
+    return torch.cat((t, t), -1)[..., : t.shape[-1]]
 
 
 def _to_negative(t: Tensor) -> Tensor:
@@ -63,14 +67,15 @@ def _to_double(t: Tensor) -> Tensor:
     return t.double()
 
 
-@pytest.mark.parametrize("unpack", [_to_contiguous, _to_columns, _to_negative, _to_double])
+@pytest.mark.parametrize("unpack", [_to_contiguous, _to_columns, _to_half_of_wide, _to_negative, _to_double])
 @pytest.mark.parametrize("first", ["as saved", "as unpacked"])
+@pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=str)
 def test_saved_tensors_may_come_back_in_another_layout(
-    op: str, unpack: Callable[[Tensor], Tensor], first: str, device: torch.device
+    op: str, unpack: Callable[[Tensor], Tensor], first: str, leading: tuple[int, ...], device: torch.device
 ) -> None:
     """From saved_tensors_hooks (save_on_cpu, checkpoints), whether such a call comes first or is one of many."""
-    wide, dy = torch.randn(3, 40, device=device), torch.randn(3, 24, device=device)
-    x = wide[:, :24]
+    wide, dy = torch.randn(*leading, 40, device=device), torch.randn(*leading, 24, device=device)
+    x = wide[..., :24]
     expected = _gradients(op, x.clone(), dy)
 
     def hooked() -> tuple[Tensor, ...]:

@@ -37,6 +37,13 @@ def plain(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple([number.value if type(number) is Count else number for number in numbers])
 
 
+class Leading(NamedTuple):
+    """The size of a tensor's dims before the last ``dims``."""
+
+    of: Tensor
+    dims: int
+
+
 class Started(NamedTuple):
     """A launch that happened. compiled: Triton's CompiledKernel, None from its interpreter. The rest as given to launch."""
 
@@ -46,11 +53,14 @@ class Started(NamedTuple):
     args: tuple[Any, ...]
 
 
+Size = tuple[int | Count, ...] | Tensor | Leading
+
+
 class Made(NamedTuple):
     """A tensor that was made, and the size that was given to empty."""
 
     tensor: Tensor
-    size: tuple[int | Count, ...] | Tensor
+    size: Size
 
 
 class Watched(NamedTuple):
@@ -67,9 +77,13 @@ class _Watch(threading.local):
 _watch = _Watch()
 
 
-def empty(size: tuple[int | Count, ...] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def empty(size: Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Contiguous memory for a launch, of a size or of a tensor's."""
-    made = torch.empty(size.shape if isinstance(size, Tensor) else plain(size), dtype=dtype, device=device)
+    if isinstance(size, Leading):
+        sizes: tuple[int, ...] = size.of.shape[: size.of.dim() - size.dims]
+    else:
+        sizes = size.shape if isinstance(size, Tensor) else plain(size)
+    made = torch.empty(sizes, dtype=dtype, device=device)
     if _watch.watched is not None:
         _watch.watched.made.append(Made(made, size))
     return made

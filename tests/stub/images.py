@@ -96,8 +96,15 @@ def test_a_repeated_call_passes_what_the_ordinary_road_passes(
         assert_same(*launches)
 
 
+def gradients(x: Tensor, w: Tensor | None, how: tuple[Any, ...]) -> list[Tensor]:
+    """As a compiled graph calls them. how: dx, dw, and db's dtype."""
+    mean, rstd, dy = torch.zeros(32), torch.ones(32), torch.randn_like(x)
+    found: list[Tensor] = torch.ops.trinorm.batch_norm_backward(dy, x, w, None, None, mean, rstd, 1e-5, None, *how, False)
+    return found
+
+
 def test_what_differs_is_kept_apart(stub: Stub, ordinary: list[str]) -> None:
-    """By size, order, dtype, absence, activation, eps, and momentum: each is new once."""
+    """By size, order, dtype, absence, activation, eps, momentum, and what gradients are wanted: each is new once."""
     x, w, b = torch.randn(64, 32, 8, 8), torch.ones(32), torch.ones(32)
     running = [torch.zeros(32), torch.ones(32)]
     calls = [
@@ -117,6 +124,18 @@ def test_what_differs_is_kept_apart(stub: Stub, ordinary: list[str]) -> None:
         lambda: functional.channel_layer_norm(x, w),
         lambda: functional.channel_layer_norm(x, w, eps=1e-3),
         lambda: functional.channel_layer_norm(x, w, b),
+        lambda: torch.ops.trinorm.batch_norm(x, w, b, None, 1e-5, None),
+        lambda: torch.ops.trinorm.batch_norm(x, w, b, None, 1e-3, None),
+        lambda: torch.ops.trinorm.batch_norm(x, w, b, None, 1e-5, "relu"),
+        lambda: torch.ops.trinorm.batch_norm(x, w, None, None, 1e-5, None),
+        lambda: torch.ops.trinorm.batch_norm(x, None, b, None, 1e-5, None),
+        lambda: torch.ops.trinorm.group_norm(x, 4, w, b, None, 1e-5, None, False),
+        lambda: torch.ops.trinorm.group_norm(x, 8, w, b, None, 1e-5, None, False),
+        lambda: gradients(x, w, (True, True, torch.float32)),
+        lambda: gradients(x, w, (True, True, torch.bfloat16)),
+        lambda: gradients(x, w, (True, False, None)),
+        lambda: gradients(x, None, (True, False, None)),
+        lambda: gradients(x.bfloat16(), w, (True, True, torch.float32)),
     ]
     for again in (False, True):
         for call in calls:

@@ -136,7 +136,7 @@ def _ours(norm: Norm, inputs: Inputs, exact_mean: Tensor) -> dict[str, Tensor]:
     mean = rstd = None
     if road.HAS_TRITON:
         with torch.no_grad():
-            _, mean, rstd = norm.forward(of, save=True)
+            mean, rstd = (None if t is None else t.flatten() for t in norm.forward(of, save=True)[1:])
     of_row = norm.rows(scale)[:, 0]
     if mean is not None:
         # Of a row with an infinity the mean may be NaN, as that of torch's own group_norm and layer_norm is.

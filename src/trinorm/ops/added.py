@@ -135,7 +135,8 @@ class AddedCall:
             )
         assert dy is not None
         dy, total = readable(dy, dims), dense(total.to(of_sum))
-        mean, rstd = None if mean is None else _as_saved(mean, stats, 1), _as_saved(rstd, stats, 1)
+        mean = None if mean is None else _as_saved(mean, stats, mean.dim())
+        rstd = _as_saved(rstd, stats, rstd.dim())
         weight = None if weight is None else readable(weight, dims)
         dsum = None if dsum is None else dense(dsum)
         apart = dr and (of_residual != of_x or alpha != 1 or any(t is not None for t in branch))

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import added_reference, reference
 from ..spec import ROW_NORMS, RowNorm
@@ -27,7 +26,7 @@ from . import road
 from .added import AddedCall, AddedProblem, dtypes_of, keep, recall
 from .layout import dense, readable
 from .library import check
-from .registering import Op, any_requires_grad, batched, know_distributed, one_by_one, out_of_autocast, register
+from .registering import Op, batched, know_distributed, one_by_one, out_of_autocast, register
 
 if TYPE_CHECKING:
     from ..replay import Results
@@ -61,6 +60,8 @@ def norm(
 
 
 class _Forward(Op):
+    differentiable = True
+
     def __init__(self, spec: RowNorm, backward: _Backward) -> None:
         self._spec = spec
         mean = "Tensor, " if spec.center else ""
@@ -85,9 +86,6 @@ class _Forward(Op):
         if any(isinstance(dim, int) for dim in dims[2:]):
             return one_by_one(self, info, dims, *args)
         return batched(self(*(_mapped(t, dim, info.batch_size) for t, dim in ((x, dims[0]), (residual, dims[1]))), *rest))
-
-    def autograd(self, keyset: Any, *args: Any) -> Results:
-        return self.composite(*args) if forward_ad._current_level >= 0 else self.kernel(keyset, *args)
 
     def save(self, ctx: Any, results: Results, *args: Any) -> None:
         x, residual, shape, weight, bias, seed, row_scale, *by, _, batch_invariant, cast = args
@@ -136,9 +134,7 @@ class _Forward(Op):
             call = AddedCall(problem, dtypes_of(*given[:4]), **_KEPT)
             if all(now is before for now, before in zip(inputs, given, strict=True)):
                 keep(manner, call, *inputs)
-        y, total, *statistics = call.results(*inputs)
-        leading = x.shape[: -len(shape)]
-        return self._results(y, total, *(None if t is None else t.view(leading) for t in statistics))
+        return self._results(*call.results(*inputs))
 
     def fake(self, *args: Any) -> Results:
         x, residual, shape, weight, bias, seed, row_scale, _, _, _, dtype, _, cast = args
@@ -178,11 +174,6 @@ class _Backward(Op):
         dy, dsum, total, mean, rstd = (None if t is None else _mapped(t, dim, info.batch_size) for t, dim in rows)
         return batched(self(dy, dsum, total, shape, weight, mean, rstd, *rest))
 
-    def autograd(self, keyset: Any, *args: Any) -> Results:
-        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any_requires_grad(*args)):
-            return self.composite(*args)
-        return self.kernel(keyset, *args)
-
     def composite(self, *args: Any) -> Results:
         dy, dsum, total, shape, weight, _, _, seed, row_scale, eps, alpha, drop, *wanted, _, cast = args
         how: Any = (len(shape), weight, eps, alpha, dy, dsum, *wanted, total.dtype if dy is None else dy.dtype)
@@ -214,10 +205,9 @@ class _Backward(Op):
             problem = AddedProblem(self._spec.with_cast(cast), len(shape), eps, alpha, dy.dtype, batch_invariant, drop)
             call = AddedCall(problem, (dx or total.dtype, dresidual or total.dtype, total.dtype, rstd.dtype, db), **_KEPT)
             keep(manner, call, total, rstd, weight, None, seed, row_scale, None)
-        mean = None if mean is None else mean.flatten()
         asked = dx is not None, dresidual is not None, dw, db is not None
         with torch.no_grad():
-            of_x, of_residual, *sums = call.backward(asked, dy, dsum, total, weight, mean, rstd.flatten(), seed, row_scale)
+            of_x, of_residual, *sums = call.backward(asked, dy, dsum, total, weight, mean, rstd, seed, row_scale)
         if of_residual is not None and of_residual is of_x:  # which two results of an op may not be
             of_residual = of_residual.clone()
         return of_x, of_residual, *sums

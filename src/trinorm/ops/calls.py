@@ -111,34 +111,36 @@ class Known(Generic[T]):
     """The same of norms whose calls are each of their own shape."""
 
     def __init__(self, limit: int) -> None:
-        self._kept: Bounded[tuple[tuple[Callable[..., bool], tuple[bool, ...], T], ...]] = Bounded(limit)
+        self._kept: Bounded[tuple[tuple[Callable[..., bool], T], ...]] = Bounded(limit)
 
     def clear(self) -> None:
         self._kept.clear()
 
-    def recall(self, manner: Hashable, x: Tensor, *others: Tensor | None) -> T | None:
-        """What was kept for a call like this one. manner: all that tells calls apart besides tensors, and no tensor."""
+    def recall(self, manner: Hashable, *tensors: Tensor | None) -> T | None:
+        """What was kept for a call like this one, None where nothing was. manner: all that tells calls apart besides
+        tensors, and no tensor. tensors: at least one, the first not None.
+        """
+        x = tensors[0]
         if _is_compiling() or forward_ad._current_level >= 0 or _modes() or type(x) not in road.PLAIN:
             return None
         try:
-            entries = self._kept.get((manner, x.shape, _grad_is_on()))
+            entries = self._kept.get((manner, *map(type, tensors), x.shape, _grad_is_on()))  # type: ignore[union-attr]
         except (RuntimeError, TypeError):
             return None
         if entries is not None:
-            given = [x, *[t for t in others if t is not None]]
-            absent = tuple([t is None for t in others])
-            for alike, without, call in entries:
-                if without == absent and alike(*given):
+            present = [t for t in tensors if t is not None]
+            for alike, call in entries:
+                if alike(*present):
                     return call
         return None
 
-    def keep(self, manner: Hashable, call: T, x: Tensor, *others: Tensor | None) -> None:
+    def keep(self, manner: Hashable, call: T, *tensors: Tensor | None) -> None:
         """Recall ``call`` from now on for calls like this one."""
-        alike = _alike(None, x, *(t for t in others if t is not None))
+        alike = _alike(None, *(t for t in tensors if t is not None))
         if alike is not None:
-            key = manner, x.shape, torch.is_grad_enabled()
-            entry = alike, tuple(t is None for t in others), call
-            self._kept[key] = (entry, *self._kept.get(key, ())[: _VARIANTS - 1])
+            # By the types is told what is None, which the guard is not asked.
+            key = manner, *map(type, tensors), tensors[0].shape, torch.is_grad_enabled()  # type: ignore[union-attr]
+            self._kept[key] = ((alike, call), *self._kept.get(key, ())[: _VARIANTS - 1])
 
 
 # (The guard of the tensors, normalized_shape, what is kept), the latest first.

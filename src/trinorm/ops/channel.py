@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from ..channel_reference import Averages, Given
 from ..spec import ChannelNorm
 from ..switches import when_set
 from . import road
-from .calls import Bounded, Known
+from .calls import Known
 from .layout import beside, channels_readable, dense, in_order_of
 from .row import RECORDED_FROM, are_plain
 
@@ -23,25 +24,41 @@ if TYPE_CHECKING:
     from .channel_problem import Problem
 
 
+class _Repeated:
+    """A function that launches, done from the RECORDED_FROM-th call on by repeating its launches (replay.py). Its inputs
+    are all alike.
+
+    Nothing is repeated past someone who put a launch of his own in the host's place, to see them all.
+    """
+
+    __slots__ = ("_again", "_function", "_met", "_spec")
+
+    def __init__(self, spec: ChannelNorm, function: Function) -> None:
+        self._spec, self._function = spec, function
+        self._again: Function | None = None
+        self._met = 0
+
+    def __call__(self, *inputs: Tensor | None) -> Results:
+        return (self._again or self._ordinarily)(*inputs)
+
+    def _ordinarily(self, *inputs: Tensor | None) -> Results:
+        from .. import replay
+
+        self._met += 1
+        if self._met < RECORDED_FROM or _is_watched(self._spec):
+            return self._function(*inputs)
+        results, self._again = replay.record(self._function, *inputs)
+        return results
+
+
 class ChannelCall:
     """The norm, and its gradients, of arguments that differ from those of one call in their values alone.
 
-    momentum: of running statistics to be kept up, None where there are none. bias_dtype: db's. kept: others will come that
-    are like these, so launches are recorded (replay.py). differentiated: a backward will ask for statistics. variance: it
-    is among the results.
+    momentum: of running statistics to be kept up, None where there are none. bias_dtype: db's. differentiated: a backward
+    will ask for statistics. variance: it is among the results.
     """
 
-    __slots__ = (
-        "_again",
-        "_bias_dtype",
-        "_differentiated",
-        "_gradients",
-        "_kept",
-        "_met",
-        "_momentum",
-        "_problem",
-        "_variance",
-    )
+    __slots__ = ("_bias_dtype", "_differentiated", "_forward", "_gradients", "_momentum", "_problem")
 
     def __init__(
         self,
@@ -49,50 +66,29 @@ class ChannelCall:
         momentum: float | None,
         bias_dtype: torch.dtype | None,
         *,
-        kept: bool,
         differentiated: bool,
         variance: bool = False,
     ) -> None:
-        self._variance = variance
         self._problem, self._momentum, self._bias_dtype = problem, momentum, bias_dtype
-        self._kept, self._differentiated = kept, differentiated
-        self._again: Function | None = None
-        self._gradients: Bounded[Function] = Bounded(8)
-        self._met: Bounded[int] = Bounded(16)
+        self._differentiated = differentiated
+        forward = functools.partial(_forward, problem, momentum, differentiated, variance)
+        # Over samples (InstanceNorm) running statistics are averaged in ATen's ops, which would not be repeated.
+        averaged = momentum is not None and not problem.spec.over_samples
+        self._forward: Function = forward if averaged else _Repeated(problem.spec, forward)
+        self._gradients: Known[Function] = Known(8)
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         """Of (x, weight, bias, mean, variance, residual): given statistics, or running ones."""
         if self._differentiated:
-            return _apply(*inputs, self)
+            x, weight, bias, mean, var, residual = inputs
+            return _apply(x, weight, bias, residual, (self, mean, var))
         return self.results(*inputs)[0]  # type: ignore[return-value]
 
     def results(self, *inputs: Tensor | None) -> Results:
-        """(y, mean, rstd), and the variance if asked; of given statistics y alone."""
-        results = (self._again or self._forward)(*inputs)
+        """y, and mean and rstd where a backward will ask for them and they are not given; and the variance if asked."""
+        results = self._forward(*inputs)
         if self._momentum is not None:
-            increment_version([t for t in inputs[3:5] if t is not None])  # a kernel wrote them, which autograd is to know
-        return results
-
-    def _forward(self, *inputs: Tensor | None) -> Results:
-        from .. import launch
-        from . import channels
-
-        problem, momentum = self._problem, self._momentum
-
-        def forward(*inputs: Any) -> Results:
-            x, weight, bias, mean, var, residual = inputs
-            if problem.given:
-                return (channels.apply(problem, x, weight, bias, mean, var, residual),)
-            running = None if mean is None or var is None or momentum is None else Averages(mean, var, momentum)
-            how: Any = dict(running=running, save=self._differentiated)
-            if not self._variance:
-                return channels.forward(problem, x, weight, bias, residual, **how)
-            var = launch.empty(tuple(x.shape[1:2]), torch.float64, x.device)
-            return *channels.forward(problem, x, weight, bias, residual, **how, var=var), var
-
-        # Over samples (InstanceNorm) running statistics are averaged in ATen's ops, which would not be repeated.
-        averaged = momentum is not None and not problem.spec.over_samples
-        results, self._again = self._record(None if averaged else "forward", forward, *inputs)
+            increment_version(inputs[3:5])  # type: ignore[arg-type]  # a kernel wrote them, which autograd is to know
         return results
 
     def backward(
@@ -107,6 +103,9 @@ class ChannelCall:
         rstd: Tensor,
     ) -> Results:
         """(dx, dw, db, dr), those that are wanted. What was saved may come back in another layout or dtype, from a hook."""
+        inputs: tuple[Tensor | None, ...] = dy, x, weight, bias, mean, rstd, residual
+        if (gradients := self._gradients.recall(wanted, *inputs)) is not None:
+            return gradients(*inputs)
         problem, (dx, dw, db, dr) = self._problem, wanted
         if problem.activation is None and dr:
             return *self.backward((dx, dw, db, False), dy, x, weight, bias, residual, mean, rstd)[:3], dy
@@ -119,39 +118,40 @@ class ChannelCall:
             how = self._bias_dtype, problem.eps, dy, statistics, problem.activation, residual
             return reference.composite_gradients(problem.spec, x, problem.num_groups, weight, bias, *how)
         x = channels_readable(x)
-        inputs = in_order_of(x, dy), x, weight, bias, mean, rstd, beside(x, residual)
-        key = wanted, *[None if t is None else (t.dtype, t.stride()) for t in inputs]
-        if (again := self._gradients.get(key)) is not None:
-            return again(*inputs)
-        from . import channels
+        saved = (None if t is None else dense(t) for t in (weight, bias, mean, rstd))
+        inputs = in_order_of(x, dy), x, *saved, beside(x, residual)
+        # Of copies too: those of the next call will be like them.
+        if (gradients := self._gradients.recall(wanted, *inputs)) is None:
+            gradients = self.gradients(wanted)
+            self._gradients.keep(wanted, gradients, *inputs)
+        return gradients(*inputs)
 
-        dw_dtype = weight.dtype if dw and weight is not None else None
-        db_dtype = self._bias_dtype if db else None
+    def gradients(self, wanted: tuple[bool, ...]) -> Function:
+        """Those of (dy, x, weight, bias, mean, rstd, residual) that are wanted, as the kernels read them; all are alike."""
+        problem, (dx, dw, db, dr), db_dtype = self._problem, wanted, self._bias_dtype
 
         def gradients(*inputs: Tensor | None) -> Results:
-            return channels.backward(problem, *inputs, dx=dx, dw=dw_dtype, db=db_dtype, dr=dr)  # type: ignore[arg-type]
+            from . import channels
 
-        saved = [None if t is None else dense(t) for t in inputs[2:6]]
-        if any(t is not given for t, given in zip(saved, inputs[2:6], strict=True)):  # strided, by a hook
-            return gradients(*inputs[:2], *saved, inputs[6])
-        results, again = self._record(key, gradients, *inputs)
-        if again is not None:
-            self._gradients[key] = again
-        return results
+            weight = inputs[2]
+            dtypes: Any = dict(dw=weight.dtype if dw and weight is not None else None, db=db_dtype if db else None)
+            return channels.backward(problem, *inputs, dx=dx, dr=dr, **dtypes)  # type: ignore[arg-type]
 
-    def _record(
-        self, what: Hashable, function: Callable[..., Results], *inputs: Tensor | None
-    ) -> tuple[Results, Function | None]:
-        """``function(*inputs)``, and its repetition from the RECORDED_FROM-th such call on. what: None if it has none.
+        return _Repeated(problem.spec, gradients)
 
-        Nothing is repeated past someone who put a launch of his own in the host's place, to see them all.
-        """
-        from .. import replay
 
-        self._met[what] = met = self._met.get(what, 0) + 1
-        if what is None or not self._kept or met < RECORDED_FROM or _is_watched(self._problem.spec):
-            return function(*inputs), None
-        return replay.record(function, *inputs)
+def _forward(problem: Problem, momentum: float | None, differentiated: bool, variance: bool, *inputs: Any) -> Results:
+    """The results of a ChannelCall."""
+    from .. import launch
+    from . import channels
+
+    x, weight, bias, mean, var, residual = inputs
+    if problem.given:
+        return (channels.apply(problem, x, weight, bias, mean, var, residual),)
+    running = None if momentum is None else Averages(mean, var, momentum)
+    var = launch.empty(tuple(x.shape[1:2]), torch.float64, x.device) if variance else None
+    results = channels.forward(problem, x, weight, bias, residual, running=running, save=differentiated, var=var)
+    return (*results, *([var] if variance else [])) if differentiated else results[:1]
 
 
 def _is_watched(spec: ChannelNorm) -> bool:
@@ -173,11 +173,11 @@ class _ChannelNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
         residual: Tensor | None,
-        call: ChannelCall,
+        of: tuple[ChannelCall, Tensor | None, Tensor | None],
     ) -> Tensor | None:
+        # Given or running statistics have no gradient, and are no inputs of the node, as each costs .3 µs.
+        call, mean, var = of
         y, *statistics = call.results(x, weight, bias, mean, var, residual)
         if call._problem.given:
             # The running ones may go on running before the backward, which is of what they were.
@@ -189,13 +189,12 @@ class _ChannelNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, _, _, residual, _ = ctx.needs_input_grad
-        dx, dw, db, dr = ctx.call.backward((x, weight, bias, residual), dy, *ctx.saved_tensors)
-        return dx, dw, db, None, None, dr, None
+        return *ctx.call.backward(ctx.needs_input_grad[:4], dy, *ctx.saved_tensors), None
 
 
 # As row._apply: without the Python part, which looks for torch.func.
 _apply = super(torch.autograd.Function, _ChannelNorm).apply
 
-CALLS: Known[ChannelCall] = Known(1024)
+# By what functional is told a ChannelCall, by what an op is told the results of one.
+CALLS: Known[Callable[..., Any]] = Known(1024)
 when_set(CALLS.clear)

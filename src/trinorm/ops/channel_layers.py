@@ -33,7 +33,8 @@ def forward(
     y = empty_like(x)
     stats = accumulator_dtype(x, weight, bias)
     m, c, s = _sizes(x)
-    mean, rstd = (empty((m,), stats, device) if save else None for _ in range(2))
+    shape = x.shape[0], *x.shape[2:]
+    mean, rstd = (empty(shape, stats, device) if save else None for _ in range(2))
     if x.numel() == 0:
         return Normalized(y, mean, rstd)
     how_many = None if batch_invariant else m

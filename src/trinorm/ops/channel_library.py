@@ -17,30 +17,27 @@ little in rstd. weight and bias: a channel's, or each sample's, both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import channel_reference as reference
 from ..reference import autocasts_to_fp32, in_fp32, keeping_dtype
 from ..spec import ACTIVATIONS, BATCH_NORM, CHANNEL_LAYER_NORM, GROUP_NORM, INSTANCE_NORM, ChannelNorm
 from . import road
 from .channel import CALLS, ChannelCall
-from .channel_problem import Problem
+from .channel_problem import Problem, statistics_shape
 from .layout import beside, channels_readable, dense, in_order_of
-from .registering import Op, any_requires_grad, know_distributed, out_of_autocast, register
+from .registering import Op, know_distributed, out_of_autocast, register
 
 if TYPE_CHECKING:
     from ..channel_reference import Averages
     from ..replay import Results
     from ..spec import Activation
-
-# The manner of a registered op's calls, which no caller of functional can name.
-_REGISTERED = object()
 
 
 def norm(
@@ -79,6 +76,7 @@ class _ChannelOp(Op):
 
     strided = True
     arguments: str
+    tensors: tuple[str, ...]
     results = 3
 
     def __init__(self, spec: ChannelNorm, *settled: str) -> None:
@@ -93,6 +91,10 @@ class _ChannelOp(Op):
         names = [argument.split()[1] for argument in arguments]
         self._input, self._groups = names.index("input"), names.index("num_groups")
         self._open = [name not in settled for name in names]
+        given = self._given(*names)
+        # As a kept call takes them, with the None behind the arguments for those that the op does not have.
+        self._tensors = itemgetter(*(given.index(name) if name in given else -1 for name in self.tensors))
+        self._told = itemgetter(*(i for i, name in enumerate(given) if name not in self.tensors))
         self.schema = f"({', '.join(self._given(*arguments))}) -> ({', '.join(['Tensor'] * self.results)})"
 
     def _given(self, *of_all: Any) -> list[Any]:
@@ -110,11 +112,6 @@ class _ChannelOp(Op):
         if named[self._groups] is None:
             named[self._groups] = named[self._input].shape[1] if self._spec.over_samples else 1
         return named
-
-    def _statistics_shape(self, x: Tensor, num_groups: int) -> tuple[int, ...]:
-        if self._spec.over_samples:
-            return tuple(x.shape[1:2])
-        return (x.shape[0], *x.shape[2:]) if self._spec.of_positions else (x.shape[0], num_groups)
 
     def _like(self, x: Tensor) -> Tensor:
         """A tensor as x, in the order of memory that the kernels write: x's where it is one of those that they read."""
@@ -147,29 +144,30 @@ class _ChannelOp(Op):
         known = all(t.dtype in road.KERNEL_DTYPES for t in (x, *given))
         torch._check_not_implemented(known, lambda: f"{op}: a dtype other than {road.KERNEL_DTYPES}")
 
-    def _recalled(self, problem: Problem, db: Any, stats: Any, *inputs: Any) -> Any:
-        """The call that was kept of one like this. db, stats: the dtypes that a backward's are to have, and has."""
-        return CALLS.recall((_REGISTERED, self.name, problem, db, stats), *inputs)
+    def compute(self, *args: Any) -> Results:
+        """As a call like this one was done, by which these arguments were found good; else looked at first."""
+        told, inputs = (self.name, self._told(args)), self._tensors((*args, None))
+        call = CALLS.recall(told, *inputs)
+        return self._anew(told, *args) if call is None else call(*inputs)[: self.results]
 
-    def _prepared(
-        self, problem: Problem, db: Any, stats: Any, x: Tensor, *others: Tensor | None
-    ) -> tuple[ChannelCall, tuple[Any, ...]]:
-        """The call of these, and they as the kernels read them, of which ``_recalled`` knows it again."""
-        *parameters, residual = others
-        read = channels_readable(x)
-        rest = *(None if t is None else dense(t) for t in parameters), beside(read, residual)
-        if (call := self._recalled(problem, db, stats, read, *rest)) is None:
-            how: Any = dict(kept=True, differentiated=True, variance=stats is None and problem.spec.over_samples)
-            call = ChannelCall(problem, None, db, **how)
-            CALLS.keep((_REGISTERED, self.name, problem, db, stats), call, read, *rest)
-        return call, (read, *rest)
+    def _anew(self, told: tuple[Any, ...], *args: Any) -> Results:
+        raise NotImplementedError
+
+    def _done(self, told: tuple[Any, ...], make: Callable[[], Callable[..., Results]], *inputs: Tensor | None) -> Results:
+        """The call of inputs as the kernels read them; its like is done as it was from now on."""
+        if (call := CALLS.recall(told, *inputs)) is None:
+            call = make()
+            CALLS.keep(told, call, *inputs)
+        return call(*inputs)[: self.results]
 
 
 class _Forward(_ChannelOp):
+    differentiable = True
     arguments = (
         "Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str? activation, "
         "bool batch_invariant"
     )
+    tensors = "input", "weight", "bias", "mean", "var", "residual"
 
     def __init__(self, spec: ChannelNorm, backward: _Backward) -> None:
         self.results = 4 if spec.over_samples else 3
@@ -183,9 +181,6 @@ class _Forward(_ChannelOp):
             x, *tensors = in_fp32(x, *tensors)
         with out_of_autocast(key):
             return self(*self._given(x, num_groups, *tensors, eps, activation, batch_invariant))
-
-    def autograd(self, keyset: Any, *args: Any) -> Results:
-        return self.composite(*args) if forward_ad._current_level >= 0 else self.kernel(keyset, *args)
 
     def save(self, ctx: Any, results: Results, *args: Any) -> None:
         x, num_groups, weight, bias, residual, eps, activation, batch_invariant = self._named(*args)
@@ -210,33 +205,30 @@ class _Forward(_ChannelOp):
         self._check(x, num_groups, weight, bias, residual, activation)
         y = reference.composite(self._spec, x, num_groups, weight, bias, eps, None, None, activation, residual)
         mean, rstd, var = reference.statistics(self._spec, x, num_groups, eps)
-        stats, shape = road.accumulator_dtype(x, weight, bias), self._statistics_shape(x, num_groups)
+        stats, shape = road.accumulator_dtype(x, weight, bias), statistics_shape(self._spec, x, num_groups)
         found = *(t.detach().to(stats).view(shape) for t in (mean, rstd)), var.detach().view(shape)
         if not x.numel():
             found = tuple(torch.zeros_like(t) for t in found)  # NaN is unequal to itself
         return in_order_of(self._like(x), y), *found[: self.results - 1]
 
-    def compute(self, *args: Any) -> Results:
+    def _anew(self, told: tuple[Any, ...], *args: Any) -> Results:
         x, num_groups, weight, bias, residual, eps, activation, batch_invariant = self._named(*args)
+        self._check(x, num_groups, weight, bias, residual, activation)
+        paired = (weight is None or weight.dim() == 1) and (bias is None or bias.dim() == 1)
+        paired = paired or not (weight is None or bias is None)
+        torch._check(paired, lambda: f"trinorm::{self.name}: of each sample's own there must be both weight and bias")
+        if not road.has_kernels(x) or not x.numel():
+            return self.composite(*args)
         problem = Problem(self._spec, num_groups, eps, activation, batch_invariant=bool(batch_invariant))
-        inputs = x, weight, bias, None, None, residual
-        call = self._recalled(problem, None, None, *inputs)
-        if call is None:
-            self._check(x, num_groups, weight, bias, residual, activation)
-            paired = (weight is None or weight.dim() == 1) and (bias is None or bias.dim() == 1)
-            paired = paired or not (weight is None or bias is None)
-            torch._check(paired, lambda: f"trinorm::{self.name}: of each sample's own there must be both weight and bias")
-            if not road.has_kernels(x) or not x.numel():
-                return self.composite(*args)
-            call, inputs = self._prepared(problem, None, None, *inputs)
-        y, *statistics = call.results(*inputs)
-        shape = self._statistics_shape(x, num_groups)
-        return y, *(None if t is None else t.view(shape) for t in statistics)
+        how: Any = dict(differentiated=True, variance=self._spec.over_samples)
+        x, *parameters = channels_readable(x), *(None if t is None else dense(t) for t in (weight, bias))
+        inputs = x, *parameters, None, None, beside(x, residual)
+        return self._done(told, lambda: ChannelCall(problem, None, None, **how).results, *inputs)
 
     def fake(self, *args: Any) -> Results:
         x, num_groups, weight, bias, residual, _, activation, _ = self._named(*args)
         self._check(x, num_groups, weight, bias, residual, activation)
-        stats, shape = road.accumulator_dtype(x, weight, bias), self._statistics_shape(x, num_groups)
+        stats, shape = road.accumulator_dtype(x, weight, bias), statistics_shape(self._spec, x, num_groups)
         found = (*(x.new_empty(shape, dtype=dtype) for dtype in (stats, stats, torch.float64)),)
         return self._like(x), *found[: self.results - 1]
 
@@ -246,16 +238,12 @@ class _Backward(_ChannelOp):
         "Tensor dy, Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, "
         "Tensor rstd, float eps, str? activation, bool batch_invariant, bool dx, bool dw, ScalarType? db, bool dr"
     )
+    tensors = "dy", "input", "weight", "bias", "mean", "rstd", "residual"
 
     def __init__(self, spec: ChannelNorm) -> None:
         self.results = 3 if spec.of_positions else 4
         super().__init__(spec, *(("bias", "dr") if spec.of_positions else ()))  # the bias is for the activation
         self.name = f"{spec.name}_backward"
-
-    def autograd(self, keyset: Any, *args: Any) -> Results:
-        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any_requires_grad(*args)):
-            return self.composite(*args)
-        return self.kernel(keyset, *args)
 
     def composite(self, *args: Any) -> Results:
         dy, x, num_groups, weight, bias, residual, _, _, eps, activation, _, dx, dw, db, dr = self._named(*args)
@@ -264,30 +252,26 @@ class _Backward(_ChannelOp):
         dx, dr = (in_order_of(self._like(x), t) if wanted else None for t, wanted in ((found.dx, dx), (found.dr, dr)))
         return (dx, found.dw if dw else None, found.db, dr)[: self.results]
 
-    def compute(self, *args: Any) -> Results:
+    def _anew(self, told: tuple[Any, ...], *args: Any) -> Results:
         dy, x, num_groups, weight, bias, residual, mean, rstd, eps, activation, *how, dr = self._named(*args)
         batch_invariant, dx, dw, db = how
-        problem = Problem(self._spec, num_groups, eps, activation, batch_invariant=bool(batch_invariant))
-        inputs = x, weight, bias, mean.flatten(), rstd.flatten(), residual
-        call = self._recalled(problem, db, rstd.dtype, *inputs)
         fits = dy.shape == x.shape and dy.device == x.device and dy.dtype in road.KERNEL_DTYPES
         fits = fits and not (dw and weight is None) and not (dr and (activation is None or residual is None))
-        shape = self._statistics_shape(x, num_groups) if x.ndim > 1 else ()
-        fits = fits and mean.shape == shape and rstd.shape == shape
-        if call is None:
-            fits = fits and mean.dtype == rstd.dtype and rstd.dtype in (torch.float32, torch.float64)
-            fits = fits and mean.device == rstd.device == x.device
+        shape = statistics_shape(self._spec, x, num_groups) if x.ndim > 1 else ()
+        fits = fits and mean.shape == shape and rstd.shape == shape and mean.device == rstd.device == x.device
+        fits = fits and mean.dtype == rstd.dtype and rstd.dtype in (torch.float32, torch.float64)
         if not fits:
             raise RuntimeError(f"trinorm::{self.name}: dy, mean or rstd is not as the forward gives it")
-        if call is None:
-            self._check(x, num_groups, weight, bias, residual, activation)
-            if not road.has_kernels(x) or not x.numel():
-                return self.composite(*args)
-            call, inputs = self._prepared(problem, db, rstd.dtype, *inputs)
-        x, weight, bias, mean, rstd, residual = inputs
+        self._check(x, num_groups, weight, bias, residual, activation)
+        if not road.has_kernels(x) or not x.numel():
+            return self.composite(*args)
+        problem = Problem(self._spec, num_groups, eps, activation, batch_invariant=bool(batch_invariant))
         wanted = dx, dw, db is not None, bool(dr)
-        with torch.no_grad():
-            return call.backward(wanted, dy, x, weight, bias, residual, mean, rstd)[: self.results]
+        x = channels_readable(x)
+        saved = (None if t is None else dense(t) for t in (weight, bias, mean, rstd))
+        inputs = in_order_of(x, dy), x, *saved, beside(x, residual)
+        call = ChannelCall(problem, None, db, differentiated=True)
+        return self._done(told, lambda: call.gradients(wanted), *inputs)
 
     def fake(self, *args: Any) -> Results:
         _, x, _, weight, bias, *_, dx, dw, db, dr = self._named(*args)

@@ -55,6 +55,13 @@ class View(NamedTuple):
         return View(1, self.samples * self.width, self.s, False)
 
 
+def statistics_shape(spec: ChannelNorm, x: Tensor, num_groups: int) -> tuple[int, ...]:
+    """The dims that statistics of x are told apart by: its channels; samples and positions; samples and groups."""
+    if spec.over_samples:
+        return tuple(x.shape[1:2])
+    return (x.shape[0], *x.shape[2:]) if spec.of_positions else (x.shape[0], num_groups)
+
+
 def view_of(spec: ChannelNorm, x: Tensor) -> View:
     """x, which has one of the two orders (layout.channels_readable), as the kernels see it."""
     last = is_channels_last(x)

@@ -26,14 +26,14 @@ from ..tuning import (
     choose_sums,
     choose_whole,
 )
-from .channel_problem import Problem, View, view_of
+from .channel_problem import Problem, View, statistics_shape, view_of
 from .layout import in_order_of
 from .road import accumulator_dtype
 from .start import ACCUMULATOR, started_by, widest, words_of_teams
 
 
 class Normalized(NamedTuple):
-    """y, and the statistics that it was made with: of each group or position of a sample, or of each channel."""
+    """y, and the statistics that it was made with, of channel_problem.statistics_shape."""
 
     y: Tensor
     mean: Tensor | None
@@ -61,14 +61,13 @@ def forward(
 
         how = dict(save=save, batch_invariant=problem.batch_invariant)
         return Normalized(*channel_layers.forward(x, weight, bias, problem.eps, **how))
-    device, channels = x.device, x.shape[1]
-    sets = channels if spec.over_samples else x.shape[0] * num_groups
+    device, shape = x.device, statistics_shape(spec, x, num_groups)
     stats = accumulator_dtype(x, weight, bias)
-    mean, rstd = (empty((sets,), stats, device) for _ in range(2))
+    mean, rstd = (empty(shape, stats, device) for _ in range(2))
     if x.numel() == 0:
         return Normalized(torch.empty_like(x), mean, rstd)
     averaged = running is not None and not spec.over_samples
-    var = empty((sets,), torch.float64, device) if averaged else var
+    var = empty(shape, torch.float64, device) if averaged else var
     in_place = (running.mean, running.var) if running is not None and not averaged else (None, None)
     statistics = mean, rstd, var, *in_place
     momentum = 0.0 if running is None else running.momentum
@@ -96,7 +95,7 @@ def forward(
         _take_statistics(problem, x, statistics, stats, momentum)
         y = apply(problem, x, weight, bias, mean, rstd, residual)
     if averaged and running is not None and var is not None:  # of all samples (InstanceNorm)
-        keep_up(running, mean.view(x.shape[0], -1), var.view(x.shape[0], -1))
+        keep_up(running, mean, var)
     return Normalized(y, mean, rstd)
 
 

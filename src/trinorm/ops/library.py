@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import reference
 from ..spec import CASTS, ROW_NORMS, Cast, RowNorm
 from . import road
-from .registering import Op, any_requires_grad, batched, know_distributed, one_by_one, out_of_autocast, register
+from .registering import Op, batched, know_distributed, one_by_one, out_of_autocast, register
 from .row import CALLS, RowCall, Turns, prepared
 
 if TYPE_CHECKING:
@@ -49,6 +48,8 @@ def norm(
 
 
 class _Forward(Op):
+    differentiable = True
+
     def __init__(self, spec: RowNorm, backward: _Backward) -> None:
         self._spec = spec
         bias, mean = ("Tensor? bias, ", "Tensor, ") if spec.center else ("", "")
@@ -71,9 +72,6 @@ class _Forward(Op):
         if any(isinstance(dim, int) for dim in dims[1:]):
             return one_by_one(self, info, dims, x, *rest)
         return batched(self(x.movedim(dims[0], 0), *rest))
-
-    def autograd(self, keyset: Any, *args: Any) -> Results:
-        return self.composite(*args) if forward_ad._current_level >= 0 else self.kernel(keyset, *args)
 
     def save(self, ctx: Any, results: Results, *args: Any) -> None:
         x, shape, weight, *bias, eps, batch_invariant, cast = args
@@ -109,9 +107,7 @@ class _Forward(Op):
             how: dict[str, Any] = dict(batch_invariant=batch_invariant, differentiated=True)
             spec = self._spec.with_cast(cast)
             call, inputs = prepared(spec, len(shape), inputs, eps, (shape, eps, manner), **how)
-        y, *statistics = call.results(*inputs)
-        leading = x.shape[: -len(shape)]
-        return self._results(y, *(None if t is None else t.view(leading) for t in statistics))
+        return self._results(*call.results(*inputs))
 
     def fake(self, *args: Any) -> Results:
         x, shape, weight, bias, *_, cast = self._named(*args)
@@ -151,11 +147,6 @@ class _Backward(Op):
         )
         return batched(self(dy, x, shape, weight, mean, rstd, eps, dx, dw, db, *how))
 
-    def autograd(self, keyset: Any, *args: Any) -> Results:
-        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any_requires_grad(*args)):
-            return self.composite(*args)
-        return self.kernel(keyset, *args)
-
     def composite(self, *args: Any) -> Results:
         dy, x, shape, weight, _, _, eps, dx, dw, db, _, cast = args
         spec = self._spec.with_cast(cast)
@@ -165,14 +156,13 @@ class _Backward(Op):
 
     def compute(self, *args: Any) -> Results:
         dy, x, shape, weight, mean, rstd, eps, dx, dw, db, batch_invariant, cast = args
-        alike = dy.shape == x.shape and all(t is None or t.shape == x.shape[: -len(shape)] for t in (mean, rstd))
-        torch._check(alike, lambda: f"trinorm::{self.name}: dy, mean or rstd is not of the input's shape")
-        given = self._spec.center == (mean is not None)
-        given = given and all(
-            t is None or (t.device == x.device and t.dtype in road.KERNEL_DTYPES) for t in (dy, mean, rstd)
-        )
+        leading = x.shape[: x.dim() - len(shape)]
+        if dy.shape != x.shape or rstd.shape != leading or not (mean is None or mean.shape == leading):
+            raise RuntimeError(f"trinorm::{self.name}: dy, mean or rstd is not of the input's shape")
+        given = self._spec.center == (mean is not None) and dy.dtype in road.KERNEL_DTYPES
         given = given and rstd.dtype in (torch.float32, torch.float64) and (mean is None or mean.dtype == rstd.dtype)
-        torch._check(given, lambda: f"trinorm::{self.name}: dy, mean and rstd are not as the forward gives them")
+        if not given or not (dy.device == rstd.device == x.device and (mean is None or mean.device == x.device)):
+            raise RuntimeError(f"trinorm::{self.name}: dy, mean and rstd are not as the forward gives them")
         manner = _REGISTERED, batch_invariant, cast, db, rstd.dtype
         call = CALLS.recall(self.name, manner, x, shape, weight, None, eps)
         if call is None:
@@ -196,9 +186,7 @@ class _Backward(Op):
                 eps,
                 lambda any_rows: RowCall(*problem, **how, turns=Turns.of(*how_many) if any_rows else None),
             )
-        mean = None if mean is None else mean.flatten()
-        with torch.no_grad():
-            return call.backward((dx, dw, db is not None), dy, x, weight, mean, rstd.flatten())
+        return call.gradients((dx, dw, db is not None), dy, x, weight, mean, rstd)
 
     def fake(self, *args: Any) -> Results:
         _, x, shape, weight, _, _, _, dx, dw, db, _, _ = args

@@ -140,7 +140,6 @@ def channel_norm(
             Problem(spec, num_groups, eps, activation, given is not None, batch_invariant),
             None if averages is None else averages.momentum,
             None if bias is None else bias.dtype,
-            kept=asked is not None,
             differentiated=road.is_differentiated(*inputs[:3], residual),
         )
         if asked is not None:

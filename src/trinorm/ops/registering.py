@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from . import road
 
@@ -30,19 +31,27 @@ class Op:
     # any do: compute reads them as they are, or copies.
     strided: bool = False
 
+    # Whether there is ``differentiate``. Otherwise the composite is differentiated.
+    differentiable: bool = False
+
     def __call__(self, *args: Any) -> Results:
         return self.overload(*args)
 
-    def kernel(self, keyset: Any, *args: Any) -> Results:
-        """The call as a node of autograd's, if anyone differentiates it: not so in a compiled graph, which calls each op
-        from Python. On a CPU with a stub for the driver batch_norm's took 49 µs as a node, and takes 34 without.
+    def autograd(self, keyset: Any, *args: Any) -> Results:
+        """The call as a node of autograd's, if anyone differentiates it. Nobody does in a compiled graph, which calls each
+        op from Python, and there it computes at once: as a node batch_norm's took 13 µs more, on a CPU with a stub for the
+        driver; to dispatch it below autograd would take 7, to ask each of its tensors for a tangent 4.5.
         """
-        below = keyset & torch._C._after_ADInplaceOrView_keyset
+        if forward_ad._current_level >= 0:
+            _Levels.met = True
+            return self.composite(*args)
+        differentiated = torch.is_grad_enabled() and any_requires_grad(*args)
+        if differentiated and not self.differentiable:
+            return self.composite(*args)
+        if not differentiated and _is_of_memory(keyset.raw_repr()) and not _is_transformed(*args):
+            return self.compute(*args)
         if keyset.has(_SUBCLASS):
             know_distributed(*args)
-        elif below.highestPriorityTypeId() in _BACKENDS and not _is_differentiated(*args):
-            with torch._C._AutoDispatchBelowAutograd():
-                return self.overload.redispatch(below, *args)
         # Each transform of torch.func calls this for its own level, and asks for no more than that one.
         with enable_single_level_autograd_function():
             return _apply(self, torch.is_grad_enabled(), keyset, *args)
@@ -69,9 +78,6 @@ class Op:
 
     def vmap(self, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Results, Sequence[int | None]]:
         return one_by_one(self, info, dims, *args)
-
-    def autograd(self, keyset: Any, *args: Any) -> Results:
-        raise NotImplementedError
 
     # Where autocast has a say: what is called under its dispatch key of that name.
     autocast: Callable[..., Results] | None = None
@@ -116,13 +122,27 @@ _BACKENDS = frozenset((torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA))
 _SUBCLASS = torch._C.DispatchKey.Python
 
 
-def _is_differentiated(*args: Any) -> bool:
-    """Whether an argument wants a gradient or has a tangent: also of a level that a compiled graph enters, of which Python
-    does not hear (1 µs a tensor).
+@functools.cache
+def _is_of_memory(keys: int) -> bool:
+    """Whether nobody but autograd stands between a call of these dispatch keys and ``compute``: no mode, no subclass."""
+    keyset = torch._C.DispatchKeySet.from_raw_repr(keys)
+    below = keyset & torch._C._after_ADInplaceOrView_keyset
+    return not keyset.has(_SUBCLASS) and below.highestPriorityTypeId() in _BACKENDS
+
+
+class _Levels:
+    """met: a call has come within a level of forward-mode AD. A graph that was traced there enters one of its own, of which
+    Python does not hear; so each tensor is asked for its tangent from then on, 1 µs of each.
     """
-    if torch._C._are_functorch_transforms_active() or (torch.is_grad_enabled() and any_requires_grad(*args)):
+
+    met = False
+
+
+def _is_transformed(*args: Any) -> bool:
+    """Whether torch.func or forward-mode AD, as far as ``forward_ad._current_level`` does not tell, looks at the call."""
+    if torch._C._are_functorch_transforms_active():
         return True
-    return any(isinstance(a, Tensor) and _unpack_dual(a, 0)[1] is not None for a in args)
+    return _Levels.met and any(isinstance(a, Tensor) and _unpack_dual(a, 0)[1] is not None for a in args)
 
 
 def any_requires_grad(*args: Any) -> bool:

@@ -200,11 +200,25 @@ class RowCall:
             if from_output:
                 return self._composite_from_output(dy, kept, weight, rstd, bias)
             return reference.composite_gradients(self._spec, kept, self._dims, weight, self._bias_dtype, self._eps, dy)
+        return self.gradients(wanted, dy, kept, weight, mean, rstd, bias, from_output)
+
+    def gradients(
+        self,
+        wanted: tuple[bool, ...],
+        dy: Tensor,
+        kept: Tensor,
+        weight: Tensor | None,
+        mean: Tensor | None,
+        rstd: Tensor,
+        bias: Tensor | None = None,
+        from_output: bool = False,
+    ) -> Results:
+        """The same by the kernels, of tensors that they can read and that nobody differentiates."""
         dims = self._dims
         dy = readable(dy, dims)
         kept_dtype, weight_dtype, stats = self._saved
-        kept, rstd = _as_saved(kept, kept_dtype, dims), _as_saved(rstd, stats, 1)
-        mean = None if mean is None else _as_saved(mean, stats, 1)
+        kept, rstd = _as_saved(kept, kept_dtype, dims), _as_saved(rstd, stats, rstd.dim())
+        mean = None if mean is None else _as_saved(mean, stats, mean.dim())
         weight = None if weight is None else _as_saved(weight, weight_dtype, dims)
         bias = None if bias is None or self._bias_dtype is None else _as_saved(bias, self._bias_dtype, dims)
         orders = dy.is_contiguous() or dy.stride(), kept.is_contiguous() or kept.stride()

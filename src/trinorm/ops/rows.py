@@ -11,7 +11,7 @@ from ..kernels.row import row_forward, row_forward_streamed
 from ..kernels.row_backward import row_backward, row_backward_few, sum_partials
 from ..kernels.row_backward_wide import row_backward_apply, row_backward_moments
 from ..kernels.row_split import row_backward_split, row_forward_split
-from ..launch import Count, describe, empty, launch, of_rows
+from ..launch import Count, Leading, describe, empty, launch, of_rows
 from ..spec import RowNorm
 from ..tuning import (
     RowBackward,
@@ -29,7 +29,7 @@ from .start import ACCUMULATOR, started_by, widest, words_of_teams
 
 
 class Normalized(NamedTuple):
-    """y, and the statistics that a backward needs (None where none will come, or the spec has none)."""
+    """y, and statistics of x's leading dims that a backward needs (None where none will come, or the spec has none)."""
 
     y: Tensor
     mean: Tensor | None
@@ -81,8 +81,8 @@ def forward(
     n = x.shape[-dims:].numel()
     m = x.numel() // n if n else 0
     stats = accumulator_dtype(kept, weight, bias)
-    mean = empty((of_rows(m),), stats, device) if save and spec.center else None
-    rstd = empty((of_rows(m),), stats, device) if save else None
+    mean = empty(Leading(x, dims), stats, device) if save and spec.center else None
+    rstd = empty(Leading(x, dims), stats, device) if save else None
     if m == 0:
         return Normalized(y, mean, rstd)
 
