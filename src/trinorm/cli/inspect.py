@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if to_file and (fault := unwritable(args.json)):
         return refuse("inspect", fault)
     try:
-        by_op = {op: shapes_of(op, ROWS if args.shapes is None and op in ROW_OPS else args.shapes) for op in args.op}
+        by_op = {op: shapes_of(op, ROWS if args.shapes is None and OPS[op].of_rows else args.shapes) for op in args.op}
     except ValueError as error:
         return refuse("inspect", f"--shape: {error}")
     cases = [
