@@ -57,10 +57,10 @@ def _nothing_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Within one, the first of two calls is ordinary, and the second its repetition where that is possible.
     """
-    from trinorm.ops import CALLS, channel, row
+    from trinorm.ops import CALLS, added, channel, row
 
-    CALLS.clear()
-    channel.CALLS.clear()
+    for calls in (CALLS, added.CALLS, channel.CALLS):
+        calls.clear()
     for family in (row, channel):
         monkeypatch.setattr(family, "RECORDED_FROM", 1)
 

@@ -1,10 +1,13 @@
 """Runs every kernel once on small tensors, for a checker that watches memory: ``make sanitize``."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from trinorm.forced import forced
 from trinorm.ops import channel_layers, channels, rows
-from trinorm.spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
+from trinorm.spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, RowNorm
 from trinorm.tuning import (
     RowBackward,
     RowBackwardFew,
@@ -109,8 +112,25 @@ def row_norms() -> None:
                     rows.backward(spec, dy, x, 1, weight, mean, rstd, **wanted)
                     if not spec.rounded:
                         rows.backward(spec, dy, y, 1, weight, None, rstd, **wanted, from_output=True, bias=bias)
+                    norms_of_sums(spec, x, dy, weight, bias, wanted)
                 torch.cuda.synchronize()
                 print(spec.name, spec.cast, m, n, type(forward).__name__, type(backward).__name__, flush=True)
+
+
+def norms_of_sums(
+    spec: RowNorm, x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor | None, wanted: dict[str, Any]
+) -> None:
+    """The same launches of x and a residual in x's dtype, and one in fp32, whose gradient is not dx; and in its place."""
+    for dtype in (x.dtype, torch.float32):
+        residual, dsum = (torch.randn_like(x, dtype=dtype) for _ in range(2))
+        for total in (torch.empty_like(residual), residual):
+            added = rows.Added(residual, total, x.dtype, 1.0)
+            _, mean, rstd = rows.forward(spec, x, 1, weight, bias, 1e-5, save=True, added=added)
+        assert rstd is not None
+        apart = torch.empty_like(residual) if dtype != x.dtype else None
+        for of_sum in (None, dsum):
+            how = rows.AddedBackward(of_sum, apart, x.dtype, 1.0 if apart is None else 0.5)
+            rows.backward(spec, dy, total, 1, weight, mean, rstd, **wanted, added=how)
 
 
 if __name__ == "__main__":

@@ -266,3 +266,13 @@ def test_no_elements(spec: RowNorm, shape: tuple[int, ...], device: torch.device
     assert y.shape == total.shape == x.shape
     for gradient, t in zip(torch.autograd.grad(y.sum() + total.sum(), (x, residual, w)), (x, residual, w), strict=True):
         assert torch.equal(gradient, torch.ones_like(t) if t is not w else torch.zeros_like(t))
+
+
+def test_what_is_forced_is_of_remembered_calls_too(spec: RowNorm, device: torch.device) -> None:
+    x, residual = (torch.randn(3, 40, device=device) for _ in range(2))
+    public(spec, x, residual)
+    assert added.CALLS._kept
+    with forced(forward=WIDE[0]):
+        assert not added.CALLS._kept
+        public(spec, x, residual)
+    assert not added.CALLS._kept

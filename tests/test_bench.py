@@ -24,7 +24,7 @@ from trinorm.bench.providers import OURS, Provider
 from trinorm.bench.records import Provenance, Record
 from trinorm.cli import bench
 from trinorm.compare import Comparison
-from trinorm.norms import ROW_OPS
+from trinorm.norms import ROW_OPS, SUM_OPS
 
 ON_GPU = torch.cuda.is_available()
 HERE = Provenance(gpu="Made-up GPU 9", torch="0.0", triton="0.0", commit=None, date="2000-01-01")
@@ -35,7 +35,7 @@ STILL = SimpleNamespace(synchronize=lambda: None)
 def case(
     op: str = "layer_norm", pass_: str = "forward", m: int = 6, n: int = 40, dtype: torch.dtype = torch.bfloat16
 ) -> Case:
-    return Case(op, pass_, (m, n) if op in ROW_OPS else (3, 6, 5, 4), dtype, dtype)
+    return Case(op, pass_, (m, n) if cases.OPS[op].of_rows else (3, 6, 5, 4), dtype, dtype)
 
 
 def record(of: Case, provider: str, device_us: float | None, **others: object) -> Record:
@@ -118,13 +118,12 @@ def test_bytes_count_the_weights_own_dtype() -> None:
 @pytest.mark.parametrize("op", cases.OPS)
 def test_bytes_are_those_of_the_tensors(op: str, pass_: str) -> None:
     inputs = case(op, pass_).draw(torch.device("cpu"))
-    read = [inputs.x, inputs.weight]
     if inputs.dy is None:
-        read += [] if inputs.bias is None else [inputs.bias]
-        written = [inputs.x]
+        read = list(inputs.arguments)
+        written = [t for t in (inputs.x, inputs.residual) if t is not None]  # as large as y and the sum
     else:
-        read.append(inputs.dy)
-        written = list(inputs.arguments)
+        read = [inputs.x, inputs.weight, *inputs.gradients]
+        written = [t for t in inputs.arguments if t is not inputs.residual]  # whose gradient is x's
     assert case(op, pass_).bytes == sum(t.nbytes for t in read + written)
     assert all(t.requires_grad == (pass_ == "backward") for t in inputs.arguments)
 
@@ -163,7 +162,8 @@ def test_trinorm_and_torch_are_found_right(op: str, pass_: str, device: torch.de
     expected = measure.expect(of, of.draw(device))
     for provider in providers.load(["torch"])[0]:
         comparisons = verified(provider.build(of), expected)
-        names = ["y"] if pass_ == "forward" else ["dx", "dw", "db"][: len(expected.inputs.arguments)]
+        of_sum, biased = cases.OPS[op].norm.of_sum, cases.OPS[op].norm.biased
+        names = ["y", *["sum"] * of_sum] if pass_ == "forward" else ["dx", *["dr"] * of_sum, "dw", *["db"] * biased]
         assert [found.what for found in comparisons] == names
         assert all(found.ok for found in comparisons), comparisons
 
@@ -341,7 +341,7 @@ def test_plots_are_drawn_along_the_axes_that_have_two_sizes(tmp_path: Path) -> N
 # --- with no GPU ---
 
 
-@pytest.mark.parametrize("op", ROW_OPS)
+@pytest.mark.parametrize("op", ROW_OPS + SUM_OPS)
 def test_launches_are_written_down_and_not_made(op: str) -> None:
     (kernel, _, args, options), *others = predict.launches(case(op, m=4, n=96))
     assert kernel.fn.__name__ == "row_forward"

@@ -19,7 +19,7 @@ from trinorm.bench.cases import CHAIN, HOST_PASSES, LINKS, NAMED_SHAPES, Case
 from trinorm.bench.providers import OURS, Provider
 from trinorm.bench.records import Provenance, Record
 from trinorm.cli import bench
-from trinorm.norms import ROW_OPS
+from trinorm.norms import ROW_OPS, SUM_OPS
 
 ON_GPU = torch.cuda.is_available()
 HERE = Provenance(gpu="Made-up GPU 9", torch="0.0", triton="0.0", commit=None, date="2000-01-01")
@@ -180,7 +180,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, list[bool]]]:
 
 
 def measured(op: str, who: list[Provider], started: list[str]) -> list[Record]:
-    shape = (4, 24) if op in ROW_OPS else (3, 12, 7, 7)  # of a few numbers torch's error is chance
+    shape = (4, 24) if cases.OPS[op].of_rows else (3, 12, 7, 7)  # of a few numbers torch's error is chance
     of = Case(op, "backward", shape, torch.float32, torch.float32)
     return host.measure_host(of, who, HERE, torch.device("cpu"), _Silent(), started.append)  # type: ignore[arg-type]
 
@@ -193,7 +193,7 @@ def test_functions_and_modules_are_measured_without_grad_with_it_and_with_the_ba
     records = measured(op, providers.load(["torch"])[0], started)
     assert tuple(started) == HOST_PASSES
     names = [OURS, f"{OURS}.nn", "torch", "torch.nn"]
-    if op == "channel_layer_norm":  # which torch.nn has not
+    if op in ("channel_layer_norm", *SUM_OPS):  # which torch.nn has not
         assert [record.failure is None for record in records[:4]] == [True, True, True, False]
         return
     assert counted == [(False, [False] * 4), (True, [True] * 4), (True, [True] * 4)]

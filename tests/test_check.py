@@ -213,7 +213,7 @@ def test_powers_of_two_come_out_exactly(values: Values, dtype: torch.dtype) -> N
         assert dtype == torch.float16
         return
     inputs = drawn(values, dtype)
-    x = inputs.unscaled().x
+    x = inputs.unscaled().of.x
     assert torch.equal((x.double() * inputs.scale).nan_to_num(), inputs.of.x.double().nan_to_num())
     assert torch.equal(inputs.of.x, drawn(values, dtype).of.x) or values.name == "one NaN"
 

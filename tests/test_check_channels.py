@@ -44,7 +44,7 @@ def test_powers_of_two_are_those_of_the_rows(op: str, values: Any) -> None:
     scale = norm.rows(inputs.scale)
     assert torch.equal(scale.amin(1), scale.amax(1))
     assert set(scale[:, 0].log2().tolist()) == set(values.exponents)
-    assert torch.equal(inputs.unscaled().x.double() * inputs.scale, inputs.of.x.double())
+    assert torch.equal(inputs.unscaled().of.x.double() * inputs.scale, inputs.of.x.double())
 
 
 def test_groups_are_32_or_what_divides() -> None:

@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import SequenceParallel, parallelize_modu
 from torch.nn.parallel import DistributedDataParallel
 
 from machine import ON_GPU
+from sums_on_two_ranks import CHECKS as OF_SUMS
 from test_channels import groups_of
 from test_channels import norm as channel_norm
 from trinorm import functional, nn
@@ -383,4 +384,5 @@ CHECKS: dict[Callable[[Any, DeviceMesh], None], tuple[tuple[Spec, ...], tuple[Sp
     sequence_parallel: (ROW_NORMS, ROW_NORMS),
     fully_sharded: (ALL, ALL),
     data_parallel: (ALL, ALL),
+    **OF_SUMS,
 }

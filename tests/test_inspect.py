@@ -74,7 +74,10 @@ def test_lines_say_what_was_asked_and_what_a_launch_moves(run: Callable[..., str
     assert backward["call_bytes"] == 3 * rows + 2 * row
 
 
-@pytest.mark.parametrize("call", [("layer_norm", "--shape", "3x1048576"), ("batch_norm", "--shape", "64x256x56x56")])
+@pytest.mark.parametrize(
+    "call",
+    [(op, "--shape", "3x1048576") for op in ("layer_norm", "add_layer_norm")] + [("batch_norm", "--shape", "64x256x56x56")],
+)
 def test_no_heading_and_no_number_is_cut(call: tuple[str, ...], run: Callable[..., str]) -> None:
     """In the tables with the longest names, where the output is no terminal's."""
     tables = run(*call, "--dtype", "fp64")

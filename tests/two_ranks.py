@@ -16,7 +16,8 @@ from test_channels import groups_of
 from test_channels import norm as channel_norm
 from test_modules_in_torch import ChannelLayerNorm
 from trinorm import functional, nn
-from trinorm.ops import CALLS, channel, channel_layers, channels, road, rows
+from trinorm.norms import Results, as_tuple
+from trinorm.ops import CALLS, added, channel, channel_layers, channels, road, rows
 from trinorm.spec import (
     BATCH_NORM,
     CHANNEL_LAYER_NORM,
@@ -80,12 +81,13 @@ def lay_all(inputs: list[Tensor], mesh: DeviceMesh, of_x: Placement, of_paramete
 
 
 def results(
-    f: Callable[..., Tensor], dy: Tensor, inputs: list[Tensor], wanted: tuple[bool, ...] = (True,) * 3
+    f: Callable[..., Results], dy: Results, inputs: list[Tensor], wanted: tuple[bool, ...] = (True,) * 4
 ) -> list[Any]:
-    """f's value and the gradients that are wanted."""
+    """f's values and the gradients that are wanted, of the first values' gradients."""
     inputs = [t.detach().requires_grad_(is_wanted) for t, is_wanted in zip(inputs, wanted, strict=False)]
-    y = f(*inputs)
-    return [y.detach(), *torch.autograd.grad(y, [t for t in inputs if t.requires_grad], dy)]
+    found, gradients = as_tuple(f(*inputs)), as_tuple(dy)
+    leaves = [t for t in inputs if t.requires_grad]
+    return [*(t.detach() for t in found), *torch.autograd.grad(found[: len(gradients)], leaves, gradients)]
 
 
 def whole(t: Any) -> Any:
@@ -99,7 +101,7 @@ def assert_same(found: list[Any], expected: list[Any]) -> None:
 @contextlib.contextmanager
 def by_kernels() -> Iterator[None]:
     """That kernels of both directions are launched on this rank; or, where there are none, nothing."""
-    for calls in (CALLS, channel.CALLS):
+    for calls in (CALLS, added.CALLS, channel.CALLS):
         calls.clear()  # what other shards had recorded would be repeated, past who looks at launches here
     names: set[str] = set()
     hosts = rows, channels, channel_layers

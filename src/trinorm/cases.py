@@ -101,21 +101,41 @@ NASTY = (
 
 
 class Inputs(NamedTuple):
-    """One call, its backward, and the power of two in each element of x, in float64."""
+    """One call, its backward, and the power of two in each element of x, in float64.
+
+    of_sum: the residual has it too, as it is the sum that is normalized. dsum: the gradient of that, which has its inverse.
+    """
 
     of: Arguments
     dy: Tensor
     scale: Tensor
+    of_sum: bool = False
+    dsum: Tensor | None = None
 
-    def unscaled(self) -> Arguments:
-        """With x without its powers of two (exactly: cases see to that), and the eps that makes it the same problem.
+    @property
+    def gradients(self) -> tuple[Tensor, ...]:
+        """Those of the results: dy, and dsum where there is one."""
+        return (self.dy,) if self.dsum is None else (self.dy, self.dsum)
+
+    def unscaled(self) -> Inputs:
+        """Without the powers of two (exactly: cases see to that), and with the eps that makes it the same problem.
 
         Norms are scale invariant but for eps. With ``s`` a row's scale, x and eps give y, dw and db of ``x / s`` and
-        ``eps / s**2``, ``s`` times its mean and ``1 / s`` times its rstd and dx: no digit changes. On the unscaled
-        problem torch's own result is an answer, and so a yardstick, even where x squared overflows in torch.
+        ``eps / s**2``, ``s`` times its mean and ``1 / s`` times its rstd and dx: no digit changes. Of a sum too, where
+        ``s`` times the residual is added, and the sum's gradient comes as ``1 / s`` times that. On the unscaled problem
+        torch's own result is an answer, and so a yardstick, even where x squared overflows in torch.
         """
-        x = (self.of.x.detach() / self.scale).to(self.of.x.dtype)
-        return self.of._replace(x=x, eps=max(self.of.eps / self.scale.flatten()[0].item() ** 2, NO_EPS))
+        of, scale = self.of, self.scale
+        of = of._replace(x=times(of.x, 1 / scale), eps=max(of.eps / scale.flatten()[0].item() ** 2, NO_EPS))
+        if self.of_sum and of.residual is not None:
+            of = of._replace(residual=times(of.residual, 1 / scale))
+        dsum = None if self.dsum is None else times(self.dsum, scale)
+        return self._replace(of=of, scale=torch.ones_like(scale), dsum=dsum)
+
+
+def times(t: Tensor, powers: Tensor) -> Tensor:
+    """t times powers of two, in t's dtype."""
+    return (t.detach() * powers).to(t.dtype)
 
 
 @dataclass(frozen=True)
@@ -132,7 +152,10 @@ class Case:
         return f"{'x'.join(map(str, self.shape))}{layout} {self.values.name}"
 
     def inputs(self, norm: Norm, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
-        """The case's tensors, x and dy of ``dtype``. Each seed is another draw of them."""
+        """The case's tensors, x and dy of ``dtype``. Each seed is another draw of them.
+
+        Where it is a sum that is normalized, the residual's rows have the same kind of values as x's.
+        """
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -144,16 +167,25 @@ class Case:
         m, n = norm.rows(torch.empty(self.shape, device="meta")).shape
         exponents = torch.tensor(self.values.exponents, dtype=torch.float64, device=device)
         scale = exponents.exp2()[torch.arange(m, device=device) % len(exponents), None].expand(m, n)
+        of_residual = norm.residual_dtype(dtype)
+        info = torch.finfo(dtype)
         # Rounded before it is scaled up, and scaled down before it is read: either way its powers of two come out exactly.
-        x = self.values.draw(normal(m, n), torch.finfo(dtype)).to(dtype) * scale
+        x = self.values.draw(normal(m, n), info).to(dtype) * scale
         dy, (w, b) = normal(m, n), (normal(*norm.parameter_shape(self.shape)) for _ in range(2))
         if self.values.zero_weight:
             w.zero_()
         of = weight_dtype(self.weight, dtype)
         weight, bias = (None if of is None else w.to(of), None if of is None or not norm.biased else b.to(of))
-        residual = placed(normal(m, n).to(dtype)) if norm.residual else None
+        residual = dsum = None
+        if norm.residual:
+            rows = normal(m, n)
+            rows = self.values.draw(rows, info).to(of_residual) * scale if norm.of_sum else rows
+            residual = placed(rows.to(of_residual))
+        if "sum" in norm.differentiated:
+            of_sum = torch.promote_types(dtype, of_residual)
+            dsum = placed((normal(m, n).to(of_sum) / scale).to(of_sum))
         arguments = Arguments(placed(x.to(dtype)), weight, bias, self.values.eps, residual)
-        return Inputs(arguments, placed(dy.to(dtype)), placed(scale))
+        return Inputs(arguments, placed(dy.to(dtype)), placed(scale), norm.of_sum, dsum)
 
 
 def weight_dtype(weight: str, dtype: torch.dtype) -> torch.dtype | None:

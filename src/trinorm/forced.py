@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from .ops import CALLS, rows
+from .ops import CALLS, added, rows
 
 
 @contextlib.contextmanager
@@ -18,10 +18,15 @@ def forced(**launches: object) -> Iterator[None]:
     actual = {f"choose_{name}": getattr(rows, f"choose_{name}") for name in launches}
     for name, launch in launches.items():
         setattr(rows, f"choose_{name}", lambda *_, launch=launch: launch)
-    CALLS.clear()
+    _forget()
     try:
         yield
     finally:
-        CALLS.clear()
+        _forget()
         for name, choose in actual.items():
             setattr(rows, name, choose)
+
+
+def _forget() -> None:
+    for calls in (CALLS, added.CALLS):
+        calls.clear()

@@ -96,13 +96,15 @@ def torch_gradients(
 
 
 def gradients_by_autograd(
-    norm: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor
+    norm: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    gradients: Tensor | tuple[Tensor, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Those of ``norm(*inputs)``, as torch's autograd has them."""
+    """Those of ``norm(*inputs)``, of its results' gradients, as torch's autograd has them."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
     with torch.enable_grad():
-        y = norm(*leaves)
-    found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
+        results = norm(*leaves)
+    found = iter(torch.autograd.grad(results, [leaf for leaf in leaves if leaf is not None], gradients))
     return tuple(None if leaf is None else next(found) for leaf in leaves)
 
 

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from ..cases import LAYOUTS, layouts
-from ..norms import NORMS, ROW_OPS, Norm, Shape
+from ..norms import NORMS, ROW_OPS, SUM_OPS, Arguments, Norm, OfRows, Shape
 
-# The passes of one norm. A chain is a forward many times over, each norm's y the next one's x: what decoding does.
+# The passes of one norm. A chain is a forward many times over, each norm's y the next one's x, and its sum, where there is
+# one, the next one's residual: what decoding does.
 PASSES = ("forward", "backward")
 CHAIN = "chain"
 LINKS = 32
-# What torch moves the same bytes with, and next to no arithmetic.
+# What torch moves the same bytes with, and next to no arithmetic: a tensor that becomes another, two that become one. Of a
+# sum: two that become two others (in one copy, of twice the elements); dy, the sum and its gradient that become one.
 CEILINGS = {"forward": "copy", "backward": "add", CHAIN: "copy"}
+SUM_CEILINGS = {"forward": "two copies", "backward": "addcmul", CHAIN: "two copies"}
 # What an eager call costs the host. The kernels' size does not enter, so these are measured at one small shape.
 HOST = "host"
 HOST_PASSES = ("host_forward", "host_forward_with_grad", "host_forward_and_backward")
@@ -45,6 +48,9 @@ SWEEPS = (
     *((m, 4096) for m in (1, 128, 1024, 4096, 32768)),
 )
 
+# Of a sum: besides, where serving and large models have it.
+SUM_SHAPES = tuple(dict.fromkeys([*SHAPES, *((m, 4096) for m in (1, 16, 64, 256, 4096, 16384)), (64, 8192), (4096, 7168)]))
+
 # Of the channel norms: what diffusion models, ResNets, style transfer, sequence models and ConvNeXt have.
 CHANNEL_SHAPES: dict[str, tuple[Shape, ...]] = {
     "group_norm": ((16, 320, 64, 64), (8, 640, 32, 32), (4, 512, 128, 128), (1, 128, 1024, 1024)),
@@ -57,7 +63,7 @@ CHANNEL_SHAPES: dict[str, tuple[Shape, ...]] = {
 # decoding, and four of them for the dtypes that need no more; of channels, those above.
 NAMED_SHAPES: dict[str, Mapping[str, tuple[Shape, ...]]] = {
     "matrix": dict.fromkeys(
-        ROW_OPS,
+        ROW_OPS + SUM_OPS,
         (
             SEED_SHAPE,
             *((m, 4096) for m in (1, 16, 64, 256)),
@@ -79,7 +85,7 @@ NAMED_SHAPES: dict[str, Mapping[str, tuple[Shape, ...]]] = {
             (256, 262144),
         ),
     ),
-    "quartet": dict.fromkeys(ROW_OPS, (SEED_SHAPE, (32768, 1024), (8192, 4096), (4096, 16384))),
+    "quartet": dict.fromkeys(ROW_OPS + SUM_OPS, (SEED_SHAPE, (32768, 1024), (8192, 4096), (4096, 16384))),
     "channels": CHANNEL_SHAPES,
 }
 
@@ -97,6 +103,16 @@ class Op:
     shapes: tuple[Shape, ...]
     host: Shape
 
+    @property
+    def of_rows(self) -> bool:
+        """Whether it is of rows × columns."""
+        return isinstance(self.norm, OfRows)
+
+    @property
+    def ceilings(self) -> Mapping[str, str]:
+        """Of each pass, what torch moves the same bytes with."""
+        return SUM_CEILINGS if self.norm.of_sum else CEILINGS
+
 
 # By the function's name: what a table calls it, and its usual eps.
 _TITLES = {
@@ -106,11 +122,13 @@ _TITLES = {
     "instance_norm": ("InstanceNorm", 1e-5),
     "batch_norm": ("BatchNorm", 1e-5),
     "channel_layer_norm": ("LayerNorm over channels", 1e-6),
+    "add_layer_norm": ("Add and LayerNorm", 1e-5),
+    "add_rms_norm": ("Add and RMSNorm", 1e-6),
 }
-OPS = {
-    name: Op(title, NORMS[name], eps, *((SHAPES, SEED_SHAPE) if name in ROW_OPS else (CHANNEL_SHAPES[name], (2, 64, 8, 8))))
-    for name, (title, eps) in _TITLES.items()
-}
+# Those that are measured unless others are named, and those of a host's passes.
+_SHAPES = CHANNEL_SHAPES | dict.fromkeys(ROW_OPS, SHAPES) | dict.fromkeys(SUM_OPS, SUM_SHAPES)
+_HOSTS = dict.fromkeys(CHANNEL_SHAPES, (2, 64, 8, 8)) | dict.fromkeys(ROW_OPS + SUM_OPS, SEED_SHAPE)
+OPS = {name: Op(title, NORMS[name], eps, _SHAPES[name], _HOSTS[name]) for name, (title, eps) in _TITLES.items()}
 
 
 def shapes_of(op: str, asked: Iterable[Shape | str] | None) -> list[Shape]:
@@ -125,7 +143,7 @@ def shapes_of(op: str, asked: Iterable[Shape | str] | None) -> list[Shape]:
         found += NAMED_SHAPES[one].get(op, ()) if isinstance(one, str) else [one]
     for shape in found:
         if not OPS[op].norm.takes(shape):
-            wanted = "rows x columns" if op in ROW_OPS else "N x C x ..., with more than one element to a statistic"
+            wanted = "rows x columns" if OPS[op].of_rows else "N x C x ..., with more than one element to a statistic"
             raise ValueError(f"{op} takes no {'x'.join(map(str, shape))}, but {wanted}")
     return list(dict.fromkeys(found))
 
@@ -137,17 +155,39 @@ def size(shape: Shape, layout: str) -> str:
 
 
 class Inputs(NamedTuple):
-    """The arguments of one call, and the gradient that a backward starts from. A chain's have a row of weights a link."""
+    """The arguments of one call, and the gradients that a backward starts from: y's, and the sum's where it is of one. A
+    chain's have a row of weights a link.
+    """
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
     dy: Tensor | None
+    residual: Tensor | None = None
+    dsum: Tensor | None = None
 
     @property
     def arguments(self) -> tuple[Tensor, ...]:
-        """(x, weight) or (x, weight, bias)."""
-        return (self.x, self.weight) if self.bias is None else (self.x, self.weight, self.bias)
+        """As Norm.function takes them: x, the residual where there is one, weight, and bias where there is one."""
+        return tuple(self.of(0.0).differentiable.values())
+
+    def of(self, eps: float) -> Arguments:
+        """The same by name."""
+        return Arguments(self.x, self.weight, self.bias, eps, self.residual)
+
+    @property
+    def gradients(self) -> tuple[Tensor, ...]:
+        """Those that a backward starts from; a forward has none."""
+        return tuple(t for t in (self.dy, self.dsum) if t is not None)
+
+    def of_forward(self) -> Inputs:
+        """Without gradients."""
+        return self._replace(dy=None, dsum=None)
+
+    def for_a_peer(self) -> Inputs:
+        """With gradients of its own, since it may write into them."""
+        dy, dsum = (None if t is None else t.clone() for t in (self.dy, self.dsum))
+        return self._replace(dy=dy, dsum=dsum)
 
 
 @dataclass(frozen=True)
@@ -200,20 +240,27 @@ class Case:
     def bytes(self) -> int:
         """The fewest bytes the pass can move: each input read once, each output written once.
 
-        forward, and each link of a chain: x, weight, bias; y. backward: x, dy, weight; dx, dw, db. The saved statistics are
-        not counted: they follow from x.
+        forward, and each link of a chain: x, weight, bias; y. backward: x, dy, weight; dx, dw, db. Of a sum, forward: the
+        residual too; and the sum. backward: the sum in x's place, and its gradient; dx, which is the residual's gradient.
+        The saved statistics are not counted: they follow from x.
         """
         return self.bytes_read + self.bytes_written
 
     @property
     def bytes_read(self) -> int:
         """Those of ``bytes`` that are read."""
-        return self._bytes(2, 1) if self.backward else self._bytes(1, self._parameters)
+        return self._bytes(self.moved[0], 1 if self.backward else self._parameters)
 
     @property
     def bytes_written(self) -> int:
         """Those of ``bytes`` that are written."""
-        return self._bytes(1, self._parameters if self.backward else 0)
+        return self._bytes(self.moved[1], self._parameters if self.backward else 0)
+
+    @property
+    def moved(self) -> tuple[int, int]:
+        """How many tensors of x's size are read, and how many written: by the ceiling, these alone."""
+        one_more = OPS[self.op].norm.of_sum
+        return (2 + one_more, 1) if self.backward else (1 + one_more, 1 + one_more)
 
     @property
     def _parameters(self) -> int:
@@ -223,18 +270,25 @@ class Case:
         return tensors * self.elements * self.dtype.itemsize + parameters * self.shape[1] * self.weight_dtype.itemsize
 
     def draw(self, device: torch.device, generator: torch.Generator | None = None) -> Inputs:
-        """Random inputs; for a backward they require grad and come with dy."""
+        """Random inputs; for a backward they require grad and come with its gradients."""
 
         def normal(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.randn(shape, dtype=dtype, device=device, generator=generator)
 
-        place = LAYOUTS[self.layout]
+        def like_x(wanted: bool) -> Tensor | None:
+            return LAYOUTS[self.layout](normal(*self.shape, dtype=self.dtype)) if wanted else None
+
+        norm = OPS[self.op].norm
         parameter = (self.norms, self.shape[1]) if self.pass_ == CHAIN else self.shape[1:2]
+        x = like_x(True)
+        assert x is not None
         inputs = Inputs(
-            x=place(normal(*self.shape, dtype=self.dtype)),
+            x=x,
             weight=1 + normal(*parameter, dtype=self.weight_dtype) / 8,
-            bias=normal(*parameter, dtype=self.weight_dtype) if OPS[self.op].norm.biased else None,
-            dy=place(normal(*self.shape, dtype=self.dtype)) if self.backward else None,
+            bias=normal(*parameter, dtype=self.weight_dtype) if norm.biased else None,
+            dy=like_x(self.backward),
+            residual=like_x(norm.of_sum),
+            dsum=like_x(norm.of_sum and self.backward),
         )
         for argument in inputs.arguments:
             argument.requires_grad_(self.backward)

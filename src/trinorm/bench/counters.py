@@ -18,7 +18,7 @@ import torch
 from ..cases import DTYPES
 from ..norms import Shape
 from .cases import Case
-from .measure import calls_of
+from .measure import calls_of, ceiling_call
 from .providers import load
 
 # What is collected: sections by name, and metrics that are in none of them. A few replays of each kernel.
@@ -117,14 +117,8 @@ def run_once(op: str, pass_: str, shape: Shape, dtype: str) -> None:
     (ours,), _ = load([])
     with torch.set_grad_enabled(case.backward):
         (norm,) = calls_of(ours.build(case), [inputs])
-    x, out = inputs.x.detach(), torch.empty_like(inputs.x)
-
-    def ceiling() -> None:
-        # torch's copy is no kernel, and is not counted; its neg reads and writes the same.
-        if inputs.dy is None:
-            torch.neg(x, out=out)
-        else:
-            torch.add(x, inputs.dy, out=out)
+    # torch's copy is no kernel, and is not counted; its neg reads and writes the same.
+    ceiling = ceiling_call(inputs, copy=lambda x, out: torch.neg(x, out=out))
 
     def run() -> None:
         with torch.set_grad_enabled(case.backward):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import nn
 from ..compare import Comparison
+from ..norms import Results, as_tuple
 from .cases import HOST_PASSES, OPS, Case, Inputs
 from .measure import compared, expect, reason
 from .providers import OURS, Provider
@@ -26,12 +27,12 @@ _MODULES = {OURS: nn, "torch": torch.nn}
 class _Eager(NamedTuple):
     """A call as a user writes it, and what its result is differentiated by, and from."""
 
-    forward: Callable[[], Tensor]
+    forward: Callable[[], Results]
     leaves: tuple[Tensor, ...]
-    dy: Tensor
+    gradients: tuple[Tensor, ...]
 
     def forward_and_backward(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.forward(), self.leaves, self.dy)
+        return torch.autograd.grad(self.forward(), self.leaves, self.gradients)
 
 
 def measure_host(
@@ -77,14 +78,13 @@ def measure_host(
 
 def _subjects(provider: Provider, case: Case, inputs: Inputs) -> Iterator[tuple[str, Callable[[], _Eager]]]:
     """The provider's function, and its module if it has one."""
-    assert inputs.dy is not None
-    dy = inputs.dy
-    yield provider.name, lambda: _Eager(functools.partial(provider.build(case), *inputs.arguments), inputs.arguments, dy)
+    given = inputs.arguments
+    yield provider.name, lambda: _Eager(functools.partial(provider.build(case), *given), given, inputs.gradients)
     if provider.name in _MODULES:
-        yield f"{provider.name}.nn", functools.partial(_module, _MODULES[provider.name], case, inputs, dy)
+        yield f"{provider.name}.nn", functools.partial(_module, _MODULES[provider.name], case, inputs)
 
 
-def _module(namespace: ModuleType, case: Case, inputs: Inputs, dy: Tensor) -> _Eager:
+def _module(namespace: ModuleType, case: Case, inputs: Inputs) -> _Eager:
     """The module of a namespace like torch.nn, with the parameters given."""
     op = OPS[case.op]
     module = op.norm.module(namespace, inputs.x, op.eps)
@@ -93,12 +93,14 @@ def _module(namespace: ModuleType, case: Case, inputs: Inputs, dy: Tensor) -> _E
     for name, parameter in (("weight", inputs.weight), ("bias", inputs.bias)):
         if parameter is not None:
             setattr(module, name, torch.nn.Parameter(parameter.detach()))
-    return _Eager(functools.partial(module, inputs.x), (inputs.x, *module.parameters()), dy)
+    given = inputs.x, *([] if inputs.residual is None else [inputs.residual])
+    return _Eager(functools.partial(module, *given), (*given, *module.parameters()), inputs.gradients)
 
 
 def _verify(eager: _Eager, case: Case, inputs: Inputs) -> list[Comparison]:
-    """y and every gradient compared with float64."""
-    y = compared(eager.forward().detach(), expect(replace(case, pass_="forward"), inputs._replace(dy=None)))
+    """The results and every gradient compared with float64."""
+    results = tuple(result.detach() for result in as_tuple(eager.forward()))
+    found = compared(results, expect(replace(case, pass_="forward"), inputs.of_forward()))
     expected = expect(case, inputs)
-    eager = eager._replace(dy=eager.dy.clone())  # a peer may write into it
-    return y + compared(eager.forward_and_backward(), expected)
+    eager = eager._replace(gradients=inputs.for_a_peer().gradients)
+    return found + compared(eager.forward_and_backward(), expected)

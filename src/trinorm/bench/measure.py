@@ -14,14 +14,14 @@ import torch._functorch.config as functorch_config
 from torch import Tensor
 
 from ..compare import Comparison, compare
-from ..norms import Arguments
+from ..norms import Results, as_tuple
 from .cases import CHAIN, OPS, Case, Inputs
 from .providers import OURS, Norm, Provider
 from .records import Provenance, Record
 from .timing import Replay, device_time, host_times, sets_past_l2
 
-# A forward's or a chain's y, or a backward's (dx, dw) or (dx, dw, db).
-TimedCall = Callable[[], Tensor | tuple[Tensor, ...]]
+# A forward's or a chain's results, or a backward's gradients: of each argument, in their order.
+TimedCall = Callable[[], Results]
 
 
 class Expected(NamedTuple):
@@ -88,7 +88,7 @@ def _measure_one(
     record: Record, case: Case, provider: Provider, expected: Expected, sets: Sequence[Inputs], stream: torch.cuda.Stream
 ) -> Record:
     if case.pass_ == CHAIN:
-        norm = chained(provider.build(case))
+        norm = _chain(case, provider.build(case))
         # Norms that overlap do so only where the host is not between them, in a graph: that is what must be right.
         comparisons = compared(_replayed(norm, stream, *expected.inputs.arguments), expected)
     else:
@@ -99,8 +99,8 @@ def _measure_one(
     if provider.name == OURS and not record.ok:
         return replace(record, failure=next(str(found) for found in comparisons if not found.ok))
     for inputs in sets:
-        if inputs.dy is not None:
-            inputs.dy.normal_()  # a peer may have written into it
+        for gradient in inputs.gradients:
+            gradient.normal_()  # a peer may have written into it
     calls = calls_of(norm, sets)
     device = device_time(calls, stream, case.norms)
     return replace(
@@ -114,22 +114,30 @@ def _measure_one(
     )
 
 
-def chained(norm: Norm) -> Norm:
-    """Norms one after the other: each has its own row of the weights, and its y is the next one's x."""
+def chained(norm: Norm, handed_on: int = 1) -> Norm:
+    """Norms one after the other: each has its own row of the weights, and its y is the next one's x. handed_on: 2 where its
+    sum, too, is the next one's residual.
+    """
 
-    def chain(x: Tensor, *parameters: Tensor) -> Tensor:
+    def chain(*arguments: Tensor) -> Results:
+        handed, parameters = arguments[:handed_on], arguments[handed_on:]
         for own in zip(*parameters, strict=True):
-            x = norm(x, *own)
-        return x
+            handed = as_tuple(norm(*handed, *own))
+        return handed if handed_on > 1 else handed[0]
 
     return chain
 
 
-def _replayed(norm: Norm, stream: torch.cuda.Stream, *arguments: Tensor) -> Tensor:
-    """The norm's result as a replay of its graph computes it."""
-    (y,) = Replay([functools.partial(norm, *arguments)], stream).results
-    assert isinstance(y, Tensor)
-    return y.clone()  # the graph's own memory goes with the graph
+def _chain(case: Case, norm: Norm) -> Norm:
+    """All the results go on."""
+    return chained(norm, len(OPS[case.op].norm.results))
+
+
+def _replayed(norm: Norm, stream: torch.cuda.Stream, *arguments: Tensor) -> tuple[Tensor, ...]:
+    """The norm's results as a replay of its graph computes them."""
+    (results,) = Replay([functools.partial(norm, *arguments)], stream).results
+    # The graph's own memory goes with the graph.
+    return tuple(result.clone() for result in as_tuple(results))  # type: ignore[arg-type]
 
 
 def calls_of(norm: Norm, sets: Sequence[Inputs]) -> list[TimedCall]:
@@ -137,57 +145,58 @@ def calls_of(norm: Norm, sets: Sequence[Inputs]) -> list[TimedCall]:
     calls: list[TimedCall] = []
     for inputs in sets:
         forward = functools.partial(norm, *inputs.arguments)
-        if inputs.dy is None:
+        if not inputs.gradients:
             calls.append(forward)
         else:
-            calls.append(functools.partial(torch.autograd.grad, forward(), inputs.arguments, inputs.dy, retain_graph=True))
+            how = forward(), inputs.arguments, inputs.gradients
+            calls.append(functools.partial(torch.autograd.grad, *how, retain_graph=True))
     return calls
 
 
 def ceiling_calls(case: Case, sets: Sequence[Inputs]) -> list[TimedCall]:
-    """What moves the same bytes with no arithmetic to speak of.
+    """What moves the same bytes with no arithmetic to speak of, as Op.ceilings names it.
 
-    torch's copy for a forward, its add for a backward; for a chain, copies of which each copies what the one before wrote.
+    For a chain, copies of which each copies what the one before wrote.
     """
     if case.pass_ == CHAIN:
-        return calls_of(chained(lambda x, *_: x.clone()), sets)
-    calls: list[TimedCall] = []
-    for inputs in sets:
-        x, out = inputs.x.detach(), torch.empty_like(inputs.x)
-        if inputs.dy is None:
-            calls.append(functools.partial(out.copy_, x))
-        else:
-            calls.append(functools.partial(torch.add, x, inputs.dy, out=out))
-    return calls
+        copies = chained(lambda x, *_: x.clone())
+        return [functools.partial(copies, _all_read(inputs), inputs.weight) for inputs in sets]
+    return [ceiling_call(inputs) for inputs in sets]
+
+
+def ceiling_call(inputs: Inputs, copy: Callable[[Tensor, Tensor], Tensor] = lambda x, out: out.copy_(x)) -> TimedCall:
+    """The same of one call. copy: of x into out."""
+    x, gradients = inputs.x.detach() if inputs.gradients else _all_read(inputs), inputs.gradients
+    out = torch.empty_like(x)
+    if not gradients:
+        return functools.partial(copy, x, out)
+    return functools.partial(torch.add if len(gradients) == 1 else torch.addcmul, x, *gradients, out=out)
+
+
+def _all_read(inputs: Inputs) -> Tensor:
+    """What a forward reads, but for the parameters: x, or x and the residual as one tensor."""
+    x = inputs.x.detach()
+    return x if inputs.residual is None else torch.stack([x, inputs.residual.detach()])
 
 
 def expect(case: Case, inputs: Inputs) -> Expected:
     """What a case's results should be."""
     op = OPS[case.op]
-    norm = op.norm
-    if inputs.dy is None:
+    norm, of = op.norm, inputs.of(op.eps)
+    if inputs.gradients:
+        both = norm.oracle_gradients(of, *inputs.gradients), norm.torch_gradients(of, *inputs.gradients)
+        named = {name: [getattr(gradients, name).detach() for gradients in both] for name in of.differentiable}
+        return Expected(inputs, tuple((name, exact, by_torch) for name, (exact, by_torch) in named.items()))
 
-        def exact_y(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            return norm.oracle(Arguments(x, weight, bias, op.eps)).y
+    def exact(*arguments: Tensor) -> Results:
+        return norm.oracle_results(of.with_these(*arguments))
 
-        def y_by_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            return norm.composite(Arguments(x, weight, bias, op.eps))
+    def by_torch(*arguments: Tensor) -> Results:
+        return norm.composite(of.with_these(*arguments))
 
-        norms: tuple[Norm, Norm] = (exact_y, y_by_torch)
-        if case.pass_ == CHAIN:
-            norms = chained(exact_y), chained(y_by_torch)
-        y, by_torch_y = (function(*inputs.arguments) for function in norms)
-        return Expected(inputs, (("y", y, by_torch_y),))
-    of = Arguments(inputs.x, inputs.weight, inputs.bias, op.eps)
-    exact, by_torch = norm.oracle_gradients(of, inputs.dy), norm.torch_gradients(of, inputs.dy)
-    return Expected(
-        inputs,
-        tuple(
-            (name, gradient, torch_gradient.detach())
-            for name, gradient, torch_gradient in zip(exact._fields, exact, by_torch, strict=True)
-            if gradient is not None and torch_gradient is not None
-        ),
-    )
+    functions = [exact, by_torch] if case.pass_ != CHAIN else [_chain(case, exact), _chain(case, by_torch)]
+    found = (as_tuple(function(*inputs.arguments)) for function in functions)
+    return Expected(inputs, tuple(zip(norm.results, *found, strict=True)))
 
 
 class Verified(NamedTuple):
@@ -200,9 +209,7 @@ class Verified(NamedTuple):
 
 def verify(build: Callable[[], Norm], expected: Expected, stream: torch.cuda.Stream) -> Verified:
     """Build a norm and call it once, a backward with its forward. ``stream`` is the current stream."""
-    inputs = expected.inputs
-    if inputs.dy is not None:
-        inputs = inputs._replace(dy=inputs.dy.clone())  # a peer may write into it
+    inputs = expected.inputs.for_a_peer()
     stream.synchronize()
     start = time.perf_counter()
     norm = build()
@@ -213,12 +220,11 @@ def verify(build: Callable[[], Norm], expected: Expected, stream: torch.cuda.Str
     return Verified(norm, compared(results, expected), seconds)
 
 
-def compared(found: Tensor | tuple[Tensor, ...], expected: Expected) -> list[Comparison]:
+def compared(found: Results, expected: Expected) -> list[Comparison]:
     """Each result that was found compared with float64."""
-    results = (found,) if isinstance(found, Tensor) else found
     return [
         compare(name, result, exact, by_torch)
-        for result, (name, exact, by_torch) in zip(results, expected.results, strict=True)
+        for result, (name, exact, by_torch) in zip(as_tuple(found), expected.results, strict=True)
     ]
 
 

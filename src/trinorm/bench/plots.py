@@ -12,8 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from ..norms import ROW_OPS
-from .cases import CEILINGS, OPS, PASSES, SMALL_BELOW
+from .cases import OPS, PASSES, SMALL_BELOW
 from .providers import OURS
 from .records import Record
 
@@ -32,7 +31,7 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     figures: dict[Path, Figure] = {}
     by_op: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
-        if record.pass_ in PASSES and record.op in ROW_OPS:
+        if record.pass_ in PASSES and OPS[record.op].of_rows:
             by_op[record.op, record.dtype].append(record)
     for (op, dtype), of_op in by_op.items():
         name, title = f"{op}-{dtype}", f"{OPS[op].title}, {dtype}"
@@ -72,7 +71,7 @@ def _ceiling_figure(records: Sequence[Record], title: str) -> Figure:
             sizes = [record.shape[1] for record in measured]
             axes.plot(sizes, [record.ceiling_ratio for record in measured], **_style(provider))
         axes.axhline(1, color="black", linestyle="--", linewidth=1, label="ceiling")
-        axes.set_title(f"{pass_} (ceiling: torch's {CEILINGS[pass_]})", fontsize=10)
+        axes.set_title(f"{pass_} (ceiling: torch's {_ceiling(records, pass_)})", fontsize=10)
         axes.set_xlabel(_AXES[1])
         widths = {record.shape[1] for record in of_pass}
         _log_sizes(axes, sorted(n for n in widths if n & (n - 1) == 0))  # the matrix has others, too close to be labelled
@@ -84,6 +83,10 @@ def _ceiling_figure(records: Sequence[Record], title: str) -> Figure:
 
 def _passes(records: Sequence[Record]) -> list[str]:
     return [pass_ for pass_ in PASSES if any(record.pass_ == pass_ for record in records)]
+
+
+def _ceiling(records: Sequence[Record], pass_: str) -> str:
+    return OPS[records[0].op].ceilings[pass_]
 
 
 def _best_covered(records: Sequence[Record], axis: int) -> int | None:
@@ -110,7 +113,7 @@ def _figure(records: Sequence[Record], axis: int, title: str) -> Figure:
         ceiling = {record.shape[axis]: record.ceiling_us for record in of_pass if record.ceiling_us}
         times.plot(list(ceiling), list(ceiling.values()), color="black", linestyle="--", linewidth=1, label="ceiling")
         ratios.axhline(1, color="black", linestyle="--", linewidth=1)
-        times.set_title(f"{pass_} (ceiling: torch's {CEILINGS[pass_]})", fontsize=10)
+        times.set_title(f"{pass_} (ceiling: torch's {_ceiling(records, pass_)})", fontsize=10)
         ratios.set_xlabel(_AXES[axis])
         sizes = sorted({record.shape[axis] for record in of_pass})
         _log_axes(times, sizes, (1, 2, 5))

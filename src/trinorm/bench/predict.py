@@ -12,7 +12,6 @@ import torch
 import triton
 
 from ..inspection import Binary, Call, Compiled, compile_call, read, recorded
-from ..norms import Arguments
 from ..targets import SCHEDULERS, TARGETS, Occupancy, occupancy
 from .cases import OPS, Case
 
@@ -95,11 +94,11 @@ class Prediction:
 
     @property
     def ceiling_ratio(self) -> float | None:
-        """The copy's (forward) or add's (backward) time, predicted in the same way, over this one."""
+        """The time of what torch moves the same bytes with (Op.ceilings), predicted in the same way, over this one."""
         speed, case = TARGETS[self.target].speed, self.case
         if speed is None or self.microseconds is None:
             return None
-        moved = (3 if case.backward else 2) * case.elements * case.dtype.itemsize
+        moved = sum(case.moved) * case.elements * case.dtype.itemsize
         return (speed.launch + moved / speed.memory) * 1e6 / self.microseconds
 
     def to_json(self) -> Iterator[str]:
@@ -151,13 +150,13 @@ def _binaries(call: Call, target: str) -> tuple[Binary, Binary]:
 def launches(case: Case, target: str = TARGET) -> list[Call]:
     """What the case would launch on ``target``. Nothing runs."""
     op, meta = OPS[case.op], torch.device("meta")
-    x, weight, bias, dy = case.draw(meta)
-    of = Arguments(x, weight, bias, op.eps)
+    inputs = case.draw(meta)
+    of = inputs.of(op.eps)
     with recorded(target) as calls, torch.no_grad():
-        if dy is None:
+        if inputs.dy is None:
             op.norm.forward(of, save=False)
         else:
             stats = torch.promote_types(case.dtype, torch.float32)
-            rstd = torch.empty(len(op.norm.rows(x)), dtype=stats, device=meta)
-            op.norm.backward(dy, of, torch.empty_like(rstd) if op.norm.centers else None, rstd)
+            rstd = torch.empty(len(op.norm.rows(inputs.x)), dtype=stats, device=meta)
+            op.norm.backward(inputs.dy, of, torch.empty_like(rstd) if op.norm.centers else None, rstd, inputs.dsum)
     return calls

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
-from ..norms import ROW_OPS, num_groups
+from ..norms import ROW_OPS, Results, num_groups
 from .cases import OPS, Case
 
-# (x, weight) -> y or (x, weight, bias) -> y, differentiable.
-Norm = Callable[..., Tensor]
+# (x, weight) -> y or (x, weight, bias) -> y, differentiable; of a sum, the residual after x and (y, sum).
+Norm = Callable[..., Results]
 
 OURS = "trinorm"
 
@@ -73,7 +73,7 @@ def _compiled(case: Case) -> Norm:
 
 
 def _liger() -> Provider:
-    """By default its RMSNorm's backward writes dx into dy, and is timed so: its dy drifts from call to call."""
+    """By default its RMSNorms' backwards write dx into dy, and are timed so: its dy drifts from call to call."""
     norms = importlib.import_module("liger_kernel.transformers.functional")
 
     def build(case: Case) -> Norm:
@@ -83,9 +83,11 @@ def _liger() -> Provider:
             return lambda x, weight, bias: norms.liger_group_norm(x, weight, bias, c, num_groups(c), eps)
         if case.op == "layer_norm":
             return lambda x, weight, bias: norms.liger_layer_norm(x, weight, bias, eps)
+        if case.op == "add_rms_norm":
+            return lambda x, residual, weight: norms.liger_fused_add_rms_norm(x, residual, weight, eps)
         return lambda x, weight: norms.liger_rms_norm(x, weight, eps)
 
-    return Provider("liger", build, ops=(*ROW_OPS, "group_norm"))
+    return Provider("liger", build, ops=(*ROW_OPS, "group_norm", "add_rms_norm"))
 
 
 def _quack() -> Provider:
@@ -110,11 +112,13 @@ def _quack() -> Provider:
         eps = OPS[case.op].eps
         if case.op == "rms_norm":
             return lambda x, weight: norms.rmsnorm(x, weight, eps=eps)
+        if case.op == "add_rms_norm":
+            return lambda x, residual, weight: norms.rmsnorm(x, weight, residual=residual, eps=eps, prenorm=True)
         if case.backward:
             return lambda x, weight, bias: layer_norm(x, weight, bias, eps)
         return lambda x, weight, bias: norms.layernorm_fwd(x, weight, bias, eps)
 
-    return Provider("quack", build, {"layer_norm": torch.float32}, ROW_OPS)
+    return Provider("quack", build, {"layer_norm": torch.float32}, (*ROW_OPS, "add_rms_norm"))
 
 
 PEERS: dict[str, Callable[[], Provider]] = {

@@ -10,8 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..inspection import KINDS
-from ..norms import ROW_OPS
-from .cases import CEILINGS, HOST_PASSES, OPS, size
+from .cases import HOST_PASSES, OPS, size
 from .predict import Prediction
 from .providers import OURS
 from .records import Record
@@ -20,13 +19,13 @@ from .records import Record
 def table(records: Sequence[Record]) -> Table:
     """The records of one op, pass and dtype; those of a shape and layout stand together."""
     first = records[0]
-    ceiling = CEILINGS[first.pass_]
+    ceiling = OPS[first.op].ceilings[first.pass_]
     found = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
         title=f"{OPS[first.op].title} {first.pass_}, {first.dtype}, {first.gpu}",
         caption=(
-            f"µs: median device time of a norm, by graph replay. of {ceiling}: the {ceiling}'s time over this one.\n"
+            f"µs: median device time of a norm, by graph replay. of {ceiling}: that of torch's {ceiling} over it.\n"
             "host µs: an eager call on the CPU. error: largest distance from float64 over that of torch's own result."
         ),
     )
@@ -138,13 +137,13 @@ def prediction_table(predictions: Sequence[Prediction]) -> Table:
             "a multiprocessor keeps at once, and what allows no more. loads, stores: how many × bits, in ordinary rows'\n"
             "code. MB: what the kernel is given, read or written once. memory, issue: µs that these and its instructions\n"
             "take at full rate. µs: a launch and the larger of the two for each kernel, an estimate from below; of copy,\n"
-            "of add: their time over it. Nothing was timed."
+            "of add and the like: their time over it. Nothing was timed."
         ),
     )
     words = (_shape_header(first.case.op), "kernel", "limit")
     headers = (
         *(*words[:2], "warps", "registers", "spills", "shared", "resident", "limit", "loads", "stores"),
-        *("MB", "memory", "issue", "µs", f"of {CEILINGS[first.case.pass_]}"),
+        *("MB", "memory", "issue", "µs", f"of {OPS[first.case.op].ceilings[first.case.pass_]}"),
     )
     for header in headers:
         # What is short of room is taken from the columns that wrap between words; others would be cut within one.
@@ -224,7 +223,7 @@ def _size(record: Record) -> str:
 
 
 def _shape_header(op: str) -> str:
-    return "rows × columns" if op in ROW_OPS else "N × C × ..."
+    return "rows × columns" if OPS[op].of_rows else "N × C × ..."
 
 
 def _number(value: float | None) -> str:

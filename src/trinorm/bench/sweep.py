@@ -16,7 +16,7 @@ from .. import tuning
 from ..forced import forced
 from ..inspection import compile_call
 from ..launch import describe
-from ..norms import Arguments, OfRows
+from ..norms import OfRows
 from ..tuning import RowBackwardSplit, RowBackwardWide, RowForwardSplit, RowForwardWide, Tile
 from .cases import OPS, Case, Inputs
 from .measure import TimedCall, ceiling_calls, compared, expect, reason
@@ -190,7 +190,7 @@ def compiled(case: Case, launch: Launch, target: str) -> Trial:
 def direct(case: Case, inputs: Inputs) -> TimedCall:
     """One call past autograd and past what is remembered of calls, so that what is forced is what runs."""
     op = OPS[case.op]
-    of = Arguments(inputs.x, inputs.weight, inputs.bias, op.eps)
+    of = inputs.of(op.eps)
     if inputs.dy is None:
         return lambda: op.norm.forward(of, save=False).y
     dy = inputs.dy

@@ -36,8 +36,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         help="time the norms beside torch, torch.compile and the peers installed",
         description=(
             "Check each result against float64, then time it: device time by CUDA-graph replay over buffers rotated past "
-            "L2, host time of an eager call, beside torch's copy (forward) or add (backward) in the same run. With no GPU: "
-            "check through Triton's interpreter, and show what compiling for an H200 tells."
+            "L2, host time of an eager call, beside what torch moves the same bytes with in the same run: copy (forward) "
+            "or add (backward), of a sum two copies or addcmul. With no GPU: check through Triton's interpreter, and show "
+            "what compiling for an H200 tells."
         ),
     )
     known = f"comma-separated: {', '.join(OPS)}; the first two if not given"
@@ -258,7 +259,7 @@ def _tables(args: argparse.Namespace, passes: Sequence[str]) -> list[_Table]:
 
 def _shapes(args: argparse.Namespace, op: str) -> list[Shape]:
     """What is measured of an op: what was asked for, and without that, what a plot needs besides."""
-    more = SWEEPS if args.shapes is None and args.plot is not None and op in ROW_OPS else ()
+    more = SWEEPS if args.shapes is None and args.plot is not None and OPS[op].of_rows else ()
     return list(dict.fromkeys([*shapes_of(op, args.shapes), *more]))
 
 

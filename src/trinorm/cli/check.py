@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..cases import DTYPES, GPU, INTERPRETED, QUICK, Case, Inputs, Sizes
+from ..cases import DTYPES, GPU, INTERPRETED, QUICK, Case, Inputs, Sizes, times
 from ..channel_reference import Given
 from ..compare import Comparison, compare
-from ..norms import NORMS, VARIANTS, Arguments, Norm, OfRows
+from ..norms import NORMS, VARIANTS, Norm, OfRows, as_tuple
 from ..ops import road
 from . import device, names, positive, refuse
 
@@ -80,7 +80,7 @@ def steps_of(ops: Iterable[str], dtypes: Iterable[torch.dtype], device: torch.de
 
 
 def check_op(op: str, dtype: torch.dtype, device: torch.device, cases: Iterable[Case]) -> list[Result]:
-    """y, mean, rstd, every gradient and running statistics of each case, as far as the case and the op have them.
+    """Results, mean, rstd, every gradient and running statistics of each case, as far as the case and the op have them.
 
     mean and rstd are what a kernel saves for the backward; without Triton nothing is, and they are not checked.
     """
@@ -113,8 +113,10 @@ def check_numerically(op: str, device: torch.device) -> list[Result]:
     of = case.inputs(norm, torch.float64, device).of
     leaves = [t.requires_grad_() for t in of.differentiable.values()]
 
-    def call(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        return norm.call(functional, Arguments(x, weight, bias, of.eps, residual), norm.running(x))
+    def call(*leaves: Tensor) -> Tensor:
+        """The results as one: gradcheck asks each for its gradient alone, and those of a model come together."""
+        results = norm.call(functional, of.with_these(*leaves), norm.running(of.x))
+        return torch.stack(results[: len(norm.differentiated)])
 
     worst = ""
     try:
@@ -130,8 +132,9 @@ def _ours(norm: Norm, inputs: Inputs, exact_mean: Tensor) -> dict[str, Tensor]:
     of, scale = inputs.of, inputs.scale
     leaves = {name: t.requires_grad_() for name, t in of.differentiable.items()}
     running = norm.running(of.x)
-    y = norm.call(functional, of, running)
-    found = torch.autograd.grad(y, list(leaves.values()), norm.settled(inputs.unscaled(), inputs.dy))
+    results = dict(zip(norm.results, norm.call(functional, of, running), strict=True))
+    differentiated = [results[name] for name in norm.differentiated]
+    found = torch.autograd.grad(differentiated, list(leaves.values()), _settled(norm, inputs))
     gradients = dict(zip(leaves, found, strict=True))
     mean = rstd = None
     if road.HAS_TRITON:
@@ -141,42 +144,54 @@ def _ours(norm: Norm, inputs: Inputs, exact_mean: Tensor) -> dict[str, Tensor]:
     if mean is not None:
         # Of a row with an infinity the mean may be NaN, as that of torch's own group_norm and layer_norm is.
         mean = torch.where(mean.isnan() & exact_mean.isinf(), exact_mean.to(mean.dtype), mean)
+    scaled = dict(sum=1 / scale, dx=scale, **dict(dr=scale) if norm.of_sum else {})
     return _present(
-        y=y.detach(),
         mean=None if mean is None else (mean / of_row).to(mean.dtype),
         rstd=None if rstd is None else (rstd * of_row).to(rstd.dtype),
-        **gradients | dict(dx=(gradients["dx"] * scale).to(of.x.dtype)),
+        **{what: times(t, scaled[what]) if what in scaled else t.detach() for what, t in (results | gradients).items()},
         **_named(running),
     )
 
 
 def _oracle(norm: Norm, inputs: Inputs) -> dict[str, Tensor]:
-    of = inputs.unscaled()
+    of = inputs.unscaled().of
     running = norm.running(of.x)
     return _present(
         **norm.oracle(of)._asdict(),
-        **norm.oracle_gradients(of, norm.settled(of, inputs.dy))._asdict(),
+        sum=norm.oracle_sum(of),
+        **norm.oracle_gradients(of, *_settled(norm, inputs.unscaled()))._asdict(),
         **_named(None if running is None else norm.running_after(of.x, running) or running),
     )
 
 
 def _by_torch(norm: Norm, inputs: Inputs) -> dict[str, Tensor]:
-    of, dy = inputs.unscaled(), norm.settled(inputs.unscaled(), inputs.dy)
+    inputs = inputs.unscaled()
+    of, gradients = inputs.of, _settled(norm, inputs)
+    normalized = norm.normalized(of)
     # Statistics are saved in the accumulator's dtype; torch on CPU would round them to x's.
-    mean, rstd = norm.torch_statistics(of.x if of.x.dtype == torch.float64 else of.x.float(), of.eps)
+    wide = normalized if normalized.dtype == torch.float64 else normalized.float()
+    mean, rstd = norm.torch_statistics(wide, of.eps)
     running = norm.running(of.x)
-    y = norm.composite(of, running)
-    dx, _, _, dr = norm.torch_gradients(of, dy)
+    results = dict(zip(norm.results, as_tuple(norm.composite(of, running)), strict=True))
+    dx, _, _, dr = norm.torch_gradients(of, *gradients)
     # A NaN or Inf in one row can be in all of torch's sums, also where the oracle's is finite: the other rows' sums then.
-    rows = norm.rows(of.x)
-    sound = norm.of_rows(rows.isfinite().all(-1, keepdim=True).expand_as(rows), of.x.shape)
-    _, dw, db, _ = norm.torch_gradients(of._replace(x=torch.where(sound, of.x, 0)), torch.where(sound, dy, 0))
-    return _present(y=y, mean=mean, rstd=rstd, dx=dx, dw=dw, db=db, dr=dr, **_named(running))
+    rows = norm.rows(normalized)
+    unsound = norm.of_rows(~rows.isfinite().all(-1, keepdim=True).expand_as(rows), of.x.shape)
+    sound = [t.masked_fill(unsound, 0) for t in gradients]
+    _, dw, db, _ = norm.torch_gradients(of.zero_where(unsound), *sound)
+    return _present(**results, mean=mean, rstd=rstd, dx=dx, dw=dw, db=db, dr=dr, **_named(running))
+
+
+def _settled(norm: Norm, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The results' gradients, as settled as Norm has them."""
+    dy, *dsum = inputs.gradients
+    return norm.settled(inputs.unscaled().of, dy), *dsum
 
 
 def _row_size(norm: Norm, inputs: Inputs) -> Tensor:
     """The root mean square of each row: the size of the terms of its mean."""
-    return norm.rows(inputs.unscaled().x).double().square().mean(-1).sqrt().nan_to_num(0.0, posinf=0.0)
+    rows = norm.rows(norm.normalized(inputs.unscaled().of))
+    return rows.double().square().mean(-1).sqrt().nan_to_num(0.0, posinf=0.0)
 
 
 def _distance_of_torch(norm: Norm, inputs: Inputs, exact: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,16 +6,21 @@ import argparse
 import importlib.util
 import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..bench.cases import OPS, PASSES, SHAPES, Case, shapes_of
 from ..cases import DTYPES
-from ..norms import ROW_OPS
+from ..norms import ROW_OPS, SUM_OPS, Shape
 from ..ops.road import HAS_TRITON, INTERPRETED
 from . import names, refuse, shapes, unwritable, wide_console
 
 # Rows as measured; wide ones of which there are few; and wider ones, so that every kernel is met.
 ROWS = (*SHAPES, (256, 12288), (1024, 65536), (1024, 66000))
+# Of a sum, whose kernels are the same ones with more to read: fewer, which meet each of them too.
+ROWS_OF_SUMS = ((16, 4096), (8192, 4096), (1024, 65536), (1024, 66000))
+
+_SELECTED: dict[str, Sequence[Shape]] = {**dict.fromkeys(ROW_OPS, ROWS), **dict.fromkeys(SUM_OPS, ROWS_OF_SUMS)}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -38,8 +43,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "op",
         nargs="?",
         type=names(OPS),
-        default=list(ROW_OPS),
-        help=f"comma-separated: {', '.join(OPS)}; the first two if not given",
+        default=[*ROW_OPS, *SUM_OPS],
+        help=f"comma-separated: {', '.join(OPS)}; those of rows and of sums if not given",
     )
     parser.add_argument(
         "--shape",
@@ -82,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if to_file and (fault := unwritable(args.json)):
         return refuse("inspect", fault)
     try:
-        by_op = {op: shapes_of(op, ROWS if args.shapes is None and op in ROW_OPS else args.shapes) for op in args.op}
+        by_op = {op: shapes_of(op, _SELECTED.get(op) if args.shapes is None else args.shapes) for op in args.op}
     except ValueError as error:
         return refuse("inspect", f"--shape: {error}")
     cases = [

@@ -96,7 +96,7 @@ def table(case: Case, ceiling: Kernel, kernels: list[Kernel]) -> Table:
         found.add_column(header, justify="right", no_wrap=True)
     found.add_column("warps wait for", no_wrap=True)
     found.add_column("bound", no_wrap=True)
-    ceiling_name = "torch.add" if case.backward else "torch.neg"
+    ceiling_name = f"torch.{OPS[case.op].ceilings[case.pass_]}" if case.backward else "torch.neg"
     found.add_row(*_cells(ceiling_name, ceiling, ceiling), "", style="dim")
     for kernel in kernels:
         found.add_row(*_cells(kernel.name, kernel, ceiling), kernel.verdict(ceiling), style="bold")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..bench.cases import CEILINGS, OPS, PASSES, Case, shapes_of
+from ..bench.cases import OPS, PASSES, Case, shapes_of
 from ..bench.records import provenance
 from ..cases import DTYPES
 from ..norms import ROW_OPS
@@ -113,7 +113,7 @@ def table(case: Case, trials: Sequence[Trial], ceiling_us: float, today: Launch)
     from rich.table import Table
 
     outcomes = Counter(trial.outcome for trial in trials)
-    ceiling = CEILINGS[case.pass_]
+    ceiling = OPS[case.op].ceilings[case.pass_]
     found = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,

@@ -5,22 +5,26 @@ What else a function takes is fixed here. ``trinorm check``, ``bench`` and ``ins
 
 from __future__ import annotations
 
-from ..spec import BATCH_NORM, CASTS, CHANNEL_NORMS, GROUP_NORM, INSTANCE_NORM, ROW_NORMS
+from ..spec import BATCH_NORM, CASTS, CHANNEL_NORMS, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, ROW_NORMS
 from .channels import OfChannels, num_groups
-from .norm import Arguments, Norm, Shape
+from .norm import Arguments, Norm, Results, Shape, as_tuple
 from .rows import OfRows, OverChannels
+from .sums import OfSums
 
 __all__ = [
     "NORMS",
     "ROW_OPS",
+    "SUM_OPS",
     "VARIANTS",
     "Arguments",
     "Norm",
-    "Normalized",
     "OfChannels",
     "OfRows",
+    "OfSums",
     "OverChannels",
+    "Results",
     "Shape",
+    "as_tuple",
     "num_groups",
 ]
 
@@ -29,12 +33,17 @@ NORMS: dict[str, Norm] = {
     **{spec.name: OfRows(spec) for spec in ROW_NORMS},
     **{spec.name: OfChannels(spec) for spec in CHANNEL_NORMS},
     "channel_layer_norm": OverChannels(),
+    **{norm.name: norm for norm in map(OfSums, ROW_NORMS)},
 }
 ROW_OPS = tuple(spec.name for spec in ROW_NORMS)
+SUM_OPS = tuple(name for name, norm in NORMS.items() if norm.of_sum)
 
-# With other arguments: casting modes; activations, a scale and a shift of each sample, running statistics, a residual.
+# With other arguments: casting modes; a residual stream of fp32 that has a factor, a sum that goes nowhere; activations, a
+# scale and a shift of each sample, running statistics, a residual.
 VARIANTS: dict[str, Norm] = {
     **{f"{spec.name}/{cast}": OfRows(spec.with_cast(cast)) for cast in CASTS if cast != "output" for spec in ROW_NORMS},
+    "add_layer_norm/post": OfSums(LAYER_NORM, post=True),
+    "add_rms_norm/stream": OfSums(RMS_NORM, alpha=2.0, wide=True),
     "group_norm/silu": OfChannels(GROUP_NORM, "silu", modulated=True),
     "instance_norm/style": OfChannels(INSTANCE_NORM, modulated=True),
     "instance_norm/kept": OfChannels(INSTANCE_NORM, "gelu", statistics="kept"),

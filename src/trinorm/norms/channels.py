@@ -92,17 +92,18 @@ class OfChannels(Norm):
         return rows.reshape(shape)
 
     def function(
-        self, functions: ModuleType, shape: Shape, eps: float, running: Given | None = None, residual: Tensor | None = None
+        self, functions: ModuleType, shape: Shape, eps: float, running: Given | None = None
     ) -> Callable[..., Tensor]:
         norm = getattr(functions, self.name)
-        how: dict[str, Any] = dict(activation=self.activation, residual=residual)
-        how = {name: given for name, given in how.items() if given is not None}
+        how: dict[str, Any] = {} if self.activation is None else dict(activation=self.activation)
         before: tuple[Any, ...] = running or (None, None)
         after: tuple[Any, ...] = (self.statistics != "given", MOMENTUM, eps)
         if self.spec is GROUP_NORM:
             before, after = (num_groups(shape[1]),), (eps,)
         if self.modulated:
             return lambda x, scale, shift: norm(x, *before, None, None, *after, scale=scale, shift=shift, **how)
+        if self.residual:
+            return lambda x, residual, weight, bias: norm(x, *before, weight, bias, *after, residual=residual, **how)
         return lambda x, weight, bias: norm(x, *before, weight, bias, *after, **how)
 
     def module(self, namespace: ModuleType, x: Tensor, eps: float) -> torch.nn.Module | None:
@@ -115,7 +116,7 @@ class OfChannels(Norm):
     def oracle(self, of: Arguments) -> Exact:
         return channel_reference.oracle(self.spec, *self._problem(of), self._given(of.x), self.activation, of.residual)
 
-    def oracle_gradients(self, of: Arguments, dy: Tensor) -> Gradients:
+    def oracle_gradients(self, of: Arguments, dy: Tensor, dsum: Tensor | None = None) -> Gradients:
         how = dy, self._given(of.x), self.activation, of.residual
         return channel_reference.oracle_gradients(self.spec, *self._problem(of), *how)
 
@@ -143,7 +144,9 @@ class OfChannels(Norm):
             return Normalized(channels.apply(problem, x, weight, bias, *given, of.residual), None, None)
         return Normalized(*channels.forward(problem, x, weight, bias, of.residual))
 
-    def backward(self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor, dsum: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         from ..ops import channels
 
         assert mean is not None

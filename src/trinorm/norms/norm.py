@@ -17,11 +17,18 @@ from ..reference import Exact
 
 Shape = tuple[int, ...]
 
+# y, or (y, sum).
+Results = Tensor | tuple[Tensor, ...]
+
 MOMENTUM = 0.1
 
 
+# Gradients' names, and what they are of: in the order of Norm.function.
+_DIFFERENTIABLE = dict(dx="x", dr="residual", dw="weight", db="bias")
+
+
 class Arguments(NamedTuple):
-    """What every norm takes, and a residual, of which OfChannels knows."""
+    """What every norm takes, and a residual, of which OfChannels and OfSums know."""
 
     x: Tensor
     weight: Tensor | None
@@ -36,9 +43,19 @@ class Arguments(NamedTuple):
 
     @property
     def differentiable(self) -> dict[str, Tensor]:
-        """What there is of x, weight, bias and residual, by their gradients' names."""
-        named = zip(Gradients._fields, (self.x, self.weight, self.bias, self.residual), strict=True)
-        return {name: t for name, t in named if t is not None}
+        """What there is of x, residual, weight and bias, in the order of Norm.function, by their gradients' names."""
+        return {name: t for name, field in _DIFFERENTIABLE.items() if (t := getattr(self, field)) is not None}
+
+    def with_these(self, *tensors: Tensor) -> Arguments:
+        """With others in the places of what is differentiable."""
+        fields = (_DIFFERENTIABLE[name] for name in self.differentiable)
+        given: dict[str, Any] = dict(zip(fields, tensors, strict=True))
+        return self._replace(**given)
+
+    def zero_where(self, unsound: Tensor) -> Arguments:
+        """With zeros in these places of x and of the residual."""
+        residual = None if self.residual is None else self.residual.masked_fill(unsound, 0)
+        return self._replace(x=self.x.masked_fill(unsound, 0), residual=residual)
 
 
 class Normalized(NamedTuple):
@@ -77,6 +94,21 @@ class Norm(ABC):
         return False
 
     @property
+    def of_sum(self) -> bool:
+        """Whether the residual is added before: to x, which makes a sum that is normalized, and is a result too."""
+        return False
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """What the function returns."""
+        return ("y", "sum") if self.of_sum else ("y",)
+
+    @property
+    def differentiated(self) -> tuple[str, ...]:
+        """Of which of the results there are gradients."""
+        return self.results
+
+    @property
     def follows_scale(self) -> bool:
         """Whether a power of two in a row of x leaves y, dw and db as they are, given eps times its square."""
         return True
@@ -88,6 +120,14 @@ class Norm(ABC):
     def parameter_shape(self, shape: Shape) -> Shape:
         """That of weight and bias."""
         return shape[1:2]
+
+    def residual_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The residual's beside an x of this one."""
+        return dtype
+
+    def normalized(self, of: Arguments) -> Tensor:
+        """What the statistics are of: x, or the sum as it is kept, in its dtype."""
+        return of.x
 
     def running(self, x: Tensor) -> Given | None:
         """Running statistics as a call may find them."""
@@ -111,16 +151,16 @@ class Norm(ABC):
 
     @abstractmethod
     def function(
-        self, functions: ModuleType, shape: Shape, eps: float, running: Given | None = None, residual: Tensor | None = None
-    ) -> Callable[..., Tensor]:
-        """Of (x, weight, bias), or of (x, weight) where there is no bias: trinorm.functional's or torch.nn.functional's,
-        called as users call it, with nothing of this class in the way. shape: x's.
+        self, functions: ModuleType, shape: Shape, eps: float, running: Given | None = None
+    ) -> Callable[..., Results]:
+        """Of x; the residual, where there is one; weight; and bias, where there may be one: trinorm.functional's or
+        torch.nn.functional's, called as users call it, with nothing of this class in the way. shape: x's.
         """
 
-    def call(self, functions: ModuleType, of: Arguments, running: Given | None = None) -> Tensor:
-        """y by that function."""
-        parameters = (of.weight, of.bias) if self.biased else (of.weight,)
-        return self.function(functions, of.x.shape, of.eps, running, of.residual)(of.x, *parameters)
+    def call(self, functions: ModuleType, of: Arguments, running: Given | None = None) -> tuple[Tensor, ...]:
+        """The results of that function."""
+        given = (of.x, *[of.residual] * self.residual, of.weight, *[of.bias] * self.biased)
+        return as_tuple(self.function(functions, of.x.shape, of.eps, running)(*given))
 
     @abstractmethod
     def module(self, namespace: ModuleType, x: Tensor, eps: float) -> torch.nn.Module | None:
@@ -130,21 +170,34 @@ class Norm(ABC):
     def oracle(self, of: Arguments) -> Exact:
         """The definition, in float64."""
 
-    @abstractmethod
-    def oracle_gradients(self, of: Arguments, dy: Tensor) -> Gradients:
-        """The same of the gradients."""
+    def oracle_sum(self, of: Arguments) -> Tensor | None:
+        """The sum in float64, where it is a result."""
+        return None
+
+    def oracle_results(self, of: Arguments) -> tuple[Tensor, ...]:
+        """The results in float64."""
+        total = self.oracle_sum(of)
+        return self.oracle(of).y, *([] if total is None else [total])
 
     @abstractmethod
-    def composite(self, of: Arguments, running: Given | None = None) -> Tensor:
-        """y by torch's own op, of whatever dtypes."""
+    def oracle_gradients(self, of: Arguments, dy: Tensor, dsum: Tensor | None = None) -> Gradients:
+        """The gradients in float64, of y's gradient and of the sum's, where that has one."""
 
-    def torch_gradients(self, of: Arguments, dy: Tensor) -> Gradients:
+    @abstractmethod
+    def composite(self, of: Arguments, running: Given | None = None) -> Results:
+        """The results by torch's own ops, of whatever dtypes."""
+
+    def torch_gradients(self, of: Arguments, dy: Tensor, dsum: Tensor | None = None) -> Gradients:
         """The gradients by torch's own backward."""
 
-        def composite(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-            return self.composite(Arguments(x, weight, bias, of.eps, residual), self.running(x))
+        gradients = (dy,) if dsum is None else (dy, dsum)
 
-        return Gradients(*reference.gradients_by_autograd(composite, (of.x, of.weight, of.bias, of.residual), dy))
+        def composite(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor, ...]:
+            found = as_tuple(self.composite(Arguments(x, weight, bias, of.eps, residual), self.running(x)))
+            return found[: len(gradients)]
+
+        inputs = of.x, of.weight, of.bias, of.residual
+        return Gradients(*reference.gradients_by_autograd(composite, inputs, gradients))
 
     @abstractmethod
     def torch_statistics(self, x: Tensor, eps: float) -> tuple[Tensor | None, Tensor]:
@@ -155,8 +208,15 @@ class Norm(ABC):
         """The kernels alone, of an x in an order of memory that they read. save: with statistics."""
 
     @abstractmethod
-    def backward(self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor) -> tuple[Tensor | None, ...]:
-        """(dx, dw, db, and of OfChannels dr), all that there are, by the kernels alone."""
+    def backward(
+        self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor, dsum: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """(dx, dw, db, and of OfChannels dr), all that there are, by the kernels alone. Of OfSums dx is dr."""
+
+
+def as_tuple(results: Results) -> tuple[Tensor, ...]:
+    """One result or more, as more."""
+    return (results,) if isinstance(results, Tensor) else results
 
 
 def all_gradients(of: Arguments) -> dict[str, Any]:

@@ -16,7 +16,14 @@ from ..channel_reference import ChannelGradients as Gradients
 from ..channel_reference import Given
 from ..reference import Exact
 from ..spec import LAYER_NORM, RowNorm
-from .norm import Arguments, Norm, Normalized, Shape, all_gradients
+from .norm import Arguments, Norm, Normalized, Results, Shape, all_gradients
+
+_MODULES = {
+    "layer_norm": "LayerNorm",
+    "rms_norm": "RMSNorm",
+    "add_layer_norm": "AddLayerNorm",
+    "add_rms_norm": "AddRMSNorm",
+}
 
 
 @dataclass(frozen=True)
@@ -47,25 +54,24 @@ class OfRows(Norm):
         return rows
 
     def function(
-        self, functions: ModuleType, shape: Shape, eps: float, running: Given | None = None, residual: Tensor | None = None
-    ) -> Callable[..., Tensor]:
-        norm, over = getattr(functions, self.name), shape[1:]
-        how: dict[str, Any] = {} if self.spec.cast == "output" else dict(cast=self.spec.cast)
+        self, functions: ModuleType, shape: Shape, eps: float, running: Given | None = None
+    ) -> Callable[..., Results]:
+        norm, over, how = getattr(functions, self.name), shape[1:], self._how
         if self.biased:
             return lambda x, weight, bias: norm(x, over, weight, bias, eps, **how)
         return lambda x, weight: norm(x, over, weight, eps, **how)
 
     def module(self, namespace: ModuleType, x: Tensor, eps: float) -> torch.nn.Module | None:
-        made = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}[self.name]
-        return getattr(namespace, made)(x.shape[1], eps=eps, device=x.device)
+        made = getattr(namespace, _MODULES[self.name], None)
+        return None if made is None else made(x.shape[1], eps=eps, device=x.device)
 
     def oracle(self, of: Arguments) -> Exact:
         return reference.oracle(self.spec, of.x, of.x.shape[1:], *of.parameters)
 
-    def oracle_gradients(self, of: Arguments, dy: Tensor) -> Gradients:
+    def oracle_gradients(self, of: Arguments, dy: Tensor, dsum: Tensor | None = None) -> Gradients:
         return Gradients(*reference.oracle_gradients(self.spec, of.x, of.x.shape[1:], *of.parameters, dy), None)
 
-    def composite(self, of: Arguments, running: Given | None = None) -> Tensor:
+    def composite(self, of: Arguments, running: Given | None = None) -> Results:
         return reference.composite(self.spec, of.x, of.x.shape[1:], *of.parameters)
 
     def torch_statistics(self, x: Tensor, eps: float) -> tuple[Tensor | None, Tensor]:
@@ -79,10 +85,17 @@ class OfRows(Norm):
 
         return Normalized(*rows.forward(self.spec, of.x, 1, *of.parameters, save=save))
 
-    def backward(self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor, dsum: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         from ..ops import rows
 
         return rows.backward(self.spec, dy, of.x, 1, of.weight, mean, rstd, **all_gradients(of))
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """What the function is told besides, where it is not the default."""
+        return {} if self.spec.cast == "output" else dict(cast=self.spec.cast)
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,7 @@ class OverChannels(Norm):
         return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
     def function(
-        self, functions: ModuleType, shape: Shape, eps: float, running: Given | None = None, residual: Tensor | None = None
+        self, functions: ModuleType, shape: Shape, eps: float, running: Given | None = None
     ) -> Callable[..., Tensor]:
         if functions is not F:
             norm = functions.channel_layer_norm
@@ -116,7 +129,7 @@ class OverChannels(Norm):
         found = reference.oracle(LAYER_NORM, *self._last(of))
         return found._replace(y=found.y.movedim(-1, 1))
 
-    def oracle_gradients(self, of: Arguments, dy: Tensor) -> Gradients:
+    def oracle_gradients(self, of: Arguments, dy: Tensor, dsum: Tensor | None = None) -> Gradients:
         dx, dw, db = reference.oracle_gradients(LAYER_NORM, *self._last(of), dy.movedim(1, -1))
         return Gradients(None if dx is None else dx.movedim(-1, 1), dw, db, None)
 
@@ -135,7 +148,9 @@ class OverChannels(Norm):
             return Normalized(y.movedim(-1, 1), *statistics)
         return Normalized(*channel_layers.forward(of.x, *of.parameters, save=save))
 
-    def backward(self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor, dsum: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         from ..ops import channel_layers, rows
 
         assert mean is not None

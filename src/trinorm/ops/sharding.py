@@ -1,10 +1,10 @@
 """How the registered ops are shared out over a device mesh: the rules that DTensor asks for.
 
-What statistics run over stays together. So these stay where they are, and so do their results: rows, by any leading dim;
-samples of GroupNorm; samples and positions of LayerNorm over channels; channels of BatchNorm. weight and bias are whole on
-every device, whose sums dw and db are, or lie as the channels or samples do that they belong to. What lies otherwise, as by
-a normalized dim or as a sum not yet taken, is redistributed first, in the way that DTensor finds cheapest.
-registering.know_distributed imports this when the first distributed tensor comes.
+What statistics run over stays together. So these stay where they are, and so do their results: rows, those of a sum too, by
+any leading dim; samples of GroupNorm; samples and positions of LayerNorm over channels; channels of BatchNorm. weight and
+bias are whole on every device, whose sums dw and db are, or lie as the channels or samples do that they belong to. What
+lies otherwise, as by a normalized dim or as a sum not yet taken, is redistributed first, in the way that DTensor finds
+cheapest. registering.know_distributed imports this when the first distributed tensor comes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from ..spec import BATCH_NORM, CHANNEL_LAYER_NORM, GROUP_NORM, ROW_NORMS
 
 
 class _Way(NamedTuple):
-    """A way to lay a call along a mesh dim: input, residual and dy; statistics; weight and bias; the gradients of these."""
+    """A way to lay a call along a mesh dim: input, and what is of its shape; statistics; weight and bias; the gradients of
+    these.
+    """
 
     input: Placement
     statistics: Placement
@@ -40,7 +42,8 @@ def _whole_parameters(dim: int, of_statistics: int) -> _Way:
 
 
 def _of_rows(call: _Call) -> list[_Way]:
-    leading = call["input"].ndim - len(call["normalized_shape"])
+    x = call["input"] if "input" in call else call["sum"]
+    leading = x.ndim - len(call["normalized_shape"])
     return [_whole_parameters(dim, dim) for dim in range(leading)]
 
 
@@ -73,17 +76,18 @@ def _rule(op: OpOverload, ways: Callable[[_Call], list[_Way]], *args: Any) -> li
     call = {argument.name: value for argument, value in zip(op._schema.arguments, args, strict=True)}
     found: list[tuple[Placements, Placements]] = []
     for way in (_Way(*[Replicate()] * 4), *ways(call)):
-        laid: dict[str, Placement] = dict.fromkeys(("input", "residual", "dy"), way.input)
+        laid: dict[str, Placement] = dict.fromkeys(("input", "residual", "sum", "dy", "dsum"), way.input)
         laid |= dict.fromkeys(("mean", "rstd"), way.statistics) | dict.fromkeys(("weight", "bias"), way.parameters)
-        results: Placements = [way.input, *[way.statistics] * (len(op._schema.returns) - 1)]
+        of_input = 2 if "alpha" in call else 1  # y, and the sum where there is one
+        results: Placements = [*[way.input] * of_input, *[way.statistics] * (len(op._schema.returns) - of_input)]
         if "dy" in call:
-            wanted = {"dx": way.input, "dw": way.sums, "db": way.sums, "dr": way.input}
+            wanted = {"dx": way.input, "dresidual": way.input, "dw": way.sums, "db": way.sums, "dr": way.input}
             results = [p if call[name] not in (False, None) else None for name, p in wanted.items() if name in call]
         found.append((results, [None if value is None else laid.get(name) for name, value in call.items()]))
     return found
 
 
-_WAYS = dict.fromkeys((spec.name for spec in ROW_NORMS), _of_rows) | {
+_WAYS = dict.fromkeys((name for spec in ROW_NORMS for name in (spec.name, f"add_{spec.name}")), _of_rows) | {
     GROUP_NORM.name: _of_groups,
     BATCH_NORM.name: _of_channels,
     CHANNEL_LAYER_NORM.name: _of_positions,
