@@ -77,7 +77,9 @@ def _rule(op: OpOverload, ways: Callable[[_Call], list[_Way]], *args: Any) -> li
     found: list[tuple[Placements, Placements]] = []
     for way in (_Way(*[Replicate()] * 4), *ways(call)):
         laid: dict[str, Placement] = dict.fromkeys(("input", "residual", "sum", "dy", "dsum"), way.input)
-        laid |= dict.fromkeys(("mean", "rstd"), way.statistics) | dict.fromkeys(("weight", "bias"), way.parameters)
+        laid |= dict.fromkeys(("mean", "rstd", "row_scale"), way.statistics) | dict.fromkeys(
+            ("weight", "bias"), way.parameters
+        )
         of_input = 2 if "alpha" in call else 1  # y, and the sum where there is one
         results: Placements = [*[way.input] * of_input, *[way.statistics] * (len(op._schema.returns) - of_input)]
         if "dy" in call:
