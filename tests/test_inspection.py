@@ -137,9 +137,11 @@ def test_the_narrowest_rows_compile(target: str, compiled: Compiled) -> None:
 @pytest.mark.parametrize("bound", REGISTERS, ids=str)
 def test_registers_stay_within_bounds(bound: tuple[str, str, int], compiled: Compiled) -> None:
     kernel, op, n = bound
-    found = [r["registers"] for r in compiled("sm_90") if (r["kernel"], r["op"], r["shape"][1]) == (kernel, op, n)]
-    assert found, "the bound names a kernel that is compiled"
-    assert max(found) <= REGISTERS[bound]
+    records = [r for r in compiled("sm_90") if (r["kernel"], r["op"], r["shape"][1]) == (kernel, op, n)]
+    assert records, "the bound names a kernel that is compiled"
+    # Few rows have launches of their own, and multiprocessors to spare.
+    rows = max(r["shape"][0] for r in records)
+    assert max(r["registers"] for r in records if r["shape"][0] == rows) <= REGISTERS[bound]
 
 
 @pytest.mark.parametrize("target", LANES)
@@ -172,9 +174,8 @@ if not ON_GPU:
     BACKWARDS |= {"sm_86": HELD, "sm_89": HELD}
 
 # Where ptxas asks for more registers than on an H200: 202 of a thread, which leave room for 2 programs and not 3; and up to
-# 160 bytes of local memory. And where the sum's gradient takes more than tuning/'s tables, of norms without one, leave room
-# for: 165 of a thread of a team, 70 of one of 8 warps, which are 3 programs and not 4.
-CROWDED = {("sm_120", "layer_norm", 768), *(("sm_90", "add_layer_norm", n) for n in (65536, 66000))}
+# 160 bytes of local memory. And where a sum's gradient takes 70 of a thread of 8 warps, for 3 programs and not 4.
+CROWDED = {("sm_120", "layer_norm", 768), ("sm_90", "add_layer_norm", 66000)}
 SPILLING = {("sm_100", "layer_norm", 12288), ("sm_120", "layer_norm", 12288)}
 
 

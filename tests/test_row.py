@@ -55,8 +55,9 @@ def _to_columns(t: Tensor) -> Tensor:
     return torch.stack((t, t), -1)[:, 0] if t.dim() < 2 else t.mT.contiguous().mT
 
 
-def _to_half_of_wide(t: Tensor) -> Tensor:
-    return torch.cat((t, t), -1)[..., : t.shape[-1]]
+def _to_part_of_wide(t: Tensor) -> Tensor:
+    # x's rows as far apart as they were: a GPU reads others by other widths, which is another order of sums.
+    return torch.cat((t, t[..., :16]), -1)[..., : t.shape[-1]]
 
 
 def _to_negative(t: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ def _to_double(t: Tensor) -> Tensor:
     return t.double()
 
 
-@pytest.mark.parametrize("unpack", [_to_contiguous, _to_columns, _to_half_of_wide, _to_negative, _to_double])
+@pytest.mark.parametrize("unpack", [_to_contiguous, _to_columns, _to_part_of_wide, _to_negative, _to_double])
 @pytest.mark.parametrize("first", ["as saved", "as unpacked"])
 @pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=str)
 def test_saved_tensors_may_come_back_in_another_layout(

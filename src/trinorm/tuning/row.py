@@ -79,6 +79,13 @@ _FORWARD_WIDE = (RowForwardWide(Tile(1, 4096, 16)), RowForwardWide(Tile(1, 8192,
 _PIVOT_COLUMNS = 1025, 4096
 
 
+# RMSNorm's tile of few rows of so many columns, where another is better than that of many. On an H100, µs alone and in a
+# chain, by the tile of many rows and by this one: 1x4096 1.41, 1.46 → 1.14, 1.20; 16 rows 1.80, 1.57 → 1.77, 1.30; 64 rows
+# 2.00, 1.53 → 1.97, 1.48; 256 rows 2.98, 2.31 → 2.98, 2.18; 64x8192 2.38, 1.88 → 2.35, 1.74. LayerNorm's of 4096 columns is
+# 1 to 3% slower by it.
+_FEW_RMS = {4096: Tile(1, 512, 4), 8192: Tile(1, 1024, 16)}
+
+
 def choose_forward(
     spec: RowNorm, m: int | None, n: int, itemsize: int, device: Device
 ) -> RowForward | RowForwardSplit | RowForwardWide:
@@ -100,7 +107,7 @@ def _choose_forward(
         return _first_split(_FORWARD_SPLIT, spec, n, itemsize, device) or _FORWARD_WIDE[_column(spec)]
     tile, tiles = next(row[1:][_column(spec)] for row in _FORWARD if n <= row[0])
     if scarce:
-        tile, tiles = _of_few_rows(tile), 1
+        tile, tiles = (None if spec.center else _FEW_RMS.get(n)) or _of_few_rows(tile), 1
     stream = large and n >= _STREAM_COLUMNS
     # Asking early for w and b hides their latency (128x768: LayerNorm 1.78 µs against 2.04), but of long rows LayerNorm's
     # registers then cost occupancy where that counts (8192x8192: 0.98 against 0.73), and RMSNorm's of the longest that a
@@ -162,6 +169,15 @@ _BACKWARD_SPLIT: tuple[tuple[int, RowBackwardSplit, RowBackwardSplit], ...] = (
     # 262144 columns: 0.62; 0.71
 )
 
+# Of sums, whose own gradient is a third tensor to be read: LayerNorm's more registers would cost programs at work. On an
+# H100, ratios to torch.addcmul, by the launch of two tensors and by this one: 768 columns 0.83 → 0.89 (RMSNorm's 0.89 →
+# 0.91); 16384 and 65536 0.78, 0.75 → 0.94, 0.93 by 128 registers (3 programs for 4 0.93, 0.92; 5 at 96 registers 0.66).
+_BACKWARD_OF_SUMS = {768: (Tile(8, 256, 8), 1, 3, 1)}
+_BACKWARD_SPLIT_OF_SUMS = (
+    (65536, RowBackwardSplit(Tile(1, 1024, 4), 2048, 3, 4, registers=128), _BACKWARD_SPLIT[0][2]),
+    *_BACKWARD_SPLIT[1:],
+)
+
 # Rows that no program holds and no team shares: LayerNorm 0.55 at 16384 columns, 0.53 at 65536; RMSNorm 0.56 at 65536.
 _BACKWARD_WIDE = RowBackwardWide(Tile(1, 2048, 8), 3, 4)
 
@@ -189,7 +205,9 @@ def backward_turns(n: int, itemsize: int, device: Device) -> tuple[int, ...]:
 def _choose_backward(
     spec: RowNorm, n: int, itemsize: int, device: Device, few: int | None, stream: bool, tensors: int
 ) -> RowBackward | RowBackwardFew | RowBackwardSplit | RowBackwardWide:
-    if n > _SPLIT_ABOVE and (split := _first_split(_BACKWARD_SPLIT, spec, n, itemsize, device)):
+    of_sums = tensors > 2
+    table = _BACKWARD_SPLIT_OF_SUMS if of_sums else _BACKWARD_SPLIT
+    if n > _SPLIT_ABOVE and (split := _first_split(table, spec, n, itemsize, device)):
         return _fitted(split, n, itemsize, device, tensors)
     held = next((row[1:][_column(spec)] for row in _BACKWARD if n <= row[0]), None)
     if held is None or (itemsize == 8 and n > _HELD_FP64):
@@ -198,6 +216,7 @@ def _choose_backward(
         tile, _ = next(row[1] for row in _FORWARD if n <= row[0])
         tile = _narrowed(_with_warps(tile, max(tile.warps, _FEW_WARPS)), n)
         return RowBackwardFew(tile, sums=Tile(_FEW_ROWS[few] // (2 if itemsize == 8 else 1), 32, tile.warps))
+    held = _BACKWARD_OF_SUMS.get(n, held) if of_sums else held
     tile, tiles, stages, per_sm = _BACKWARD_FP64 if itemsize == 8 else held
     return _fitted(RowBackward(_narrowed(tile, n), tiles, stages, per_sm, stream), n, itemsize, device, tensors)
 
