@@ -115,6 +115,8 @@ def test_types_are_published() -> None:
 def test_public_names_are_there_and_documented() -> None:
     assert trinorm.__all__ == ["Report", "functional", "nn", "options", "replace"]
     assert trinorm.functional.__all__ == [
+        "add_layer_norm",
+        "add_rms_norm",
         "batch_norm",
         "channel_layer_norm",
         "group_norm",
