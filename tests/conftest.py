@@ -57,11 +57,11 @@ def _nothing_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Within one, the first of two calls is ordinary, and the second its repetition where that is possible.
     """
-    from trinorm.ops import CALLS, added, channel, row
+    from trinorm.ops import CALLS, added, channel, repeated, row
 
     for calls in (CALLS, added.CALLS, channel.CALLS):
         calls.clear()
-    for family in (row, channel):
+    for family in (row, repeated):
         monkeypatch.setattr(family, "RECORDED_FROM", 1)
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from trinorm import functional
 from trinorm.launch import describe
-from trinorm.ops import channel, channel_layers, channels
+from trinorm.ops import channel, channel_layers, channels, repeated
 
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for host in (channels, channel_layers):
         monkeypatch.setattr(host, "describe", lambda device: describe(torch.device("meta")))
-    monkeypatch.setattr(channel, "RECORDED_FROM", 1)
+    monkeypatch.setattr(repeated, "RECORDED_FROM", 1)
     channel.CALLS.clear()
 
 

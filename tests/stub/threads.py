@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trinorm import functional
 from trinorm.launch import describe
-from trinorm.ops import CALLS, channel, channel_layers, channels
+from trinorm.ops import CALLS, channel, channel_layers, channels, repeated
 
 THREADS, CALLS_OF_EACH = 8, 150
 
@@ -47,7 +47,7 @@ def draw(*shape: int) -> Tensors:
 def _as_on_a_gpu_and_often_interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for host in (channels, channel_layers):
         monkeypatch.setattr(host, "describe", lambda device: describe(torch.device("meta")))
-    monkeypatch.setattr(channel, "RECORDED_FROM", 1)
+    monkeypatch.setattr(repeated, "RECORDED_FROM", 1)
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import functools
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from ..switches import when_set
 from . import road
 from .calls import Bounded, Known
 from .layout import dense, readable
-from .row import RECORDED_FROM, _as_saved, are_plain
+from .repeated import Repeated
+from .row import _as_saved, are_plain
 
 if TYPE_CHECKING:
     from ..replay import Function, Results
@@ -52,24 +54,22 @@ def dtypes_of(
 class AddedCall:
     """The norm, and its gradients, of arguments that differ from those of one call in their values alone.
 
-    dtypes: x's, the residual's, the sum's, the statistics' and, None where there is none, the bias's. kept: others will
-    come that are like these, so launches are recorded (replay.py). differentiated: a backward will ask for statistics.
+    dtypes: x's, the residual's, the sum's, the statistics' and, None where there is none, the bias's.
+    differentiated: a backward will ask for statistics.
     """
 
-    __slots__ = ("_again", "_differentiated", "_dtypes", "_gradients", "_kept", "_met", "_problem")
+    __slots__ = ("_differentiated", "_dtypes", "_forward", "_gradients", "_problem")
 
     def __init__(
         self,
         problem: AddedProblem,
         dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype, torch.dtype | None],
         *,
-        kept: bool,
         differentiated: bool,
     ) -> None:
-        self._problem, self._dtypes, self._kept, self._differentiated = problem, dtypes, kept, differentiated
-        self._again: Function | None = None
+        self._problem, self._dtypes, self._differentiated = problem, dtypes, differentiated
+        self._forward = Repeated(functools.partial(_forward, problem, differentiated), _is_watched)
         self._gradients: Bounded[Function] = Bounded(8)
-        self._met: Bounded[int] = Bounded(16)
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         """(y, sum) of (x, residual, weight, bias, seed, row_scale, out); the sum in ``out`` where that is given, which no
@@ -86,24 +86,7 @@ class AddedCall:
 
     def results(self, *inputs: Tensor | None) -> Results:
         """(y, sum, mean, rstd): the sum where no memory was given for it, the statistics where a backward will ask."""
-        return (self._again or self._forward)(*inputs)
-
-    def _forward(self, *inputs: Tensor | None) -> Results:
-        from ..launch import empty
-        from . import rows
-
-        spec, dims, eps, alpha, y_dtype, batch_invariant, drop = self._problem
-
-        def forward(*inputs: Any) -> Results:
-            x, residual, weight, bias, *branch, out = inputs
-            total = empty(x, torch.promote_types(x.dtype, residual.dtype), x.device) if out is None else out
-            added = rows.Added(residual, total, y_dtype, alpha, tuple(branch), drop)
-            how: dict[str, Any] = dict(save=self._differentiated, batch_invariant=batch_invariant, added=added)
-            y, mean, rstd = rows.forward(spec, x, dims, weight, bias, eps, **how)
-            return y, total if out is None else None, mean, rstd
-
-        results, self._again = self._record("forward", forward, *inputs)
-        return results
+        return self._forward(*inputs)
 
     def backward(
         self,
@@ -156,27 +139,30 @@ class AddedCall:
 
         inputs = dy, dsum, total, weight, mean, rstd, *branch
         key = wanted, dy.dtype, dy.stride(), None if dsum is None else dsum.dtype, None if weight is None else weight.dtype
-        if (again := self._gradients.get(key)) is not None:
-            return again(*inputs)
-        results, again = self._record(key, gradients, *inputs)
-        if again is not None:
-            self._gradients[key] = again
-        return results
+        if (repeated := self._gradients.get(key)) is None:
+            repeated = self._gradients[key] = Repeated(gradients, _is_watched)
+        return repeated(*inputs)
 
-    def _record(
-        self, what: Hashable, function: Callable[..., Results], *inputs: Tensor | None
-    ) -> tuple[Results, Function | None]:
-        """``function(*inputs)``, and its repetition from the RECORDED_FROM-th such call on.
 
-        Nothing is repeated past someone who put a launch of his own in rows' place, to see them all.
-        """
-        from .. import launch, replay
-        from . import rows
+def _forward(problem: AddedProblem, differentiated: bool, *inputs: Any) -> Results:
+    """The results of an AddedCall."""
+    from ..launch import empty
+    from . import rows
 
-        self._met[what] = met = self._met.get(what, 0) + 1
-        if not self._kept or met < RECORDED_FROM or rows.launch is not launch.launch:
-            return function(*inputs), None
-        return replay.record(function, *inputs)
+    spec, dims, eps, alpha, y_dtype, batch_invariant, drop = problem
+    x, residual, weight, bias, *branch, out = inputs
+    total = empty(x, torch.promote_types(x.dtype, residual.dtype), x.device) if out is None else out
+    added = rows.Added(residual, total, y_dtype, alpha, tuple(branch), drop)
+    how: dict[str, Any] = dict(save=differentiated, batch_invariant=batch_invariant, added=added)
+    y, mean, rstd = rows.forward(spec, x, dims, weight, bias, eps, **how)
+    return y, total if out is None else None, mean, rstd
+
+
+def _is_watched() -> bool:
+    from .. import launch
+    from . import rows
+
+    return rows.launch is not launch.launch
 
 
 class _AddedNorm(torch.autograd.Function):

@@ -131,7 +131,7 @@ class _Forward(Op):
             branch = (None if t is None else dense(t) for t in (seed, row_scale))
             inputs = (readable(x, dims), dense(residual), *parameters, *branch, None)
             problem = AddedProblem(self._spec.with_cast(cast), dims, eps, alpha, dtype, batch_invariant, drop)
-            call = AddedCall(problem, dtypes_of(*given[:4]), **_KEPT)
+            call = AddedCall(problem, dtypes_of(*given[:4]), differentiated=True)
             if all(now is before for now, before in zip(inputs, given, strict=True)):
                 keep(manner, call, *inputs)
         return self._results(*call.results(*inputs))
@@ -203,7 +203,8 @@ class _Backward(Op):
         call = recall(manner, total, rstd, weight, None, seed, row_scale, None)
         if call is None:
             problem = AddedProblem(self._spec.with_cast(cast), len(shape), eps, alpha, dy.dtype, batch_invariant, drop)
-            call = AddedCall(problem, (dx or total.dtype, dresidual or total.dtype, total.dtype, rstd.dtype, db), **_KEPT)
+            dtypes = dx or total.dtype, dresidual or total.dtype, total.dtype, rstd.dtype, db
+            call = AddedCall(problem, dtypes, differentiated=True)
             keep(manner, call, total, rstd, weight, None, seed, row_scale, None)
         asked = dx is not None, dresidual is not None, dw, db is not None
         with torch.no_grad():
@@ -251,8 +252,6 @@ def _check(
     known = all(t is None or t.dtype in road.KERNEL_DTYPES for t in (residual, row_scale))
     torch._check_not_implemented(known, lambda: f"trinorm::{op}: a dtype other than {road.KERNEL_DTYPES}")
 
-
-_KEPT: dict[str, Any] = dict(kept=True, differentiated=True)
 
 # The manner of a registered op's calls, which no caller of functional can name.
 _REGISTERED = object()

@@ -17,38 +17,12 @@ from ..switches import when_set
 from . import road
 from .calls import Known
 from .layout import beside, channels_readable, dense, in_order_of
-from .row import RECORDED_FROM, are_plain
+from .repeated import Repeated
+from .row import are_plain
 
 if TYPE_CHECKING:
     from ..replay import Function, Results
     from .channel_problem import Problem
-
-
-class _Repeated:
-    """A function that launches, done from the RECORDED_FROM-th call on by repeating its launches (replay.py). Its inputs
-    are all alike.
-
-    Nothing is repeated past someone who put a launch of his own in the host's place, to see them all.
-    """
-
-    __slots__ = ("_again", "_function", "_met", "_spec")
-
-    def __init__(self, spec: ChannelNorm, function: Function) -> None:
-        self._spec, self._function = spec, function
-        self._again: Function | None = None
-        self._met = 0
-
-    def __call__(self, *inputs: Tensor | None) -> Results:
-        return (self._again or self._ordinarily)(*inputs)
-
-    def _ordinarily(self, *inputs: Tensor | None) -> Results:
-        from .. import replay
-
-        self._met += 1
-        if self._met < RECORDED_FROM or _is_watched(self._spec):
-            return self._function(*inputs)
-        results, self._again = replay.record(self._function, *inputs)
-        return results
 
 
 class ChannelCall:
@@ -74,7 +48,7 @@ class ChannelCall:
         forward = functools.partial(_forward, problem, momentum, differentiated, variance)
         # Over samples (InstanceNorm) running statistics are averaged in ATen's ops, which would not be repeated.
         averaged = momentum is not None and not problem.spec.over_samples
-        self._forward: Function = forward if averaged else _Repeated(problem.spec, forward)
+        self._forward: Function = forward if averaged else Repeated(forward, functools.partial(_is_watched, problem.spec))
         self._gradients: Known[Function] = Known(8)
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
@@ -137,7 +111,7 @@ class ChannelCall:
             dtypes: Any = dict(dw=weight.dtype if dw and weight is not None else None, db=db_dtype if db else None)
             return channels.backward(problem, *inputs, dx=dx, dr=dr, **dtypes)  # type: ignore[arg-type]
 
-        return _Repeated(problem.spec, gradients)
+        return Repeated(gradients, functools.partial(_is_watched, problem.spec))
 
 
 def _forward(problem: Problem, momentum: float | None, differentiated: bool, variance: bool, *inputs: Any) -> Results:

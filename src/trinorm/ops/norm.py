@@ -95,7 +95,6 @@ def added_norm(
             call = AddedCall(
                 AddedProblem(spec, dims, eps, alpha, dtype, batch_invariant, drop),
                 added.dtypes_of(*tensors),
-                kept=asked is not None,
                 differentiated=road.is_differentiated(*tensors),
             )
             if asked is not None:
