@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,11 @@ from trinorm.spec import RMS_NORM, RowNorm
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> None:
     added.CALLS.clear()
+
+
+COMPILER = pytest.mark.skipif(
+    not torch.cuda.is_available() and shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU"
+)
 
 
 @pytest.fixture(params=SPECS)
@@ -108,6 +114,42 @@ def test_compiled(spec: RowNorm, dynamic: bool, device: torch.device) -> None:
             assert torch.equal(got, want)
     assert len(graphs) == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=COMPILER)])
+def test_compiled_for_the_sum_alone(spec: RowNorm, backend: str, device: torch.device) -> None:
+    torch._dynamo.reset()
+    x, residual, w = (torch.randn(s, device=device, requires_grad=True) for s in ((3, 32), (3, 32), (32,)))
+    total = torch.compile(lambda x, r, w: public(spec, x, r, w)[1] * 2, fullgraph=True, backend=backend)(x, residual, w)
+    for gradient in torch.autograd.grad(total.sum(), (x, residual)):
+        assert torch.equal(gradient, torch.full_like(x, 2.0))
+    torch._dynamo.reset()
+
+
+def test_what_was_saved_may_come_back_otherwise(spec: RowNorm, device: torch.device) -> None:
+    """In another layout or dtype, from a hook; and the sum's own gradient may have no storage."""
+    x, residual = (torch.randn(6, 16, device=device, requires_grad=True) for _ in range(2))
+    w, c = torch.randn(16, device=device), torch.tensor([0, 1, 2, 0, 1, 2.0], device=device)
+    dy = torch.randn(6, 16, device=device)
+
+    def gradients(unpack: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        torch.manual_seed(4)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), unpack):
+            y, total = public(spec, x, residual, w, row_scale=c, dropout_p=0.5)
+            return torch.autograd.grad((y, total), (x, residual), (dy, torch._efficientzerotensor((6, 16), device=device)))
+
+    expected = gradients(lambda t: t)
+    for unpack in (
+        lambda t: torch.stack((t, t), -1)[..., 0],
+        lambda t: torch._neg_view(-t),
+        lambda t: t.double() if t.is_floating_point() else t,
+    ):
+        for _ in range(2):
+            for got, want in zip(gradients(unpack), expected, strict=True):
+                torch.testing.assert_close(got, want)
+    found = torch.autograd.grad(public(spec, x, residual, w, row_scale=c), x, (dy, torch.zeros(6, 16, device=device)))
+    zeros = torch._efficientzerotensor((6, 16), device=device)
+    torch.testing.assert_close(torch.autograd.grad(public(spec, x, residual, w, row_scale=c), x, (dy, zeros)), found)
 
 
 def test_compiled_with_out(spec: RowNorm, device: torch.device) -> None:
@@ -213,11 +255,24 @@ def test_bad_input(args: tuple[Any, ...], how: dict[str, Any], kind: type[Except
 
 def test_out_with_a_part_of_another(spec: RowNorm) -> None:
     memory = torch.randn(5, 8)
+    public(spec, _x(), _x(), out=_x())  # after which a like call would be known
     with pytest.raises(RuntimeError, match="out has a part of residual's memory"):
         public(spec, _x(), memory[:3], out=memory[1:4])
     with pytest.raises(RuntimeError, match="out has a part of input's memory"):
         public(spec, memory[:3], _x(), out=memory[2:])
     public(spec, memory[:2], _x(2, 8), out=memory[2:4])
+    halves = memory.view(torch.bfloat16)[:, :8]
+    with pytest.raises(RuntimeError, match="out has a part of input's memory"):
+        public(spec, memory.view(-1).view(torch.bfloat16)[:40].view(5, 8), _x(5, 8), out=memory)
+    assert halves.shape == memory.shape
+    with pytest.raises(RuntimeError, match="out has a part of weight's memory"):
+        public(spec, _x(), _x(), memory[1], out=memory[:3])
+    with pytest.raises(RuntimeError, match="out has a part of row_scale's memory"):
+        public(spec, _x(), _x(), out=memory[:3], row_scale=memory.view(-1)[:3])
+    with pytest.raises(RuntimeError, match="no view of a negative"):
+        public(spec, _x(), _x(), out=torch._neg_view(memory[:3]))
+    one = torch.randn(2, 24)[:1, :8]
+    assert public(spec, one, _x(1, 8), out=one.view(-1).view(1, 8))[1].data_ptr() == one.data_ptr()
 
 
 def test_the_registered_op_refuses_what_does_not_fit(spec: RowNorm, device: torch.device) -> None:

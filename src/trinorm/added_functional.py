@@ -50,7 +50,8 @@ def add_layer_norm(
         alpha: the residual's factor; DeepNorm's.
         dropout_p: the probability that an element of x is dropped, and the others are divided by 1 - dropout_p; 0 to 1. No
             mask is stored: the backward makes it again of a seed, which is drawn at each call.
-        generator: what the seed is drawn from, of x's device; None is torch's own (``torch.manual_seed``).
+        generator: what the seed is drawn from, of x's device; None is torch's own (``torch.manual_seed``), the only one
+            that a checkpoint winds back before it computes again.
         row_scale: c, of x's leading dims or broadcast to them, any of the dtypes above: of stochastic depth 0 or
             1/(1 - p) for each sample. It gets no gradient.
         out: memory for s, contiguous, of its shape and dtype; residual itself, or input, to have it there in place. For
@@ -146,7 +147,10 @@ def _added(
     plain = type(alpha) is type(dropout_p) is float and (eps is None or type(eps) is float)
     plain = plain and (batch_invariant is None or type(batch_invariant) is bool)
     # A list could change; a Size is as good a key as its tuple.
-    plain = plain and (normalized_shape is None or isinstance(normalized_shape, tuple))
+    if normalized_shape is not None:
+        plain = plain and isinstance(normalized_shape, tuple) and all(type(size) is int for size in normalized_shape)
+    # Of another tensor as out the memory is looked at, each time.
+    plain = plain and (out is None or out is residual or out is input)
     asked = (spec.name, normalized_shape, eps, alpha, dropout_p, cast, batch_invariant) if plain else None
     drops = dropout_p if plain and dropout_p and isinstance(input, Tensor) else 0.0
     seed = _seed(input, generator) if drops else None
@@ -185,7 +189,7 @@ def _added(
         row_scale = _checked_scale(op, row_scale, input, len(shape))
         asked = asked if row_scale is given[5] else None
     if out is not None:
-        _check_out(op, out, input, residual, weight, bias)
+        _check_out(op, out, input, residual, weight=weight, bias=bias, row_scale=row_scale)
     how = eps, float(alpha), out, asked, invariant, seed, row_scale, float(dropout_p)
     return added_norm(spec.with_cast(cast), input, residual, shape, weight, bias, *how)
 
@@ -216,22 +220,29 @@ def _checked_scale(op: str, row_scale: Tensor, x: Tensor, dims: int) -> Tensor:
         ) from None
 
 
-def _check_out(op: str, out: Tensor, x: Tensor, residual: Tensor, *parameters: Tensor | None) -> None:
+def _check_out(op: str, out: Tensor, x: Tensor, residual: Tensor, **others: Tensor | None) -> None:
     checks.tensor(op, "out", out)
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    if out.shape != x.shape or out.dtype != dtype or out.device != x.device or not out.is_contiguous():
+    fits = out.shape == x.shape and out.dtype == dtype and out.device == x.device and out.is_contiguous()
+    compiling = torch.compiler.is_compiling()  # out is then copied into
+    odd = not compiling and (out.is_neg() or (out.is_inference() and not torch.is_inference_mode_enabled()))
+    if not fits or odd:
         raise RuntimeError(
             f"{op}(): out is {out.dtype} of shape {tuple(out.shape)} and strides {out.stride()} on {out.device}; it must "
-            f"be {dtype} of shape {tuple(x.shape)}, contiguous, on {x.device}"
+            f"be {dtype} of shape {tuple(x.shape)}, contiguous, on {x.device}, no view of a negative nor, outside of "
+            "inference mode, made in it"
         )
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, out, *parameters)):
+    tensors = dict(input=x, residual=residual, **others)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *tensors.values())):
         raise RuntimeError(f"{op}(): out is given, which has no gradient, but an argument requires one")
-    if torch.compiler.is_compiling():  # out is then copied into
-        return
-    for name, t in (("input", x), ("residual", residual)):
-        same = t.data_ptr() == out.data_ptr() and t.stride() == out.stride()
-        if not same and t.numel() and _overlap(t, out):
-            raise RuntimeError(f"{op}(): out has a part of {name}'s memory; it must be all of it or none")
+    for name, t in tensors.items():
+        if compiling or t is None or not t.numel():
+            continue
+        same = name not in others and t.dtype == out.dtype and t.data_ptr() == out.data_ptr() and t.is_contiguous()
+        if not same and _overlap(t, out):
+            raise RuntimeError(
+                f"{op}(): out has a part of {name}'s memory; it must be apart, or all of input's or of residual's"
+            )
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

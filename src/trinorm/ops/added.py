@@ -109,6 +109,7 @@ class AddedCall:
         of_x, of_residual, of_sum, stats, of_bias = self._dtypes
         branch = seed, row_scale
         plain = dy is not None and are_plain(dy, dsum, total, weight, mean, rstd, *branch)
+        plain = plain and (dsum is None or are_plain(dsum))
         if torch.is_grad_enabled() or not plain or road.observer() is not None:
             # Nobody uses y; or someone differentiates this backward, to whom a kernel's result would silently be a
             # constant, or maps over it.
@@ -122,6 +123,7 @@ class AddedCall:
         rstd = _as_saved(rstd, stats, rstd.dim())
         weight = None if weight is None else readable(weight, dims)
         dsum = None if dsum is None else dense(dsum)
+        branch = None if seed is None else dense(seed), None if row_scale is None else dense(row_scale)
         apart = dr and (of_residual != of_x or alpha != 1 or any(t is not None for t in branch))
 
         def gradients(*inputs: Any) -> Results:
@@ -138,7 +140,7 @@ class AddedCall:
             return ds if dx else None, (dresidual if apart else ds) if dr else None, dw_, db_
 
         inputs = dy, dsum, total, weight, mean, rstd, *branch
-        key = wanted, dy.dtype, dy.stride(), None if dsum is None else dsum.dtype, None if weight is None else weight.dtype
+        key = wanted, dy.stride(), *(None if t is None else t.dtype for t in inputs)
         if (repeated := self._gradients.get(key)) is None:
             repeated = self._gradients[key] = Repeated(gradients, _is_watched)
         return repeated(*inputs)

@@ -101,6 +101,8 @@ class _Forward(Op):
         of_x, of_residual, of_bias = ctx.dtypes
         one = dx and dresidual and of_x == of_residual and ctx.by[1] == 1  # which two results of an op could not be
         one = one and seed is None and row_scale is None
+        if dy is None:  # nobody uses y, in which weight and bias have their part
+            dw = db = False
         wanted = of_x if dx else None, of_residual if dresidual and not one else None, dw, of_bias if db else None
         saved = total, ctx.shape, weight, mean[0] if mean else None, rstd, seed, row_scale
         dx, dresidual, dw, db = self._backward(dy, dsum, *saved, *ctx.by, *wanted, *ctx.how)
@@ -214,7 +216,8 @@ class _Backward(Op):
         return of_x, of_residual, *sums
 
     def fake(self, *args: Any) -> Results:
-        _, _, total, shape, weight, *_, dx, dresidual, dw, db, _, _ = args
+        dy, _, total, shape, weight, *_, dx, dresidual, dw, db, _, _ = args
+        dw, db = (dw, db) if dy is not None else (False, None)
         of_x, of_residual = (
             None if dtype is None else total.new_empty(total.shape, dtype=dtype) for dtype in (dx, dresidual)
         )
