@@ -99,9 +99,8 @@ def assert_right(
 LAUNCHES = {**PATHS, "wide": WIDE} | ({"team": SPLIT} if ON_GPU else {})
 
 
-@pytest.mark.parametrize("stream", STREAMS[:4], ids=str)
+@pytest.mark.parametrize(("stream", "alpha"), list(zip(STREAMS[:4], (0.75, 1.0, 0.75, 1.0), strict=True)), ids=str)
 @pytest.mark.parametrize("path", LAUNCHES)
-@pytest.mark.parametrize("alpha", [1.0, 0.75])
 def test_every_launch(
     spec: RowNorm, path: str, stream: tuple[torch.dtype, torch.dtype], alpha: float, device: torch.device
 ) -> None:
@@ -113,7 +112,7 @@ def test_every_launch(
 
 @pytest.mark.parametrize("stream", STREAMS, ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 40), (33, 768)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 768)], ids=str)
 def test_every_stream(
     spec: RowNorm, stream: tuple[torch.dtype, torch.dtype], biased: bool, shape: tuple[int, int], device: torch.device
 ) -> None:

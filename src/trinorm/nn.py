@@ -3,10 +3,10 @@ ChannelLayerNorm, which torch.nn has not.
 
 Each but the last is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so checkpoints
 load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input" unless it is
-set), ``cast`` ("output"), ``batch_invariant`` (None) and ``activation`` (None) are the arguments of these names of the
-functions that have them. GroupNorm and BatchNorm take the functions' other tensors too: ``bn(x, residual=shortcut)``. With
-``cast`` "gemma" the weight is its distance from 1, where a fresh one is 1: it is to be loaded, or zeroed, as that model's
-is.
+set), ``cast`` ("output"), ``batch_invariant`` (None), ``activation`` (None), ``alpha`` (1.0) and, in training,
+``dropout_p`` (0.0) are the arguments of these names of the functions that have them. GroupNorm, BatchNorm and the two that
+add take the functions' other tensors too: ``bn(x, residual=shortcut)``. With ``cast`` "gemma" the weight is its distance
+from 1, where a fresh one is 1: it is to be loaded, or zeroed, as that model's is.
 """
 
 from __future__ import annotations

@@ -146,7 +146,8 @@ class _ChannelOp(Op):
 
     def compute(self, *args: Any) -> Results:
         """As a call like this one was done, by which these arguments were found good; else looked at first."""
-        told, inputs = (self.name, self._told(args)), self._tensors((*args, None))
+        # By the op itself, whose calls no caller of functional can name.
+        told, inputs = (self, self._told(args)), self._tensors((*args, None))
         call = CALLS.recall(told, *inputs)
         return self._anew(told, *args) if call is None else call(*inputs)[: self.results]
 
