@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -75,13 +74,11 @@ def add_layer_norm(
     Layers", arXiv:2203.00555 (alpha); Srivastava et al., "Dropout", JMLR 15, 2014; Huang et al., "Deep Networks with
     Stochastic Depth", arXiv:1603.09382 (row_scale).
     """
-    given = input, residual, weight, bias, out
-    how: dict[str, Any] = dict(normalized_shape=normalized_shape, alpha=alpha, dropout_p=dropout_p, generator=generator)
-    how.update(row_scale=row_scale, cast=cast, batch_invariant=batch_invariant)
-    if has_torch_function_variadic(*given, row_scale):
-        how |= dict(weight=weight, bias=bias, eps=eps, out=out)
-        return handle_torch_function(add_layer_norm, given, input, residual, **how)
-    return _added(LAYER_NORM, eps, *given, **how)
+    given = input, residual, weight, bias, row_scale, out
+    by = eps, normalized_shape, alpha, dropout_p, generator, cast, batch_invariant
+    if has_torch_function_variadic(*given):
+        return _overridden(add_layer_norm, given, by)
+    return _added(LAYER_NORM, given, by)
 
 
 def add_rms_norm(
@@ -118,32 +115,28 @@ def add_rms_norm(
 
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
-    given = input, residual, weight, bias, out
-    how: dict[str, Any] = dict(normalized_shape=normalized_shape, alpha=alpha, dropout_p=dropout_p, generator=generator)
-    how.update(row_scale=row_scale, cast=cast, batch_invariant=batch_invariant)
-    if has_torch_function_variadic(*given, row_scale):
-        how |= dict(weight=weight, bias=bias, eps=eps, out=out)
-        return handle_torch_function(add_rms_norm, given, input, residual, **how)
-    return _added(RMS_NORM, eps, *given, **how)
+    given = input, residual, weight, bias, row_scale, out
+    by = eps, normalized_shape, alpha, dropout_p, generator, cast, batch_invariant
+    if has_torch_function_variadic(*given):
+        return _overridden(add_rms_norm, given, by)
+    return _added(RMS_NORM, given, by)
 
 
-def _added(
-    spec: RowNorm,
-    eps: float | None,
-    input: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor | None,
-    *,
-    normalized_shape: Sequence[int] | None,
-    alpha: float,
-    dropout_p: float,
-    generator: torch.Generator | None,
-    row_scale: Tensor | None,
-    cast: Cast,
-    batch_invariant: bool | None,
-) -> tuple[Tensor, Tensor]:
+# What the functions are given: tensors, and the rest.
+_Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+_By = tuple[float | None, Sequence[int] | None, float, float, torch.Generator | None, Cast, bool | None]
+
+
+def _overridden(function: Callable[..., tuple[Tensor, Tensor]], given: _Given, by: _By) -> tuple[Tensor, Tensor]:
+    """The call, by a tensor that has a way of its own."""
+    tensors = dict(zip(("weight", "bias", "row_scale", "out"), given[2:], strict=True))
+    names = "eps", "normalized_shape", "alpha", "dropout_p", "generator", "cast", "batch_invariant"
+    return handle_torch_function(function, given, *given[:2], **tensors, **dict(zip(names, by, strict=True)))
+
+
+def _added(spec: RowNorm, given: _Given, by: _By) -> tuple[Tensor, Tensor]:
+    input, residual, weight, bias, row_scale, out = given
+    eps, normalized_shape, alpha, dropout_p, generator, cast, batch_invariant = by
     plain = type(alpha) is type(dropout_p) is float and (eps is None or type(eps) is float)
     plain = plain and (batch_invariant is None or type(batch_invariant) is bool)
     # A list could change; a Size is as good a key as its tuple.
@@ -151,12 +144,13 @@ def _added(
         plain = plain and isinstance(normalized_shape, tuple) and all(type(size) is int for size in normalized_shape)
     # Of another tensor as out the memory is looked at, each time.
     plain = plain and (out is None or out is residual or out is input)
+    # What a call is recalled by; the seed is drawn for it, as it will be needed.
     asked = (spec.name, normalized_shape, eps, alpha, dropout_p, cast, batch_invariant) if plain else None
-    drops = dropout_p if plain and dropout_p and isinstance(input, Tensor) else 0.0
-    seed = _seed(input, generator) if drops else None
-    given = input, residual, weight, bias, seed, row_scale, out
-    if asked is not None and (call := added.recall(asked, *given)) is not None:
-        return call(*given)
+    seed = _seed(input, generator) if plain and 0 < dropout_p <= 1 and isinstance(input, Tensor) else None
+    if asked is not None:
+        call = added.recall(asked, input, residual, weight, bias, seed, row_scale, out)
+        if call is not None:
+            return call(input, residual, weight, bias, seed, row_scale, out)
     op = f"add_{spec.name}"
     checks.tensor(op, "input", input)
     checks.strided(op, "input", input)
@@ -187,7 +181,7 @@ def _added(
         seed = _seed(input, generator)
     if row_scale is not None:
         row_scale = _checked_scale(op, row_scale, input, len(shape))
-        asked = asked if row_scale is given[5] else None
+        asked = asked if row_scale is given[4] else None
     if out is not None:
         _check_out(op, out, input, residual, weight=weight, bias=bias, row_scale=row_scale)
     how = eps, float(alpha), out, asked, invariant, seed, row_scale, float(dropout_p)
