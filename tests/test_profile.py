@@ -139,7 +139,7 @@ def test_command_counts_what_the_child_brackets_and_leaves_the_clocks_alone() ->
     executable, flag, code = command[-3:]
     assert (executable, flag) == (sys.executable, "-c")
     compile(code, "child", "exec")
-    assert code.endswith("run_once('layer_norm', 'backward', (8192, 4096), 'bf16')")
+    assert code.endswith("run_once('layer_norm', 'backward', (8192, 4096), 'bf16', 'contiguous')")
 
 
 def put_ncu(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:

@@ -104,14 +104,16 @@ def command(ncu: str, log: Path, case: Case) -> list[str]:
     selected = [f"--section={section}" for section in _SECTIONS] + [f"--metrics={','.join(_METRICS)}"]
     output = ["--csv", "--page=raw", f"--log-file={log}"]
     dtype = next(name for name, dtype in DTYPES.items() if dtype == case.dtype)
-    call = f"from {__name__} import run_once; run_once({case.op!r}, {case.pass_!r}, {case.shape}, {dtype!r})"
+    call = (
+        f"from {__name__} import run_once; run_once({case.op!r}, {case.pass_!r}, {case.shape}, {dtype!r}, {case.layout!r})"
+    )
     child = [sys.executable, "-c", call]
     return [ncu, "--profile-from-start=off", "--clock-control=none", *selected, *output, *child]
 
 
-def run_once(op: str, pass_: str, shape: Shape, dtype: str) -> None:
+def run_once(op: str, pass_: str, shape: Shape, dtype: str, layout: str) -> None:
     """In the profiler's child: the ceiling's kernel and then one call, both of which have run before."""
-    case = Case(op, pass_, shape, DTYPES[dtype], DTYPES[dtype])
+    case = Case(op, pass_, shape, DTYPES[dtype], DTYPES[dtype], layout)
     device = torch.device("cuda", torch.cuda.current_device())
     inputs = case.draw(device, torch.Generator(device).manual_seed(0))
     (ours,), _ = load([])

@@ -10,7 +10,7 @@ import torch
 
 from ..bench.cases import OPS, PASSES, Case, shapes_of
 from ..bench.counters import Kernel, Refused, profile
-from ..cases import DTYPES
+from ..cases import DTYPES, LAYOUTS, layouts
 from ..ops.road import HAS_TRITON
 from . import refuse, wide_console
 from . import shape as shape_of
@@ -37,6 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         "--shape", type=shape_of, required=True, help="rows x columns, e.g. 8192x4096, or N x C x ..., e.g. 16x320x64x64"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the weights (bf16)")
+    parser.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="of x and y in memory (contiguous)")
     parser.add_argument("--pass", dest="pass_", choices=PASSES, default="forward", help="(forward)")
     parser.set_defaults(func=run)
 
@@ -55,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
         (shape,) = shapes_of(args.op, [args.shape])
     except ValueError as error:
         return refuse("profile", f"--shape: {error}")
-    case = Case(args.op, args.pass_, shape, dtype, dtype)
+    if args.layout not in layouts(shape):
+        return refuse("profile", f"--layout: {args.layout} is for images and volumes (N x C x H x W, ... x D x H x W)")
+    case = Case(args.op, args.pass_, shape, dtype, dtype, args.layout)
     try:
         ceiling, kernels = profile(case)
     except Refused as refusal:
