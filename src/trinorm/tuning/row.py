@@ -172,7 +172,12 @@ _BACKWARD_SPLIT: tuple[tuple[int, RowBackwardSplit, RowBackwardSplit], ...] = (
 # Of sums, whose own gradient is a third tensor to be read: LayerNorm's more registers would cost programs at work. On an
 # H100, ratios to torch.addcmul, by the launch of two tensors and by this one: 768 columns 0.83 → 0.89 (RMSNorm's 0.89 →
 # 0.91); 16384 and 65536 0.78, 0.75 → 0.94, 0.93 by 128 registers (3 programs for 4 0.93, 0.92; 5 at 96 registers 0.66).
-_BACKWARD_OF_SUMS = {768: (Tile(8, 256, 8), 1, 3, 1)}
+# On an H200 LayerNorm's 1024 columns 0.83 → 0.91 (8 rows by 8 warps 0.91, 4 rows in chunks of 512 0.90).
+_BACKWARD_OF_SUMS = {
+    (768, True): (Tile(8, 256, 8), 1, 3, 1),
+    (768, False): (Tile(8, 256, 8), 1, 3, 1),
+    (1024, True): (Tile(4, 256, 4), 1, 3, 2),
+}
 _BACKWARD_SPLIT_OF_SUMS = (
     (65536, RowBackwardSplit(Tile(1, 1024, 4), 2048, 3, 4, registers=128), _BACKWARD_SPLIT[0][2]),
     *_BACKWARD_SPLIT[1:],
@@ -216,7 +221,7 @@ def _choose_backward(
         tile, _ = next(row[1] for row in _FORWARD if n <= row[0])
         tile = _narrowed(_with_warps(tile, max(tile.warps, _FEW_WARPS)), n)
         return RowBackwardFew(tile, sums=Tile(_FEW_ROWS[few] // (2 if itemsize == 8 else 1), 32, tile.warps))
-    held = _BACKWARD_OF_SUMS.get(n, held) if of_sums else held
+    held = _BACKWARD_OF_SUMS.get((n, spec.center), held) if of_sums else held
     tile, tiles, stages, per_sm = _BACKWARD_FP64 if itemsize == 8 else held
     return _fitted(RowBackward(_narrowed(tile, n), tiles, stages, per_sm, stream), n, itemsize, device, tensors)
 
