@@ -84,8 +84,8 @@ def forget_choices() -> None:
 def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Programs that hold all channels, and, whatever the size, programs that read them twice."""
     if request.param == "streamed":
-        for tensors, (elements, run, _, of_thread) in tuning._LAYER.items():
-            monkeypatch.setitem(tuning._LAYER, tensors, (elements, run, 0, of_thread))
+        for tensors, (elements, run, _, *threads) in tuning._LAYER.items():
+            monkeypatch.setitem(tuning._LAYER, tensors, (elements, run, 0, *threads))
     forget_choices()
     yield request.param
     forget_choices()
@@ -141,8 +141,8 @@ def test_programs_that_walk(
     small = replace(describe(device), multiprocessors=1)
     for module in (channel_layers, rows):
         monkeypatch.setattr(module, "describe", lambda _: small)
-    for tensors, (_, run, most, _) in tuning._LAYER.items():
-        monkeypatch.setitem(tuning._LAYER, tensors, (1, run, most, 1))
+    for tensors, (_, run, most, _, of_chunk) in tuning._LAYER.items():
+        monkeypatch.setitem(tuning._LAYER, tensors, (1, run, most, 1, of_chunk))
     monkeypatch.setattr(tuning, "_LAYER_WARPS", 2)
     monkeypatch.setattr(tuning, "_LAYER_STREAMED", (2048, 4, 3, 1))
     actual, walked = channel_layers.choose_layer_backward, []

@@ -29,7 +29,7 @@ from .channel_tiles import (
     walk_of_program,
     walked_count,
 )
-from .index import first_program, load, widened
+from .index import first_program, load, load_once, store_once, widened
 from .overlap import let_next_launch, wait_for_previous
 from .row_backward import normalized
 from .stats import TRUSTED_MIN, power_of_two_below, row_sum, row_sums, trusted
@@ -305,6 +305,7 @@ def channel_apply(
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
     STAGES: tl.constexpr,
+    STREAM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A block of ROWS channels a program, and a share of positions. Statistics, weight and bias are vectors of its rows."""
@@ -322,6 +323,6 @@ def channel_apply(
         i = steps - 1 - turn
         offsets = first + i * step
         mask = live & lanes_there(i, left, pace, EVEN, POSITIONS)
-        xhat = normalized(load(X + offsets, mask), mean, rstd, ACC)
+        xhat = normalized(load_once(X + offsets, mask, STREAM), mean, rstd, ACC)
         z = before_activation(xhat, w, b, RESIDUAL, offsets, mask)
-        tl.store(Y + offsets, activated(z, ACTIVATION).to(Y.dtype.element_ty), mask=mask)
+        store_once(Y + offsets, activated(z, ACTIVATION), mask, STREAM)

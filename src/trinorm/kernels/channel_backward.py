@@ -29,7 +29,7 @@ from .channel_tiles import (
     store_partial,
     walk_of_program,
 )
-from .index import first_program, load, load_or, widened
+from .index import first_program, load, load_once, load_or, store_once, takes_ptx, widened
 from .overlap import let_next_launch, wait_for_previous
 from .row_backward import dx_of, normalized
 from .stats import add_to_sum, row_sum_with_lost
@@ -59,6 +59,29 @@ def gradient_of(
     if DZ is not None:
         tl.store(DZ + offsets, dz.to(DZ.dtype.element_ty), mask=mask)
     return dz, xhat
+
+
+# Opaque to the compiler, which takes it for no conversion.
+_WIDEN_FP16: tl.constexpr = tl.constexpr("cvt.f32.f16 $0, $1;")
+
+
+@triton.jit
+def widened_anew(x, ACC: tl.constexpr):
+    """x in the accumulator's dtype, by other means than ``x.to``."""
+    if x.dtype == tl.float16 and tl.float32 == ACC and x.numel > 1 and takes_ptx():
+        return tl.inline_asm_elementwise(_WIDEN_FP16, "=f,h", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return widened(x, ACC)
+
+
+@triton.jit
+def gradient_again(dy, x, dz, mean, rstd, ACTIVATION: tl.constexpr, ACC: tl.constexpr):
+    """gradient_of's results once more, of dy and x that a program holds; behind an activation dz is held itself. Widened by
+    other means than the first time, so that the compiler holds them as they came, in half the registers.
+    """
+    if ACTIVATION is None:
+        dz = dy.to(ACC) if dy.dtype == tl.bfloat16 else widened_anew(dy, ACC)
+    return dz, (widened_anew(x, ACC) - mean) * rstd
 
 
 @triton.jit(do_not_specialize=["A", "width", "S", "shares", "C", "D"])
@@ -240,6 +263,7 @@ def channel_apply_backward(
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
     STAGES: tl.constexpr,
+    STREAM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """As channel_apply. C1 and C2 None: the statistics are constants, and x is read for an activation alone."""
@@ -261,12 +285,12 @@ def channel_apply_backward(
         i = steps - 1 - turn
         offsets = first + i * step
         mask = live & lanes_there(i, left, pace, EVEN, POSITIONS)
-        dy = widened(load(DY + offsets, mask), ACC)
+        dy = widened(load_once(DY + offsets, mask, STREAM), ACC)
         if C1 is None and ACTIVATION is None:
             dx = rstd * affine_backward(dy, w, 0.0)
         else:
-            xhat = normalized(load(X + offsets, mask), mean, rstd, ACC)
+            xhat = normalized(load_once(X + offsets, mask, STREAM), mean, rstd, ACC)
             dz = through_activation(dy, xhat, w, b, None, offsets, mask, ACTIVATION)
             g = affine_backward(dz, w, 0.0)
             dx = rstd * g if C1 is None else dx_of(g, xhat, rstd, c1, c2, True)
-        tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=mask)
+        store_once(DX + offsets, dx, mask, STREAM)

@@ -11,10 +11,10 @@ import triton.language as tl
 
 from .activation import activated, before_activation
 from .affine import NO_BIAS, NO_WEIGHT, affine_backward
-from .channel_backward import gradient_of
+from .channel_backward import gradient_again, gradient_of
 from .channel_combine import update_running
 from .channel_tiles import centered_moments, in_units
-from .index import first_program, load, load_or, widened
+from .index import first_program, load, load_once, load_or, store_once, widened
 from .overlap import let_next_launch, wait_for_previous
 from .row_backward import dx_of
 from .stats import power_of_two_below, row_sums, trusted
@@ -133,6 +133,7 @@ def held_forward(
     RESCUE: tl.constexpr,
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
+    STREAM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """VAR (unbiased) and running statistics, of each statistic's number, where they are given."""
@@ -142,7 +143,7 @@ def held_forward(
     sets, exist, _, live, parameters, offsets, mask = held_tile(
         C, SETS, RUNS, S, OVER_SAMPLES, PER_SAMPLE, APART, RAGGED, ROWS, POSITIONS
     )
-    stored = load(X + offsets, mask)
+    stored = load_once(X + offsets, mask, STREAM)
     owners = exist if OVER_SAMPLES else live
     w = load_or(W, parameters, owners, NO_WEIGHT, False)
     b = load_or(B, parameters, owners, NO_BIAS, False)
@@ -169,7 +170,7 @@ def held_forward(
         update_running(RUNNING_VAR, sets, unbiased, momentum, exist)
     z = before_activation((widened(stored, ACC) - mean) * rstd, w, b, RESIDUAL, offsets, mask)
     y = activated(z, ACTIVATION)
-    tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=mask)
+    store_once(Y + offsets, y, mask, STREAM)
 
 
 @triton.jit(do_not_specialize=["C", "SETS", "RUNS", "S"])
@@ -200,6 +201,7 @@ def held_backward(
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
+    STREAM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """DY_XHAT, DY_SUM: each run's sums, for dw and db; DW and DB: a statistic's; DZ: a residual's gradient. Each of them
@@ -211,8 +213,8 @@ def held_backward(
     sets, exist, runs, live, parameters, offsets, mask = held_tile(
         C, SETS, RUNS, S, OVER_SAMPLES, PER_SAMPLE, APART, RAGGED, ROWS, POSITIONS
     )
-    dy = load(DY + offsets, mask)
-    x = load(X + offsets, mask)
+    dy = load_once(DY + offsets, mask, STREAM)
+    x = load_once(X + offsets, mask, STREAM)
     mean, rstd = load(MEAN + sets, exist).to(ACC), load(RSTD + sets, exist).to(ACC)
     owners = exist if OVER_SAMPLES else live
     w = load_or(W, parameters, owners, NO_WEIGHT, False)
@@ -230,5 +232,6 @@ def held_backward(
     share = 1.0 / (tl.zeros([1, 1], ACC) + (RUNS * S).to(ACC))
     c1 = over_rows(affine_backward(of_x, w, 0.0), APART) * share
     c2 = over_rows(affine_backward(of_1, w, 0.0), APART) * share
+    dz, xhat = gradient_again(dy, x, dz, mean, rstd, ACTIVATION, ACC)
     dx = dx_of(affine_backward(dz, w, 0.0), xhat, rstd, c1, c2, True)
-    tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=mask)
+    store_once(DX + offsets, dx, mask, STREAM)

@@ -14,11 +14,11 @@ import triton.language as tl
 
 from .activation import activated, before_activation
 from .affine import affine_backward
-from .channel_backward import gradient_of
+from .channel_backward import gradient_again, gradient_of
 from .channel_combine import update_running
 from .channel_tiles import centered_moments, in_units
 from .channel_whole import load_parameters_of_runs, pivot_of_run, runs_of, tile_of_turn, turns_of
-from .index import first_program, load, widened
+from .index import first_program, load_once, store_once, widened
 from .overlap import let_next_launch, wait_for_previous
 from .row_backward import dx_of, normalized
 from .stats import power_of_two_below, row_sums, trusted
@@ -101,6 +101,7 @@ def split_forward(
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
     LANES: tl.constexpr,
+    STREAM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """VAR (unbiased) and running statistics, of each statistic's number, where they are given. share: 1 over the elements
@@ -112,7 +113,7 @@ def split_forward(
     statistic, member, columns, team = member_of_program(RUNS, S, ROWS, POSITIONS)
     first, stride, parameters, step = runs_of(statistic, C, RUNS, OVER_SAMPLES, PER_SAMPLE)
     runs, live, offsets, mask = tile_of_turn(member, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
-    stored = load(X + offsets, mask)
+    stored = load_once(X + offsets, mask, STREAM)
     w, b = load_parameters_of_runs(W, B, parameters + runs * step, C, live, PER_SAMPLE)
 
     n = elements_of(member, team, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
@@ -155,7 +156,7 @@ def split_forward(
 
     xhat = normalized(stored, mean.to(ACC), rstd, ACC)
     y = activated(before_activation(xhat, w, b, RESIDUAL, offsets, mask), ACTIVATION)
-    tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=mask)
+    store_once(Y + offsets, y, mask, STREAM)
 
 
 @triton.jit(do_not_specialize=["C", "RUNS", "S"])
@@ -187,6 +188,7 @@ def split_backward(
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
     LANES: tl.constexpr,
+    STREAM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """DY_XHAT, DY_SUM: ``[samples, members to a run, C]``, for dw and db; OVER_SAMPLES those are DW and DB. DZ: a
@@ -201,7 +203,7 @@ def split_backward(
     here = statistic + tl.zeros([1, 1], tl.int64)
     mean, rstd = tl.load(MEAN + here).to(ACC), tl.load(RSTD + here).to(ACC)
     w, b = load_parameters_of_runs(W, B, parameters + runs * step, C, live, PER_SAMPLE)
-    dy, x = load(DY + offsets, mask), load(X + offsets, mask)
+    dy, x = load_once(DY + offsets, mask, STREAM), load_once(X + offsets, mask, STREAM)
     dz, xhat = gradient_of(dy, x, RESIDUAL, DZ, offsets, mask, mean, rstd, w, b, ACTIVATION, RAGGED, ACC)
 
     of_x, of_1 = row_sums(dz * xhat, dz)
@@ -229,9 +231,6 @@ def split_backward(
     if OVER_SAMPLES:  # the weight is one
         of_channel, _ = load_parameters_of_runs(W, None, here, C, here < C, PER_SAMPLE)
         c1, c2 = affine_backward(c1, of_channel, 0.0), affine_backward(c2, of_channel, 0.0)
-    # Widened by other means than the first time, so that the compiler holds dy and x as they came, in half the registers.
-    xhat = (widened(x, ACC) - mean) * rstd
-    if ACTIVATION is None:
-        dz = dy.to(ACC)
+    dz, xhat = gradient_again(dy, x, dz, mean, rstd, ACTIVATION, ACC)
     dx = dx_of(affine_backward(dz, w, 0.0), xhat, rstd, c1, c2, True)
-    tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=mask)
+    store_once(DX + offsets, dx, mask, STREAM)

@@ -19,7 +19,7 @@ from .channel import merged_positions, scaled_back
 from .channel_backward import gradient_of
 from .channel_combine import update_running
 from .channel_tiles import in_units, load_pivot
-from .index import first_program, load, load_or, widened
+from .index import first_program, load, load_once, load_or, store_once, widened
 from .overlap import let_next_launch, wait_for_previous
 from .row_backward import dx_of, normalized
 from .stats import power_of_two_below, row_sum, row_sums, trusted
@@ -179,6 +179,7 @@ def channel_forward(
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
     STAGES: tl.constexpr,
+    STREAM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A statistic a program. VAR (unbiased) and running statistics, of each program's number, where they are given."""
@@ -208,9 +209,9 @@ def channel_forward(
         # The last ones first: of what is larger than L2 they are what it still has.
         runs, live, offsets, mask = tile_of_turn(turns - 1 - turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
         w, b = load_parameters_of_runs(W, B, parameters + runs * step, C, live, PER_SAMPLE)
-        xhat = normalized(load(X + offsets, mask), mean, rstd, ACC)
+        xhat = normalized(load_once(X + offsets, mask, STREAM), mean, rstd, ACC)
         z = before_activation(xhat, w, b, RESIDUAL, offsets, mask)
-        tl.store(Y + offsets, activated(z, ACTIVATION).to(Y.dtype.element_ty), mask=mask)
+        store_once(Y + offsets, activated(z, ACTIVATION), mask, STREAM)
 
 
 @triton.jit(do_not_specialize=["C", "RUNS", "S"])
@@ -240,6 +241,7 @@ def channel_backward(
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
     STAGES: tl.constexpr,
+    STREAM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A statistic a program. DY_XHAT, DY_SUM: each run's sums, for dw and db; OVER_SAMPLES those are DW and DB. DZ: a
@@ -299,7 +301,7 @@ def channel_backward(
     for turn in tl.range(0, turns, num_stages=STAGES):
         runs, live, offsets, mask = tile_of_turn(turns - 1 - turn, first, stride, RUNS, S, columns, RAGGED, ROWS, POSITIONS)
         w, b = load_parameters_of_runs(W, B, parameters + runs * step, C, live, PER_SAMPLE)
-        dy, x = load(DY + offsets, mask), load(X + offsets, mask)
+        dy, x = load_once(DY + offsets, mask, STREAM), load_once(X + offsets, mask, STREAM)
         dz, xhat = gradient_of(dy, x, RESIDUAL, DZ, offsets, mask, mean, rstd, w, b, ACTIVATION, RAGGED, ACC)
         dx = dx_of(affine_backward(dz, w, 0.0), xhat, rstd, c1, c2, True)
-        tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=mask)
+        store_once(DX + offsets, dx, mask, STREAM)

@@ -77,6 +77,12 @@ def load_once(pointers, mask, STREAM: tl.constexpr):
 
 
 @triton.jit
+def store_once(pointers, value, mask, STREAM: tl.constexpr):
+    """A store, in the tensor's dtype, of what this kernel does not read; with STREAM, L2 is told so."""
+    tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask, cache_modifier=".cs" if STREAM else "")
+
+
+@triton.jit
 def load_or(POINTER, columns, mask, absent: tl.constexpr, STREAM: tl.constexpr):
     """Some columns of a vector that every row reads; the fp32 constant of bits ``absent`` where POINTER is None.
 

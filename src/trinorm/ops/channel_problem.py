@@ -34,6 +34,10 @@ class Problem(NamedTuple):
         """The sizes of a view that its walk is chosen by: those of one sample where it may not depend on more."""
         return 1 if self.batch_invariant else view.samples, view.width, view.s
 
+    def nbytes(self, x: Tensor) -> int:
+        """The bytes of x that a launch is chosen by: likewise."""
+        return x.nbytes // len(x) if self.batch_invariant else x.nbytes
+
 
 class View(NamedTuple):
     """Samples of ``width`` channels by s positions, the channels last in memory or first (kernels/channel_tiles.py)."""

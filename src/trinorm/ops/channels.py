@@ -25,6 +25,7 @@ from ..tuning import (
     choose_combine,
     choose_sums,
     choose_whole,
+    streams,
 )
 from .channel_problem import Problem, View, statistics_shape, view_of
 from .layout import in_order_of
@@ -145,6 +146,7 @@ def apply(
     shape = view.width, view.s, plan.shares, channels, channels // problem.num_groups
     args = (y, x, mean, rstd, weight, bias, residual, *shape, problem.eps)
     options = _walked(view, plan, stats, size) | _of_channels(problem, weight, bias)
+    options.update(STREAM=streams(problem.nbytes(x), 1, size))
     launch(channel_apply, (plan.programs(*view[:2]),), x.device, args, options)
     return y
 
@@ -206,6 +208,7 @@ def backward(
         shape = view.width, view.s, plan.shares, channels, channels // problem.num_groups
         args = (dx_out, dy, x, mean, rstd, c1, c2, weight, bias, *shape, problem.eps)
         options = _walked(view, plan, stats, size) | _of_channels(problem, weight, bias)
+        options.update(STREAM=streams(problem.nbytes(x), 2, size))
         launch(channel_apply_backward, (plan.programs(*view[:2]),), x.device, args, options)
     return found
 
@@ -317,10 +320,11 @@ def _whole(problem: Problem, x: Tensor, stats: torch.dtype, tensors: int) -> _Wh
     elif isinstance(plan, ChannelSplit):
         shape = *shape, 1.0 / (runs * view.s)
         options.update(LANES=plan.lanes)
-        if plan.registers:
-            options.update(maxnreg=plan.registers)
     else:
         options.update(STAGES=plan.stages)
+    if not isinstance(plan, ChannelWhole) and plan.registers:
+        options.update(maxnreg=plan.registers)
+    options.update(STREAM=streams(problem.nbytes(x), tensors, size))
     return _Whole(plan, sets, shape, options)
 
 

@@ -7,6 +7,7 @@ from .channel import (
     choose_layer_forward,
     choose_sums,
     choose_whole,
+    streams,
 )
 from .kinds import (
     ChannelCombine,
@@ -53,4 +54,5 @@ __all__ = [
     "choose_total",
     "choose_whole",
     "forward_turns",
+    "streams",
 ]

@@ -28,6 +28,19 @@ _APPLY: dict[tuple[bool, int], _Pass] = {
     (True, 2): (4096, 4, 4, 8),
 }
 
+# Channels last, forward, by the one above and by these: of what streams GroupNorm 16x320x64x64 40.3 and 39.4, 4x512x128x128
+# 55.1 and 55.0, BatchNorm 64x256x56x56 84.7 and 83.0; of what L2 holds GroupNorm 8x640x32x32 14.1 and 12.9, BatchNorm
+# 32x1024x14x14 15.7 and 15.9.
+_APPLY_STREAMED = {(True, 1): (8192, 4, 1, 1 << 20)}
+_APPLY_OF_L2 = {(True, 1): (4096, 4, 4, 8)}
+
+# What is read for the last time, and what is written, passes through L2 without staying (STREAM), so that more of x is
+# there for the second reading, where a pass moves more than the first share of L2 (as rows do, row.py) and x is at most so
+# many times L2. µs without and with: channels last, forward, GroupNorm 16x320x64x64 41.4, 40.4, 4x512x128x128 57.6, 55.1,
+# BatchNorm 64x256x56x56 87.9, 86.5; first, backward, by teams, BatchNorm 64x256x56x56 94.0, 91.0, InstanceNorm
+# 16x64x256x256 117.8, 112.1. Of twice as much and more 1 to 2% slower: GroupNorm 1x128x1024x1024 last 200, 205.
+_STREAMED = 8 / 15, 3
+
 # Positions of a tile, channels first: no more than these, as what is ragged at a channel's end is idle.
 _POSITIONS = 1024
 
@@ -49,6 +62,13 @@ _WHOLE = ((3, 4096, 4), (1.5, 4096, 8), (0, 8192, 8))
 # BatchNorm 32x1024x14x14 18.6, 19.2 or more (of 2048 by 4: 26.8, 20.1).
 _SMALL = 8192
 _SMALL_WHOLE = (1024, 1)
+
+# Of 2-byte numbers in runs of even length, with no activation, which would spill: of a backward of several runs bytes for
+# each of its warps, warps at most, registers of a thread at most (BatchNorm 32x1024x14x14 18.4 and so 17.7, GroupNorm
+# 32x512x16x16 10.9, 9.8, 16x256x32x32 11.8, 11.4, 64x256x16x16 11.1, 10.0; but of odd length, 64x2048x7x7, 43.0, 56.9); and
+# registers of a forward (32x1024x14x14 12.4, 11.3; 16x256x32x32 6.25, 6.29).
+_HELD_EVEN = 2048, 8, 80
+_HELD_REGISTERS = 128
 
 # What a program holds of one tensor, and of two: bytes at most; where statistics are single runs, bytes of a tile of them;
 # bytes for each of its warps then, and otherwise; warps at most. µs, as above, of forwards: InstanceNorm 64x256x1024 18.3
@@ -82,10 +102,11 @@ _COMBINED = 1024
 _RUN = 64
 
 # LayerNorm over channels: by the tensors that are read, elements of a tile of 2-byte numbers, while it has more positions
-# than it should; bytes of a channel's positions that it must have; bytes that a program holds at the most; and those of a
-# thread from which there are more warps (bf16 that compile without a spill, sm_90: 48 elements of a thread forward at 122
-# registers, 24 backward at 128).
-_LAYER = {1: (8192, 32, 64 << 10, 64), 2: (4096, 16, 72 << 10, 80)}
+# than it should; bytes of a channel's positions that it must have; bytes that a program holds at the most; those of a
+# thread from which there are more warps; and those of a chunk. Forward, µs by half the bytes of a thread and of a chunk,
+# and by these: 64x96x56x56 35.0, 24.1; 64x384x14x14 14.0, 10.7; 64x768x7x7 13.2, 10.7; 4x256x64x64 10.4, 7.0; 64x128x32x32
+# 21.7, 14.2; 8x1536x16x16 9.5, 9.6. (bf16 backward: 24 elements of a thread at 128 registers.)
+_LAYER = {1: (8192, 32, 64 << 10, 128, 32), 2: (4096, 16, 72 << 10, 80, 16)}
 
 # Bytes of a channel's positions that a tile should have, also where there are few; most positions, where channels are few.
 _LAYER_RUN = 64
@@ -105,7 +126,19 @@ _WIDE = 16
 
 def choose_apply(samples: int, width: int, s: int, itemsize: int, tensors: int, last: bool, device: Device) -> ChannelWalk:
     """The launch of a pass that writes each element, over samples of ``width`` channels by s positions."""
-    return _walk(_APPLY[last, tensors], samples, width, s, itemsize * tensors, last, False, device)
+    nbytes, kind = samples * width * s * itemsize, (last, tensors)
+    how = _APPLY[kind]
+    if streams(nbytes, tensors, device):
+        how = _APPLY_STREAMED.get(kind, how)
+    elif nbytes <= device.l2:
+        how = _APPLY_OF_L2.get(kind, how)
+    return _walk(how, samples, width, s, itemsize * tensors, last, False, device)
+
+
+def streams(nbytes: int, tensors: int, device: Device) -> bool:
+    """Whether a pass that reads so many tensors of ``nbytes``, and writes one, has them pass through L2 without staying."""
+    least, most = _STREAMED
+    return nbytes * (tensors + 1) > least * device.l2 and nbytes <= most * device.l2
 
 
 def choose_sums(
@@ -145,7 +178,7 @@ def choose_whole(
     """
     share = math.inf if sets is None else sets / device.multiprocessors
     enough = sets is None or share * _LEAST_SHARE >= 1
-    if enough and (held := _held(runs, s, itemsize, tensors, over_samples)) is not None:
+    if enough and (held := _held(runs, s, itemsize, tensors, over_samples, plain, device)) is not None:
         return held
     if (split := _split(runs, s, itemsize, plain, device)) is not None:
         return split
@@ -174,7 +207,9 @@ def _split(runs: int, s: int, itemsize: int, plain: bool, device: Device) -> Cha
     return None
 
 
-def _held(runs: int, s: int, itemsize: int, tensors: int, over_samples: bool) -> ChannelHeld | None:
+def _held(
+    runs: int, s: int, itemsize: int, tensors: int, over_samples: bool, plain: bool, device: Device
+) -> ChannelHeld | None:
     """The launch whose programs hold their statistics; None where one is too large."""
     most, together, of_warp_apart, of_warp = _HELD[tensors]
     positions, rows = _power_of_two(s), _power_of_two(runs)
@@ -184,9 +219,15 @@ def _held(runs: int, s: int, itemsize: int, tensors: int, over_samples: bool) ->
     if apart:
         rows = max(1, together // (positions * itemsize))
     held = rows * positions * itemsize * tensors
-    warps = min(_HELD_WARPS, max(1, held // (of_warp_apart if apart else of_warp)))
+    least, most_warps, registers = of_warp_apart if apart else of_warp, _HELD_WARPS, None
+    if plain and not apart and itemsize <= 2 and s % 2 == 0 and device.programs_wait:
+        if tensors == 1:
+            registers = _HELD_REGISTERS
+        else:
+            least, most_warps, registers = _HELD_EVEN
+    warps = min(most_warps, max(1, held // least))
     ragged = positions != s or rows != runs
-    return ChannelHeld(Tile(rows, positions, warps), apart, ragged)
+    return ChannelHeld(Tile(rows, positions, warps), apart, ragged, registers)
 
 
 def _tile_of_runs(runs: int, s: int, elements: int) -> tuple[Tile, bool]:
@@ -205,7 +246,7 @@ def choose_combine(d: int, parts: int | None) -> ChannelCombine:
     """The combining of ``parts`` partials into statistics of d channels each, side by side or one all along; for parts
     None, one for any number of partials.
     """
-    sets = 8 if d == 1 else 1
+    sets = 4 if d == 1 else 1
     k = _COMBINED if parts is None else _power_of_two(parts)
     k = max(_LEAST_COMBINED // sets, min(k, _COMBINED // sets))
     return ChannelCombine(k, sets, 4 if k * sets <= 1024 else 8)
@@ -235,7 +276,7 @@ def choose_layer_backward(m: int | None, c: int, unit: int, itemsize: int, devic
 
 def _layer(m: int | None, c: int, unit: int, itemsize: int, tensors: int, held: int, device: Device) -> ChannelLayer:
     """held: bytes that an element takes of a thread."""
-    elements, run, most, of_thread = _LAYER[tensors]
+    elements, run, most, of_thread, of_chunk = _LAYER[tensors]
     least = _LAYER_RUN // itemsize
     rows = min(_MOST_LAYER_ROWS, max(least, _power_of_two(elements * 2 // itemsize // c + 1) // 2))
     while m is not None and rows * itemsize > _LAYER_RUN_OF_FEW and -(-m // rows) < device.multiprocessors:
@@ -248,7 +289,7 @@ def _layer(m: int | None, c: int, unit: int, itemsize: int, tensors: int, held: 
         return ChannelLayer(tile, False, min(unit, _WIDE // itemsize), stages, per_sm)
     lanes = 32 if device.programs_wait else 64  # AMD's
     threads = max(lanes, min(_MOST_LAYER_THREADS, _power_of_two(rows * c * held // of_thread + 1) // 2))
-    chunk = max(1, min(_power_of_two(c), threads * _WIDE // itemsize // rows))
+    chunk = max(1, min(_power_of_two(c), threads * of_chunk // itemsize // rows))
     return ChannelLayer(Tile(rows, chunk, threads // lanes), True, min(unit, _WIDE // itemsize))
 
 

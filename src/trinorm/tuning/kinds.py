@@ -182,12 +182,13 @@ class ChannelWhole:
 @dataclass(frozen=True)
 class ChannelHeld:
     """A program holds a whole statistic, whose runs are the rows of ``tile``; apart, a statistic in each row. ragged: as
-    ChannelWhole's.
+    ChannelWhole's. registers: as RowBackwardSplit's.
     """
 
     tile: Tile
     apart: bool
     ragged: bool
+    registers: int | None = None
 
     def programs(self, sets: int) -> int:
         """How many have so many statistics."""
