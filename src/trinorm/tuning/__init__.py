@@ -8,6 +8,7 @@ from .channel import (
     choose_sums,
     choose_whole,
 )
+from .heads import Heads, choose_heads_backward, choose_heads_forward
 from .kinds import (
     ChannelCombine,
     ChannelHeld,
@@ -34,6 +35,7 @@ __all__ = [
     "ChannelSplit",
     "ChannelWalk",
     "ChannelWhole",
+    "Heads",
     "RowBackward",
     "RowBackwardFew",
     "RowBackwardSplit",
@@ -47,6 +49,8 @@ __all__ = [
     "choose_backward",
     "choose_combine",
     "choose_forward",
+    "choose_heads_backward",
+    "choose_heads_forward",
     "choose_layer_backward",
     "choose_layer_forward",
     "choose_sums",
