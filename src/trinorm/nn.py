@@ -5,8 +5,8 @@ Each but these two is a subclass of torch's with the same constructor, parameter
 load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input" unless it is
 set), ``cast`` ("output"), ``batch_invariant`` (None), ``activation`` (None), ``interleaved`` (False), ``alpha`` (1.0) and,
 in training, ``dropout_p`` (0.0) are the arguments of these names of the functions that have them. GroupNorm, BatchNorm and
-the two that add take the functions' other tensors too: ``bn(x, residual=shortcut)``. With ``cast`` "gemma" the weight is its
-distance from 1, where a fresh one is 1: it is to be loaded, or zeroed, as that model's is.
+the two that add take the functions' other tensors too: ``bn(x, residual=shortcut)``. With ``cast`` "gemma" the weight is
+its distance from 1, where a fresh one is 1: it is to be loaded, or zeroed, as that model's is.
 """
 
 from __future__ import annotations

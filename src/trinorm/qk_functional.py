@@ -38,14 +38,14 @@ def qk_norm(
     without cos and sin, y = n. Queries and keys may be views into a packed projection: nothing is copied or transposed.
 
     Args:
-        query: ``(*, query heads, D)``, of any leading dims; float16, bfloat16, float32 or float64. Any strides: it is copied
-            only where the last dim is not contiguous.
+        query: ``(*, query heads, D)``, of any leading dims; float16, bfloat16, float32 or float64. Any strides; where
+            the last dim is not contiguous it is copied.
         key: ``(*, key heads, D)``, of the query's leading dims and dtype.
-        query_weight, key_weight: ``(D,)``, any of the dtypes above, not necessarily the query's; None is 1. They may be one.
+        query_weight, key_weight: ``(D,)``, any of the dtypes above, not necessarily the query's; None is 1. May be one.
         eps: as :func:`rms_norm`.
         cos, sin: ``(*, R)``, alike, of the query's leading dims or broadcast to them: ``(T, R)``, ``(1, T, R)`` or
             ``(B, T, R)`` beside ``(B, T, heads, D)``. R is even, from 2 to D; less than D is a partial rotary embedding. As
-            in transformers a token has R values, of which both of a pair have their own. Both or neither. Where one requires
+            in transformers a token has R values, so that both of a pair have their own. Both or neither. Where one requires
             a gradient, torch's own operators compute all of the call.
         interleaved: whether the pairs are neighbours.
         cast: as :func:`layer_norm`. "output": all in fp32, rounded once, behind the rotation. "llama": the normalized input
@@ -61,15 +61,15 @@ def qk_norm(
         torch's own operators.
 
     Raises:
-        RuntimeError: a shape does not fit, tensors are on different devices, query and key are of different dtypes, or so are
-            cos and sin, or there is only one of these.
+        RuntimeError: a shape does not fit, tensors are on different devices, query and key have different dtypes, or cos
+            and sin do, or one of these is missing.
         NotImplementedError: a dtype other than the four.
         TypeError: an argument of the wrong kind.
         ValueError: eps is negative or NaN, or ``cast`` is none of its values.
 
     Sources: Henry, Dachapally, Pawar, Chen, "Query-Key Normalization for Transformers", arXiv:2010.04245; Zhang, Sennrich,
-    "Root Mean Square Layer Normalization", arXiv:1910.07467; Su et al., "RoFormer: Enhanced Transformer with Rotary Position
-    Embedding", arXiv:2104.09864.
+    "Root Mean Square Layer Normalization", arXiv:1910.07467; Su et al., "RoFormer: Enhanced Transformer with Rotary
+    Position Embedding", arXiv:2104.09864.
     """
     tensors = query, key, query_weight, key_weight, cos, sin
     if has_torch_function_variadic(*tensors):
@@ -98,9 +98,8 @@ _OP = "qk_norm"
 
 def _check_inputs(query: Tensor, key: Tensor, **others: Tensor | None) -> None:
     """Of the tensors: kind, layout, dtype, device and shape."""
-    given = {
-        name: t for name, t in dict(query=query, key=key, **others).items() if name in ("query", "key") or t is not None
-    }
+    there = {name: t for name, t in others.items() if t is not None}
+    given: dict[str, Tensor] = dict(query=query, key=key, **there)
     for name, t in given.items():
         checks.tensor(_OP, name, t)
         checks.strided(_OP, name, t)
@@ -111,15 +110,15 @@ def _check_inputs(query: Tensor, key: Tensor, **others: Tensor | None) -> None:
     tokens, size = query.shape[:-2], query.shape[-1]
     if key.dim() < 2 or key.shape[:-2] != tokens or key.shape[-1] != size:
         raise RuntimeError(
-            f"{_OP}(): key has shape {tuple(key.shape)}; of query's, {tuple(query.shape)}, only the heads, its last dim but "
-            f"one, may differ: {(*tokens, 'heads', size)}"
+            f"{_OP}(): key has shape {tuple(key.shape)}; of the query's, {tuple(query.shape)}, only the number of heads, "
+            "the last dim but one, may differ"
         )
     if key.dtype != query.dtype:
         raise RuntimeError(f"{_OP}(): key has dtype {key.dtype}; it must be the query's, {query.dtype}")
     for name in ("query_weight", "key_weight"):
         if name in given and given[name].shape != (size,):
             raise RuntimeError(
-                f"{_OP}(): {name} has shape {tuple(given[name].shape)}, but a head has {size} elements; it must be ({size},)"
+                f"{_OP}(): {name} has shape {tuple(given[name].shape)}; it must be ({size},), as a head has {size} elements"
             )
     _check_angles(query, others["cos"], others["sin"])
     for name, t in given.items():
@@ -139,11 +138,11 @@ def _check_angles(query: Tensor, cos: Tensor | None, sin: Tensor | None) -> None
     size, tokens = query.shape[-1], query.shape[:-2]
     if cos.dim() < 1 or not 2 <= cos.shape[-1] <= size or cos.shape[-1] % 2:
         raise RuntimeError(
-            f"{_OP}(): cos has shape {tuple(cos.shape)}, but a head has {size} elements; its last dim must be even, from 2 to "
-            f"{size}, a value for each element that is turned"
+            f"{_OP}(): cos has shape {tuple(cos.shape)}, but a head has {size} elements; its last dim, a value for each "
+            f"element that is turned, must be even, from 2 to {size}"
         )
     if not qk.broadcasts(cos, tokens):
         raise RuntimeError(
-            f"{_OP}(): cos has shape {tuple(cos.shape)}, but query has tokens of {tuple(tokens)}; before its last dim cos must "
-            "be broadcast to that, without a dim for the heads"
+            f"{_OP}(): cos has shape {tuple(cos.shape)}, but query has tokens of {tuple(tokens)}; but for its last dim cos "
+            "must be broadcast to that, without a dim for the heads"
         )

@@ -14,8 +14,8 @@ from .spec import RowNorm
 def oracle(
     spec: RowNorm, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, interleaved: bool
 ) -> Tensor:
-    """The definition, of queries or of keys: ``n = x·(mean(x²) + eps)^-1/2·(weight + offset)`` over the last dim, and of the
-    pairs (a, b) of n's first elements ``a·cos - b·sin`` and ``b·cos + a·sin``. cos and sin are those of x's tokens.
+    """The definition, of queries or of keys: ``n = x·(mean(x²) + eps)^-1/2·(weight + offset)`` over the last dim, and of
+    the pairs (a, b) of n's first elements ``a·cos - b·sin`` and ``b·cos + a·sin``. cos and sin are those of x's tokens.
     """
     lift, lower, quiet = reference.precise(x, weight, cos, sin)
     with quiet:
@@ -58,8 +58,8 @@ def _turned(n: Any, cos: Any, sin: Any, interleaved: bool, way: int) -> Any:
 def composite(
     spec: RowNorm, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, interleaved: bool
 ) -> Tensor:
-    """The same by torch's own ops, in x's dtype: rounded once, at the end, or, a spec that rounds, at each step, as models do
-    that write it so.
+    """The same by torch's own ops, in x's dtype: rounded once, at the end, or, by a spec that rounds, at each step, as
+    models do that write it so.
     """
     tensors = [t for t in (x, weight, cos, sin) if t is not None]
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -104,6 +104,6 @@ def unrotated(dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor
 def _partners(t: Tensor, interleaved: bool) -> Tensor:
     """Of each pair (a, b): (-b, a)."""
     if interleaved:
-        return torch.stack((-t[..., 1::2], t[..., ::2]), -1).flatten(-2)
+        return torch.stack((-t[..., 1::2], t[..., ::2]), -1).reshape(t.shape)
     first, second = t.chunk(2, -1)
     return torch.cat((-second, first), -1)

@@ -7,8 +7,8 @@ p(j) is the other of the pair: of the first R elements j + R/2 for the first hal
 neighbours. From R on y = n.
 
 A tile is ROWS tokens of one head, and a program has that of several heads, for which it reads weight, cos and sin once.
-Offsets count elements; odd_sizes and strides describe a tensor's tokens (index.row_offsets), and the last of strides is that
-of heads. QW, KW, COS, SIN and what nobody asks for may be None. With ROUND every step is rounded to y's dtype (LLaMA;
+Offsets count elements; odd_sizes and strides describe a tensor's tokens (index.row_offsets), and the last of strides is the
+heads'. QW, KW, COS, SIN and what nobody asks for may be None. With ROUND every step is rounded to y's dtype (LLaMA;
 affine.py), and the rotation's too where cos has that dtype. The backward is heads_backward.py's.
 """
 

@@ -1,4 +1,4 @@
-"""QK-norm, backward: the rotation's transpose (heads.py), and RMSNorm's own backward (row_backward.py) of what it makes of dy.
+"""QK-norm, backward: the rotation's transpose (heads.py), and RMSNorm's own backward (row_backward.py) of what that gives.
 
     dn[j] = dy[j]·cos[j] ± dy[p(j)]·sin[p(j)],   + where j is the first of its pair, - where it is the second; dy from R on
     dx = rstd·(g - x̂·mean(g·x̂)) with g = dn·(w + OFFSET),   dw = Σ dn·x̂ over tokens and heads
@@ -45,8 +45,8 @@ def walk_heads(
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx of this program's share of tokens and heads, and its partial of dw. outs: (DX, DW); given: (DY, X, W, RSTD, and the
-    odd_sizes and strides of dy and of x); turn: as angles'.
+    """dx of this program's share of tokens and heads, and its partial of dw. outs: (DX, DW); given: (DY, X, W, RSTD, and
+    the odd_sizes and strides of dy and of x); turn: as angles'.
     """
     DX, DW = outs
     DY, X, W, RSTD, dy_odd_sizes, dy_strides, x_odd_sizes, x_strides = given

@@ -101,7 +101,7 @@ def backward(
     options = _options(spec, query, heads, rotation, stats, plan)
     options.update(STAGES=plan.stages, **started_by(plan.tile, size))
     launch(heads_backward, (programs,), device, (*tensors, tokens, *layouts), options)
-    add_up(*dws, *partials, programs, plan.most_partials(size), stats)
+    add_up(dws[0], dws[1], partials[0], partials[1], programs, plan.most_partials(size), stats)
     return *dxs, *dws
 
 

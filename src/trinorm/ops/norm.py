@@ -108,10 +108,11 @@ def qk_norm(
     spec: RowNorm, eps: float, interleaved: bool, asked: Hashable, batch_invariant: bool, *tensors: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(query, key) of checked (query, key, query_weight, key_weight, cos, sin). asked: as channel_norm's."""
-    problem, query, key, turn = QKProblem(spec, eps, interleaved), tensors[0], tensors[1], tensors[4:]
+    problem, query, key = QKProblem(spec, eps, interleaved), tensors[0], tensors[1]
     assert query is not None and key is not None
     # Rules for distributed tensors the op has none, nor kernels a gradient for angles: torch's operators have both.
-    if road.are_distributed(*tensors) or road.is_differentiated(*turn):
+    by_angles = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[4:])
+    if by_angles or road.are_distributed(*tensors):
         return qk.composite(problem, *tensors)
     if road.takes_op(qk.NAME, *tensors, whole=spec.rounded or batch_invariant):
         return qk_library.norm(problem, *tensors, batch_invariant=batch_invariant)

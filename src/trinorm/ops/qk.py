@@ -58,9 +58,9 @@ def read(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def composite(problem: QKProblem, *tensors: Any) -> tuple[Tensor, Tensor]:
     """Both results of (query, key, query_weight, key_weight, cos, sin) by ATen's ops."""
     spec, eps, interleaved = problem
-    query, key, query_weight, key_weight, *turn = tensors
+    query, key, query_weight, key_weight, cos, sin = tensors
     of_query, of_key = (
-        qk_reference.composite(spec, x, weight, eps, *turn, interleaved)
+        qk_reference.composite(spec, x, weight, eps, cos, sin, interleaved)
         for x, weight in ((query, query_weight), (key, key_weight))
     )
     return of_query, of_key
@@ -69,9 +69,9 @@ def composite(problem: QKProblem, *tensors: Any) -> tuple[Tensor, Tensor]:
 def composite_gradients(problem: QKProblem, wanted: tuple[bool, ...], *tensors: Any) -> Results:
     """Those of QKCall.backward, by ATen's ops."""
     spec, eps, interleaved = problem
-    query_dy, key_dy, query, key, query_weight, key_weight, *turn = tensors
+    query_dy, key_dy, query, key, query_weight, key_weight, cos, sin = tensors
     found = [
-        (None, None) if dy is None else qk_reference.composite_gradients(spec, x, weight, eps, *turn, interleaved, dy)
+        (None, None) if dy is None else qk_reference.composite_gradients(spec, x, weight, eps, cos, sin, interleaved, dy)
         for dy, x, weight in ((query_dy, query, query_weight), (key_dy, key, key_weight))
     ]
     every = itertools.chain.from_iterable(zip(*found, strict=True))
@@ -127,9 +127,10 @@ class QKCall:
 def _forward(problem: QKProblem, differentiated: bool, *inputs: Any) -> Results:
     from . import heads
 
-    query, key, query_weight, key_weight, *turn = inputs
+    query, key, query_weight, key_weight, cos, sin = inputs
     sides = heads.Side(query, query_weight), heads.Side(key, key_weight)
-    return heads.forward(problem.spec, *sides, problem.eps, heads.Rotation(*turn, problem.interleaved), save=differentiated)
+    turn = heads.Rotation(cos, sin, problem.interleaved)
+    return heads.forward(problem.spec, *sides, problem.eps, turn, save=differentiated)
 
 
 def _backward(problem: QKProblem, wanted: tuple[bool, ...], *tensors: Any) -> Results:

@@ -104,8 +104,9 @@ class _Backward(Op):
     name = f"{NAME}_backward"
     schema = (
         "(Tensor? query_dy, Tensor? key_dy, Tensor query, Tensor key, Tensor? query_weight, Tensor? key_weight, "
-        "Tensor? cos, Tensor? sin, Tensor query_rstd, Tensor key_rstd, float eps, bool interleaved, bool dquery, bool dkey, "
-        "bool dquery_weight, bool dkey_weight, bool batch_invariant, str cast) -> (Tensor, Tensor, Tensor, Tensor)"
+        "Tensor? cos, Tensor? sin, Tensor query_rstd, Tensor key_rstd, float eps, bool interleaved, bool dquery, "
+        "bool dkey, bool dquery_weight, bool dkey_weight, bool batch_invariant, str cast) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
     )
 
     def composite(self, *args: Any) -> Results:
