@@ -110,13 +110,12 @@ def qk_norm(
     """(query, key) of checked (query, key, query_weight, key_weight, cos, sin). asked: as channel_norm's."""
     problem, query, key = QKProblem(spec, eps, interleaved), tensors[0], tensors[1]
     assert query is not None and key is not None
-    # Rules for distributed tensors the op has none, nor kernels a gradient for angles: torch's operators have both.
-    by_angles = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[4:])
-    if by_angles or road.are_distributed(*tensors):
-        return qk.composite(problem, *tensors)
-    if road.takes_op(qk.NAME, *tensors, whole=spec.rounded or batch_invariant):
+    lacking = qk.lacking(query, tensors[4:])
+    # For distributed tensors the op has no rules.
+    by_op = lacking is None and not road.are_distributed(*tensors)
+    if by_op and road.takes_op(qk.NAME, *tensors, whole=spec.rounded or batch_invariant):
         return qk_library.norm(problem, *tensors, batch_invariant=batch_invariant)
-    if not qk.are_served(query, key) or not road.kernels_serve(qk.NAME, query, *tensors[1:]):
+    if qk.are_empty(query, key) or not road.kernels_serve(qk.NAME, query, *tensors[1:], lacking=lacking):
         return qk.composite(problem, *tensors)
     inputs = qk.read(*tensors)
     call = None

@@ -36,9 +36,18 @@ class QKProblem(NamedTuple):
     interleaved: bool
 
 
-def are_served(query: Tensor, key: Tensor) -> bool:
-    """Whether there is a kernel for heads of this size, and anything for it to do."""
-    return query.shape[-1] <= MOST_OF_HEAD and bool(query.numel()) and bool(key.numel())
+def lacking(query: Tensor, angles: Sequence[Tensor | None] = ()) -> str | None:
+    """Why there is no kernel for such a call; None where there is one."""
+    if query.shape[-1] > MOST_OF_HEAD:
+        return f"a head has over {MOST_OF_HEAD} elements"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in angles):
+        return "cos or sin requires a gradient"
+    return None
+
+
+def are_empty(query: Tensor, key: Tensor) -> bool:
+    """Whether a kernel would have nothing to do for one of the two."""
+    return not (query.numel() and key.numel())
 
 
 def broadcasts(cos: Tensor, tokens: Sequence[int]) -> bool:

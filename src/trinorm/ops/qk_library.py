@@ -21,8 +21,8 @@ from torch import Tensor
 from .. import reference
 from ..spec import CASTS, RMS_NORM
 from . import road
-from .qk import CALLS, NAME, QKCall, QKProblem, are_served, broadcasts, composite, composite_gradients, read
-from .registering import Op, any_requires_grad, register
+from .qk import CALLS, NAME, QKCall, QKProblem, are_empty, broadcasts, composite, composite_gradients, lacking, read
+from .registering import Op, register
 
 if TYPE_CHECKING:
     from ..replay import Results
@@ -47,7 +47,7 @@ class _Forward(Op):
         self._backward = backward
 
     def autograd(self, keyset: Any, *args: Any) -> Results:
-        if torch.is_grad_enabled() and any_requires_grad(*args[4:6]):
+        if lacking(args[0], args[4:6]):
             return self.composite(*args)
         return super().autograd(keyset, *args)
 
@@ -80,7 +80,7 @@ class _Forward(Op):
         call = CALLS.recall(manner, *tensors)
         if call is None:
             _check(NAME, cast, *tensors)
-            if not road.has_kernels(tensors[0]) or not are_served(*tensors[:2]):
+            if lacking(tensors[0]) or are_empty(*tensors[:2]) or not road.has_kernels(tensors[0]):
                 return self.composite(*args)
             inputs = read(*tensors)
             problem = QKProblem(RMS_NORM.with_cast(cast), eps, interleaved)
@@ -131,7 +131,7 @@ class _Backward(Op):
         known = all(not want or t is not None for want, t in zip(wanted, (query_dy, key_dy) * 2, strict=True))
         known = known and all(not want or t is not None for want, t in zip(wanted[2:], weights, strict=True))
         torch._check(known, lambda: f"trinorm::{self.name}: a gradient is asked for of what is not there")
-        if not road.has_kernels(query) or not are_served(query, key):
+        if lacking(query) or are_empty(query, key) or not road.has_kernels(query):
             return self.composite(*args)
         manner = _REGISTERED, self.name, *args[10:], query_rstd.dtype
         call = CALLS.recall(manner, *inputs)
