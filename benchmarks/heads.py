@@ -4,7 +4,8 @@
 
 All are in bf16; queries and keys are views into a packed projection, and cos and sin have a row for each place, which all
 samples share. The ceiling moves as many bytes: queries and keys are read and written (forward), and with the backward read
-once more, as their gradients are, of which others are written. Times are medians of a CUDA graph's replays over buffers that together are past L2, in microseconds.
+once more, as their gradients are, of which others are written. Times are medians of a CUDA graph's replays over buffers
+that together are past L2, in microseconds.
 """
 
 from __future__ import annotations
