@@ -73,22 +73,24 @@ def test_angles(r: int, interleaved: bool, device: torch.device) -> None:
 
 
 @triton.jit
-def _rstd_kernel(OUT, X, eps, N: tl.constexpr, RESCUE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+def _rstd_kernel(OUT, GOOD, X, eps, N: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     rows, columns = index.tile_rows(0, ROWS), index.chunk_columns(0, CHUNK)
     x = tl.load(X + rows * N + columns, mask=columns < N, other=0.0)
-    tl.store(OUT + rows, heads.head_rstd(x, tl.full([1, 1], eps, tl.float32), N, tl.float32, RESCUE))
+    rstd, good = heads.head_rstd(x, tl.full([1, 1], eps, tl.float32), N, tl.float32, SCALED)
+    tl.store(OUT + rows, rstd)
+    tl.store(GOOD + rows, good.to(tl.int8))
 
 
 def test_rstd_of_squares_out_of_range(device: torch.device) -> None:
     x = torch.randn(ROWS, 10, device=device)
     scales = torch.tensor([1.0, 2.0**100, 2.0**-100, 2.0**-126], device=device)[:, None]
     exact = x.double().square().mean(1).rsqrt() / scales[:, 0].double()
-    for rescue, right in ((True, [True] * 4), (False, [True, False, False, False])):
-        out = torch.empty(ROWS, device=device)
-        _rstd_kernel[(1,)](out, x * scales, 0.0, N=10, RESCUE=rescue, ROWS=ROWS, CHUNK=CHUNK)
+    for scaled, right in ((True, [True] * 4), (False, [True, False, False, False])):
+        out, good = torch.empty(ROWS, device=device), torch.empty(ROWS, dtype=torch.int8, device=device)
+        _rstd_kernel[(1,)](out, good, x * scales, 0.0, N=10, SCALED=scaled, ROWS=ROWS, CHUNK=CHUNK)
         assert ((out.double() / exact - 1).abs() < 2**-20).tolist() == right
-    out = torch.empty(ROWS, device=device)
-    _rstd_kernel[(1,)](out, torch.zeros_like(x), 1e-36, N=10, RESCUE=True, ROWS=ROWS, CHUNK=CHUNK)
+        assert good.bool().tolist() == right
+    _rstd_kernel[(1,)](out, good, torch.zeros_like(x), 1e-36, N=10, SCALED=True, ROWS=ROWS, CHUNK=CHUNK)
     torch.testing.assert_close(out, torch.full_like(out, 1e18), rtol=1e-6, atol=0)
 
 

@@ -295,6 +295,14 @@ def test_bad_input(
     assert launched == []
 
 
+def test_jagged_tensors_are_refused() -> None:
+    jagged = torch.nested.nested_tensor([torch.ones(2, 2, 8), torch.ones(3, 2, 8)], layout=torch.jagged)
+    with pytest.raises(RuntimeError, match=r"qk_norm\(\): query is a nested tensor"):
+        functional.qk_norm(jagged, jagged)
+    with pytest.raises(RuntimeError, match=r"qk_norm\(\): key is a nested tensor"):
+        functional.qk_norm(_x(), jagged)
+
+
 def test_the_registered_op_refuses_what_does_not_fit(device: torch.device) -> None:
     x, w, turn = torch.randn(3, 2, 8, device=device), torch.randn(8, device=device), torch.randn(3, 8, device=device)
     op, how = torch.ops.trinorm.qk_norm, (EPS, False, False, "output")

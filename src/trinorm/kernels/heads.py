@@ -22,18 +22,18 @@ from .stats import held_moments, power_of_two_below, trusted
 
 
 @triton.jit
-def head_rstd(x, eps, N: tl.constexpr, ACC: tl.constexpr, RESCUE: tl.constexpr):
-    """rstd of the rows of a held tile; those whose squares leave fp32's range are taken again, as stats.rescued_stats."""
-    _, power = held_moments((x,), N, False, ACC)
-    rstd = tl.rsqrt(power + eps)
-    if RESCUE:
-        good = trusted(power + eps)
-        if tl.min(good.to(tl.int32)) == 0:
-            largest = tl.max(tl.abs(x), axis=1, keep_dims=True)
-            scale = 1.0 / power_of_two_below(tl.maximum(largest, tl.sqrt(eps)))
-            _, power = held_moments((x * scale,), N, False, ACC)
-            rstd = tl.where(good, rstd, tl.rsqrt(power + eps * scale * scale) * scale)
-    return rstd
+def head_rstd(x, eps, N: tl.constexpr, ACC: tl.constexpr, SCALED: tl.constexpr):
+    """(rstd, whether fp32 held the squares) of the rows of a held tile. SCALED: of each over a power of two near its
+    largest element, which is exact, and scaled back (stats.rescued_stats).
+    """
+    if SCALED:
+        largest = tl.max(tl.abs(x), axis=1, keep_dims=True)
+        scale = 1.0 / power_of_two_below(tl.maximum(largest, tl.sqrt(eps)))
+        _, power = held_moments((x * scale,), N, False, ACC)
+        return tl.rsqrt(power + eps * scale * scale) * scale, power == power
+    else:
+        _, power = held_moments((x,), N, False, ACC)
+        return tl.rsqrt(power + eps), trusted(power + eps)
 
 
 @triton.jit
@@ -129,6 +129,44 @@ def load_heads(pointers, step, mask, HEADS: tl.constexpr):
 
 
 @triton.jit
+def normalize_head(
+    outs,
+    x,
+    pointers,
+    rows,
+    by,
+    live,
+    mask,
+    eps,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROUND: tl.constexpr,
+    ROUND_TURN: tl.constexpr,
+    ACC: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """y and rstd of one head of a tile's tokens, stored as the ``rows``-th; returns where rstd is right, as head_rstd.
+    pointers: where x lies; by: (w, its partners', cos, sin).
+    """
+    Y, RSTD = outs
+    w, w_other, cos, sin = by
+    DTYPE: tl.constexpr = Y.dtype.element_ty
+    x = widened(x, ACC)
+    rstd, good = head_rstd(x, tl.full([1, 1], eps, ACC), N, ACC, SCALED)
+    if RSTD is not None:
+        tl.store(RSTD + rows, rstd, mask=live)
+    xhat = rounded(x * rstd, DTYPE, ROUND)
+    if R == 0:
+        y = xhat * w
+    else:
+        other = rounded(others(x, pointers, live, R, INTERLEAVED, ACC) * rstd, DTYPE, ROUND)
+        y = turned(xhat, other, w, w_other, cos, sin, DTYPE, ROUND, ROUND_TURN)
+    tl.store(Y + rows * N + chunk_columns(0, x.shape[1]), y.to(DTYPE), mask=mask)
+    return good
+
+
+@triton.jit
 def normalize_heads(
     outs,
     given,
@@ -147,13 +185,14 @@ def normalize_heads(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """y and rstd of some heads of ROWS tokens. outs: (Y, RSTD); given: (X, W, odd_sizes, strides); turn: as angles'."""
-    Y, RSTD = outs
+    """y and rstd of some heads of ROWS tokens. outs: (Y, RSTD); given: (X, W, odd_sizes, strides); turn: as angles'.
+
+    Where fp32 does not hold a square all is done again, of rows that are scaled: apart, so that one comparison is paid.
+    """
     X, W, odd_sizes, strides = given
     COS, _, _, _ = turn
     H: tl.constexpr = OF[0]
     HEADS: tl.constexpr = OF[1]
-    DTYPE: tl.constexpr = Y.dtype.element_ty
     rows = tile_rows(program // (H // HEADS), ROWS)
     head = program % (H // HEADS) * HEADS
     live = rows_live(rows, tokens, ROWS)
@@ -163,26 +202,33 @@ def normalize_heads(
     x_row = X + row_offsets(rows, odd_sizes, strides) + head * step
     xs = load_heads(x_row + columns, step, mask, HEADS)
     w = head_weight(W, columns, mask, OFFSET, ACC)
-    if COS is not None:
-        ROUND_TURN: tl.constexpr = ROUND and COS.dtype.element_ty == DTYPE
+    if COS is None:
+        ROUND_TURN: tl.constexpr = False
+        by = w, w, w, w
+    else:
+        ROUND_TURN: tl.constexpr = ROUND and COS.dtype.element_ty == outs[0].dtype.element_ty
         cos, sin = angles(turn, rows, live, R, INTERLEAVED, False, ACC, CHUNK)
-        w_other = w if W is None else others_weight(w, W, columns, mask, R, INTERLEAVED, OFFSET, ACC)
+        by = w, w if W is None else others_weight(w, W, columns, mask, R, INTERLEAVED, OFFSET, ACC), cos, sin
 
+    good = tl.full([ROWS, 1], True, tl.int1)
+    first = rows * H + head
     for h in tl.static_range(HEADS):
-        x = widened(xs[h], ACC)
-        rstd = head_rstd(x, tl.full([1, 1], eps, ACC), N, ACC, RESCUE)
-        if RSTD is not None:
-            tl.store(RSTD + rows * H + (head + h), rstd, mask=live)
-        xhat = rounded(x * rstd, DTYPE, ROUND)
-        if COS is None:
-            y = xhat * w
-        else:
-            other = rounded(others(x, x_row + h * step, live, R, INTERLEAVED, ACC) * rstd, DTYPE, ROUND)
-            y = turned(xhat, other, w, w_other, cos, sin, DTYPE, ROUND, ROUND_TURN)
-        tl.store(Y + (rows * H + (head + h)) * N + columns, y.to(DTYPE), mask=mask)
+        pointers = x_row + h * step
+        good &= normalize_head(
+            outs, xs[h], pointers, first + h, by, live, mask, eps, N, R, INTERLEAVED, ROUND, ROUND_TURN, ACC, False
+        )
+    if RESCUE:
+        if tl.min((good | ~live).to(tl.int32)) == 0:
+            tl.debug_barrier()  # other threads may have stored what is stored anew
+            for i in tl.range(0, HEADS):
+                pointers = x_row + i * step
+                x = load(pointers + columns, mask)
+                normalize_head(
+                    outs, x, pointers, first + i, by, live, mask, eps, N, R, INTERLEAVED, ROUND, ROUND_TURN, ACC, True
+                )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def heads_forward(
     QY,
     KY,

@@ -89,7 +89,7 @@ def walk_heads(
         store_column_sums(DW, first_program() * N, (dw,), N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def heads_backward(
     DQ,
     DK,
