@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trinorm.forced import forced
-from trinorm.ops import channel_layers, channels, rows
+from trinorm.ops import channel_layers, channels, heads, rows
 from trinorm.spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, RowNorm
 from trinorm.tuning import (
     RowBackward,
@@ -56,10 +56,34 @@ IMAGES = (
 LAYERS = ((3, 13, 7, 7), (2, 96, 640, 321), (3, 4500, 8, 8))
 
 
+# QK-norm: (tokens, query heads, key heads, elements of a head, how many are turned): ragged tiles of all kinds; enough of
+# them that programs walk.
+HEADS = ((1, 1, 1, 2, 2), (37, 6, 2, 80, 32), (700, 32, 8, 128, 128), (300, 7, 7, 96, 0), (5, 2, 1, 1000, 64))
+
+
 def main() -> None:
+    heads_norms()
     row_norms()
     channel_norms()
     channel_layer_norms()
+
+
+def heads_norms() -> None:
+    for tokens, of_query, of_key, n, turned in HEADS:
+        packed, dy = (torch.randn(tokens, of_query + 2 * of_key, n, device="cuda").bfloat16() for _ in range(2))
+        packed[::3] *= 1e30
+        weight = torch.randn(n, device="cuda").bfloat16()
+        angles = torch.rand(2, tokens, turned, device="cuda") if turned else (None, None)
+        for interleaved, cast in ((False, "output"), (True, "llama")):
+            query, key, _ = (heads.Side(t, weight) for t in packed.split((of_query, of_key, of_key), 1))
+            rotation = heads.Rotation(*angles, interleaved)
+            spec = RMS_NORM.with_cast(cast)
+            _, _, *rstds = heads.forward(spec, query, key, 1e-6, rotation, save=True)
+            dys = dy.split((of_query, of_key, of_key), 1)
+            wanted = (heads.Wanted(*pair, True, True) for pair in zip(dys, rstds, strict=False))
+            heads.backward(spec, query, key, *wanted, rotation)
+            torch.cuda.synchronize()
+            print("qk_norm", cast, tokens, of_query, of_key, n, turned, flush=True)
 
 
 def channel_layer_norms() -> None:

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trinorm import qk_reference
 from trinorm.compare import assert_no_worse, unit_in_last_place
 from trinorm.reference import Gradients, oracle_gradients
 from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
@@ -116,6 +117,28 @@ def test_what_the_norm_does_not_pass_on(spec: RowNorm, problem: tuple[Tensor, ..
     # The sum cancels to 0, so it is seen beside what cancels: 1 + 0.
     along_ones = dx.sum(-1) / dx.abs().sum(-1)
     assert (along_ones + 1).float().eq(1).all() == spec.center
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_what_turns_the_gradient_back(problem: tuple[Tensor, ...], interleaved: bool) -> None:
+    """Of any cos and sin; and what a forward without roundings multiplies with."""
+    x, w, _, dy = problem
+    r = 6
+    pairs = [(i, i + 1) for i in range(0, r, 2)] if interleaved else [(i, i + r // 2) for i in range(r // 2)]
+    cos, sin = torch.randn(2, r, dtype=torch.float64)
+    xhat = xhat_of(RMS_NORM, x, EPS)
+    n = (xhat * w).requires_grad_()
+    y, dn, by_brackets = n.clone(), dy.clone(), (xhat * w).clone()
+    for i, p in pairs:
+        y[:, i], y[:, p] = n[:, i] * cos[i] - n[:, p] * sin[i], n[:, p] * cos[p] + n[:, i] * sin[p]
+        dn[:, i], dn[:, p] = dy[:, i] * cos[i] + dy[:, p] * sin[p], dy[:, p] * cos[p] - dy[:, i] * sin[i]
+        by_brackets[:, i] = xhat[:, i] * (w[i] * cos[i]) - xhat[:, p] * (w[p] * sin[i])
+        by_brackets[:, p] = xhat[:, p] * (w[p] * cos[p]) + xhat[:, i] * (w[i] * sin[p])
+    assert_formula("dn", dn, *torch.autograd.grad(y, n, dy))
+    assert_formula("y", by_brackets, y.detach())
+    every_turn = torch.cat((cos, cos.new_ones(1))), torch.cat((sin, sin.new_zeros(1)))
+    whole = qk_reference.oracle(RMS_NORM, x[:, None], w, EPS, *(t[:r] for t in every_turn), interleaved)
+    assert_formula("y", whole[:, 0], y.detach())
 
 
 # Statistics, exactly.

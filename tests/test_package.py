@@ -122,6 +122,7 @@ def test_public_names_are_there_and_documented() -> None:
         "group_norm",
         "instance_norm",
         "layer_norm",
+        "qk_norm",
         "rms_norm",
     ]
     for owner, name in (
@@ -129,6 +130,7 @@ def test_public_names_are_there_and_documented() -> None:
         *((trinorm.functional, name) for name in trinorm.functional.__all__),
         (trinorm.nn, "ChannelLayerNorm"),
         (trinorm.nn, "LayerNorm"),
+        (trinorm.nn, "QKNorm"),
         (trinorm.nn, "RMSNorm"),
     ):
         assert getattr(owner, name).__doc__, name

@@ -16,7 +16,7 @@ from .switches import options
 def tensor(op: str, name: str, t: Tensor) -> None:
     """TypeError where it is none."""
     if not isinstance(t, Tensor):
-        or_none = "" if name == "input" else " or None"
+        or_none = "" if name in ("input", "residual", "query", "key") else " or None"
         raise TypeError(f"{op}(): {name} must be a Tensor{or_none}, not {type(t).__name__}")
 
 
@@ -26,10 +26,10 @@ def strided(op: str, name: str, t: Tensor) -> None:
         raise NotImplementedError(f"{op}(): {name} has layout {t.layout}; it must be torch.strided: {name}.to_dense()")
 
 
-def beside(op: str, name: str, t: Tensor, x: Tensor) -> None:
-    """RuntimeError where a parameter is on another device than the input; its dtype, as ``dtype``."""
+def beside(op: str, name: str, t: Tensor, x: Tensor, of: str = "input") -> None:
+    """RuntimeError where a parameter is on another device than the input, whose name is ``of``; its dtype, as ``dtype``."""
     if t.device != x.device:
-        raise RuntimeError(f"{op}(): {name} is on {t.device}, but input is on {x.device}; move one to the other's device")
+        raise RuntimeError(f"{op}(): {name} is on {t.device}, but {of} is on {x.device}; move one to the other's device")
     dtype(op, name, t)
 
 
@@ -79,6 +79,12 @@ def epsilon(op: str, eps: float) -> float:
     if not usable:
         raise ValueError(f"{op}(): eps is {eps}; it must be a number >= 0")
     return float(eps)
+
+
+def casting(op: str, cast: str) -> None:
+    """ValueError where it is none of CASTS."""
+    if not isinstance(cast, str) or cast not in CASTS:
+        raise ValueError(f"{op}(): cast is {cast!r}; it must be one of {', '.join(map(repr, CASTS))}")
 
 
 def invariance(op: str, batch_invariant: bool | None) -> bool:
@@ -134,8 +140,7 @@ def rows(
     dtype(op, "input", x)
     if not isinstance(save, str) or save not in ("input", "output"):
         raise ValueError(f"{op}(): save is {save!r}; it must be 'input' or 'output'")
-    if not isinstance(cast, str) or cast not in CASTS:
-        raise ValueError(f"{op}(): cast is {cast!r}; it must be one of {', '.join(map(repr, CASTS))}")
+    casting(op, cast)
     if save == "output" and cast == "llama":
         raise ValueError(
             f"{op}(): save is 'output' and cast is 'llama', whose output is rounded twice, which cannot be undone; "

@@ -13,6 +13,7 @@ from . import checks
 from .added_functional import add_layer_norm, add_rms_norm
 from .channel_functional import batch_norm, check_channels, group_norm, instance_norm
 from .ops import CALLS, channel, channel_norm, jagged, row_norm
+from .qk_functional import qk_norm
 from .spec import CHANNEL_LAYER_NORM, LAYER_NORM, RMS_NORM, Cast
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "qk_norm",
     "rms_norm",
 ]
 

@@ -1,12 +1,12 @@
 """Modules: torch.nn's own norms, computed by trinorm; AddLayerNorm and AddRMSNorm, which take a residual besides; and
-ChannelLayerNorm, which torch.nn has not.
+ChannelLayerNorm and QKNorm, which torch.nn has not.
 
-Each but the last is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so checkpoints
+Each but these two is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so checkpoints
 load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input" unless it is
-set), ``cast`` ("output"), ``batch_invariant`` (None), ``activation`` (None), ``alpha`` (1.0) and, in training,
-``dropout_p`` (0.0) are the arguments of these names of the functions that have them. GroupNorm, BatchNorm and the two that
-add take the functions' other tensors too: ``bn(x, residual=shortcut)``. With ``cast`` "gemma" the weight is its distance
-from 1, where a fresh one is 1: it is to be loaded, or zeroed, as that model's is.
+set), ``cast`` ("output"), ``batch_invariant`` (None), ``activation`` (None), ``interleaved`` (False), ``alpha`` (1.0) and,
+in training, ``dropout_p`` (0.0) are the arguments of these names of the functions that have them. GroupNorm, BatchNorm and
+the two that add take the functions' other tensors too: ``bn(x, residual=shortcut)``. With ``cast`` "gemma" the weight is
+its distance from 1, where a fresh one is 1: it is to be loaded, or zeroed, as that model's is.
 """
 
 from __future__ import annotations
@@ -232,6 +232,56 @@ class ChannelLayerNorm(torch.nn.Module):
         return f"{self.num_channels}, eps={self.eps}, affine={self.affine}" + _shown(self)
 
 
+class QKNorm(torch.nn.Module):
+    r"""RMS normalization of queries and keys, and their rotary embedding: ``q, k = norm(q, k, cos, sin)``; see
+    :func:`trinorm.functional.qk_norm` for the formula, shapes, dtypes and errors.
+
+    Args:
+        head_dim: D.
+        eps: added to the mean square; >= 0. None: as :func:`trinorm.functional.rms_norm`.
+        elementwise_affine: has a ``query_weight`` and a ``key_weight``, ones at first.
+        device, dtype: of both.
+
+    Source: Henry, Dachapally, Pawar, Chen, "Query-Key Normalization for Transformers", arXiv:2010.04245.
+    """
+
+    query_weight: torch.nn.Parameter | None
+    key_weight: torch.nn.Parameter | None
+    interleaved: bool = False
+    cast: functional.Cast = "output"
+    batch_invariant: bool | None = None
+
+    def __init__(
+        self,
+        head_dim: int,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.eps, self.elementwise_affine = head_dim, eps, elementwise_affine
+        for name in ("query_weight", "key_weight"):
+            weight = torch.empty(head_dim, device=device, dtype=dtype) if elementwise_affine else None
+            self.register_parameter(name, None if weight is None else torch.nn.Parameter(weight))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.query_weight, self.key_weight):
+            if weight is not None:
+                torch.nn.init.ones_(weight)
+
+    def forward(
+        self, query: Tensor, key: Tensor, cos: Tensor | None = None, sin: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        how = dict(interleaved=self.interleaved, cast=self.cast, batch_invariant=self.batch_invariant)
+        weights = self.query_weight, self.key_weight
+        return functional.qk_norm(query, key, *weights, self.eps, cos=cos, sin=sin, **how)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        return f"{self.head_dim}, eps={self.eps}, elementwise_affine={self.elementwise_affine}" + _shown(self)
+
+
 class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
     activation: Activation | None = None
     batch_invariant: bool | None = None
@@ -324,7 +374,7 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
 
 def _shown(module: torch.nn.Module) -> str:
     """What is not torch's, where it is not the default."""
-    names = ("save", "alpha", "dropout_p", "cast", "batch_invariant", "activation")
+    names = ("save", "alpha", "dropout_p", "interleaved", "cast", "batch_invariant", "activation")
     of_class = {name: getattr(type(module), name) for name in names if hasattr(type(module), name)}
     return "".join(
         f", {name}={getattr(module, name)!r}" for name, usual in of_class.items() if getattr(module, name) != usual

@@ -12,11 +12,12 @@ from .. import added_reference, channel_reference, reference
 from ..channel_reference import Averages, Given
 from ..reference import autocasts_to_fp32, in_fp32
 from ..spec import Activation, ChannelNorm, RowNorm
-from . import added, added_library, channel_library, library, road
+from . import added, added_library, channel_library, library, qk, qk_library, road
 from .added import AddedCall, AddedProblem
 from .channel import CALLS, ChannelCall
 from .channel_problem import Problem
 from .layout import beside, channels_readable, dense, readable
+from .qk import QKCall, QKProblem
 from .row import prepared
 
 
@@ -101,6 +102,31 @@ def added_norm(
                 added.keep(asked, call, *inputs)
         return call(*inputs)
     return (y, total) if out is None else (y, out.copy_(total))
+
+
+def qk_norm(
+    spec: RowNorm, eps: float, interleaved: bool, asked: Hashable, batch_invariant: bool, *tensors: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(query, key) of checked (query, key, query_weight, key_weight, cos, sin). asked: as channel_norm's."""
+    problem, query, key = QKProblem(spec, eps, interleaved), tensors[0], tensors[1]
+    assert query is not None and key is not None
+    lacking = qk.lacking(query, tensors[4:])
+    # For distributed tensors the op has no rules.
+    by_op = lacking is None and not road.are_distributed(*tensors)
+    if by_op and road.takes_op(qk.NAME, *tensors, whole=spec.rounded or batch_invariant):
+        return qk_library.norm(problem, *tensors, batch_invariant=batch_invariant)
+    if qk.are_empty(query, key) or not road.kernels_serve(qk.NAME, query, *tensors[1:], lacking=lacking):
+        return qk.composite(problem, *tensors)
+    inputs = qk.read(*tensors)
+    call = None
+    if asked is not None and any(now is not before for now, before in zip(inputs, tensors, strict=True)):
+        call = qk.CALLS.recall(asked, *inputs)
+    if call is None:
+        differentiated = road.is_differentiated(*inputs)
+        call = QKCall(problem, road.accumulator_dtype(*inputs), differentiated=differentiated)
+        if asked is not None:
+            qk.CALLS.keep(asked, call, *inputs)
+    return call(*inputs)
 
 
 def channel_norm(

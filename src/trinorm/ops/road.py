@@ -60,16 +60,19 @@ def takes_op(op: str, *tensors: Tensor | None, whole: bool) -> bool:
     return whole or (has_kernels(x) and not options.inductor_fuses)
 
 
-def kernels_serve(op: str, x: Tensor, *others: Tensor | None) -> bool:
+def kernels_serve(op: str, x: Tensor, *others: Tensor | None, lacking: str | None = None) -> bool:
     """Whether the kernels compute this call; a GPU call that they do not serve says why, once.
 
-    The composite serves CPU tensors, other tensor subclasses, and whatever looks inside an op (``observer``).
+    The composite serves CPU tensors, other tensor subclasses, and whatever looks inside an op (``observer``). lacking: why
+    there is no kernel for such a call, where there is none.
     """
     if not _is_launched_on(x):
         return False
     reason = observer()
     if reason is None and not HAS_TRITON:
         reason = _NO_TRITON
+    elif reason is None and lacking is not None:
+        reason = lacking
     elif reason is None and any(t is not None and not _has_storage(t) for t in (x, *others)):
         reason = "an argument has no memory of its own"
     elif reason is None and not PLAIN_OR_NONE.issuperset(map(type, (x, *others))):

@@ -9,6 +9,7 @@ from .channel import (
     choose_whole,
     streams,
 )
+from .heads import Heads, choose_heads_backward, choose_heads_forward
 from .kinds import (
     ChannelCombine,
     ChannelHeld,
@@ -35,6 +36,7 @@ __all__ = [
     "ChannelSplit",
     "ChannelWalk",
     "ChannelWhole",
+    "Heads",
     "RowBackward",
     "RowBackwardFew",
     "RowBackwardSplit",
@@ -48,6 +50,8 @@ __all__ = [
     "choose_backward",
     "choose_combine",
     "choose_forward",
+    "choose_heads_backward",
+    "choose_heads_forward",
     "choose_layer_backward",
     "choose_layer_forward",
     "choose_sums",
