@@ -61,6 +61,7 @@ def test_derivatives(norm: Callable[..., Any], interleaved: bool, device: torch.
         torch.testing.assert_close([t[i] for t in found], list(of_given(batch[0][i], batch[1][i], *plain[2:])))
 
 
+@pytest.mark.filterwarnings("ignore:.*cos or sin requires a gradient")
 @pytest.mark.parametrize("norm", [eager, registered])
 def test_angles_may_require_gradients(norm: Callable[..., Any], device: torch.device) -> None:
     """Which the kernels have not, and torch's operators do; nothing is dropped silently."""
@@ -119,6 +120,7 @@ def test_compiled(dynamic: bool, interleaved: bool, device: torch.device) -> Non
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:.*cos or sin requires a gradient")
 def test_compiled_with_angles_that_require_gradients(device: torch.device) -> None:
     torch._dynamo.reset()
     given = [t.detach().requires_grad_() for t in doubles(device)]
@@ -207,8 +209,11 @@ def test_in_transformers(dtype: torch.dtype, device: torch.device) -> None:
     ys = functional.qk_norm(query, key, *weights, EPS, cos=cos, sin=sin, cast="llama")
     for y, want in zip(ys, modeling.apply_rotary_pos_emb(*expected, cos[None], sin[None]), strict=True):
         want = want.transpose(1, 2)
-        torch.testing.assert_close(y, want)
-        assert dtype == torch.float32 or (y != want).float().mean() < 0.01
+        if dtype == torch.float32:
+            torch.testing.assert_close(y, want)
+        else:  # one unit of x̂ is one of each product, whose sum may be small
+            assert (y != want).float().mean() < 0.01
+            assert (y - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max()
 
 
 def test_in_transformers_by_neighbours(device: torch.device) -> None:

@@ -29,7 +29,7 @@ from .channel_tiles import (
     store_partial,
     walk_of_program,
 )
-from .index import first_program, load, load_once, load_or, store_once, takes_ptx, widened
+from .index import first_program, load, load_once, load_or, store_once, widened, widened_anew
 from .overlap import let_next_launch, wait_for_previous
 from .row_backward import dx_of, normalized
 from .stats import add_to_sum, row_sum_with_lost
@@ -59,19 +59,6 @@ def gradient_of(
     if DZ is not None:
         tl.store(DZ + offsets, dz.to(DZ.dtype.element_ty), mask=mask)
     return dz, xhat
-
-
-# Opaque to the compiler, which takes it for no conversion.
-_WIDEN_FP16: tl.constexpr = tl.constexpr("cvt.f32.f16 $0, $1;")
-
-
-@triton.jit
-def widened_anew(x, ACC: tl.constexpr):
-    """x in the accumulator's dtype, by other means than ``x.to``."""
-    if x.dtype == tl.float16 and tl.float32 == ACC and x.numel > 1 and takes_ptx():
-        return tl.inline_asm_elementwise(_WIDEN_FP16, "=f,h", [x], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        return widened(x, ACC)
 
 
 @triton.jit

@@ -16,9 +16,33 @@ import triton
 import triton.language as tl
 
 from .affine import NO_WEIGHT, offset_by, rounded
-from .index import chunk_columns, columns_live, first_program, load, load_or, row_offsets, rows_live, tile_rows, widened
+from .index import (
+    chunk_columns,
+    columns_live,
+    first_program,
+    load,
+    load_or,
+    row_offsets,
+    rows_live,
+    tile_rows,
+    widened,
+    widened_anew,
+)
 from .overlap import let_next_launch, wait_for_previous
 from .stats import held_moments, power_of_two_below, trusted
+
+
+@triton.jit
+def rsqrt_rounded(power):
+    """power^-1/2, to about half a unit in the last place; tl.rsqrt's is two off in fp32, and of a head of few elements dx
+    has all of that.
+    """
+    r = tl.rsqrt(power)
+    if power.dtype == tl.float32:  # Newton's step
+        product = power * r
+        left = tl.fma(-product, r, tl.full(r.shape, 1.0, tl.float32)) - tl.fma(power, r, -product) * r
+        r = tl.where(left == left, tl.fma(0.5 * r, left, r), r)  # not of 0 or infinity
+    return r
 
 
 @triton.jit
@@ -30,10 +54,10 @@ def head_rstd(x, eps, N: tl.constexpr, ACC: tl.constexpr, SCALED: tl.constexpr):
         largest = tl.max(tl.abs(x), axis=1, keep_dims=True)
         scale = 1.0 / power_of_two_below(tl.maximum(largest, tl.sqrt(eps)))
         _, power = held_moments((x * scale,), N, False, ACC)
-        return tl.rsqrt(power + eps * scale * scale) * scale, power == power
+        return rsqrt_rounded(power + eps * scale * scale) * scale, power == power
     else:
         _, power = held_moments((x,), N, False, ACC)
-        return tl.rsqrt(power + eps), trusted(power + eps)
+        return rsqrt_rounded(power + eps), trusted(power + eps)
 
 
 @triton.jit
@@ -110,11 +134,20 @@ def angles(
 
 
 @triton.jit
+def rounded_apart(x, dtype: tl.constexpr, ROUND: tl.constexpr):
+    """affine.rounded, of a product that is added to another: in fp16 the compiler would make one fma of both."""
+    if ROUND:
+        return widened_anew(x.to(dtype), x.dtype)
+    else:
+        return x
+
+
+@triton.jit
 def turned(xhat, other, w, w_other, cos, sin, dtype: tl.constexpr, ROUND: tl.constexpr, ROUND_TURN: tl.constexpr):
     """y of x̂ and its partners, which are weighted first. Without roundings what is multiplied with is every head's."""
     if ROUND:
         n, n_other = rounded(xhat * w, dtype, True), rounded(other * w_other, dtype, True)
-        return rounded(n * cos, dtype, ROUND_TURN) + rounded(n_other * sin, dtype, ROUND_TURN)
+        return rounded_apart(n * cos, dtype, ROUND_TURN) + rounded_apart(n_other * sin, dtype, ROUND_TURN)
     else:
         return xhat * (w * cos) + other * (w_other * sin)
 
@@ -268,13 +301,27 @@ def heads_forward(
     turn = COS, SIN, cos_odd_sizes, cos_strides
     of_queries = tl.cdiv(tokens, ROWS) * (Q_OF[0] // Q_OF[1])
     if program < of_queries:
-        outs, given = (QY, Q_RSTD), (Q, QW, q_odd_sizes, q_strides)
+        query = Q, QW, q_odd_sizes, q_strides
         normalize_heads(
-            outs, given, turn, program, tokens, eps, Q_OF, N, R, INTERLEAVED, OFFSET, ROUND, ACC, RESCUE, ROWS, CHUNK
+            (QY, Q_RSTD),
+            query,
+            turn,
+            program,
+            tokens,
+            eps,
+            Q_OF,
+            N,
+            R,
+            INTERLEAVED,
+            OFFSET,
+            ROUND,
+            ACC,
+            RESCUE,
+            ROWS,
+            CHUNK,
         )
     else:
-        outs, given = (KY, K_RSTD), (K, KW, k_odd_sizes, k_strides)
-        program -= of_queries
+        key, program = (K, KW, k_odd_sizes, k_strides), program - of_queries
         normalize_heads(
-            outs, given, turn, program, tokens, eps, K_OF, N, R, INTERLEAVED, OFFSET, ROUND, ACC, RESCUE, ROWS, CHUNK
+            (KY, K_RSTD), key, turn, program, tokens, eps, K_OF, N, R, INTERLEAVED, OFFSET, ROUND, ACC, RESCUE, ROWS, CHUNK
         )

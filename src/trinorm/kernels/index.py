@@ -143,6 +143,19 @@ def widened(x, ACC: tl.constexpr):
         return x.to(ACC)
 
 
+# Opaque to the compiler, which takes it for no conversion.
+_WIDEN_FP16: tl.constexpr = tl.constexpr("cvt.f32.f16 $0, $1;")
+
+
+@triton.jit
+def widened_anew(x, ACC: tl.constexpr):
+    """x in the accumulator's dtype, by other means than ``x.to``: the compiler takes it for another number."""
+    if x.dtype == tl.float16 and tl.float32 == ACC and x.numel > 1 and takes_ptx():
+        return tl.inline_asm_elementwise(_WIDEN_FP16, "=f,h", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return widened(x, ACC)
+
+
 @triton.jit
 def row_offsets(rows, odd_sizes, strides):
     """Element offset of each row of a tensor whose leading dims are ``(?, *sizes)`` with ``strides`` (in elements).
