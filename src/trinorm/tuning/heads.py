@@ -38,12 +38,12 @@ class Heads:
         return min(max(self.turns(tokens, n) for n in heads), _sharing(summed, self.most_partials(device), device))
 
 
-# (D up to, tokens at a time, warps): 8 elements of a thread, one load of 16 bits each. Twice as many take 160 registers in
-# place of 85 (forward by 4 heads of 128, sm_90).
+# (D up to, tokens at a time, warps): 8 elements of a thread, one load of 16 bits each. Twice as many take 128 registers in
+# place of 72 (forward by 4 heads of 128, sm_90).
 _TILES = ((32, 32, 4), (64, 16, 4), (128, 8, 4), (256, 4, 4), (512, 2, 4), (1024, 1, 4))
 
 # For how many heads a program reads the weight, cos and sin once. Compiled for sm_90, of heads of 128 in bf16, instructions
-# for each element and registers: forward by 1, 4, 8 heads 40, 19, 16 and 64, 85, 102; backward by 4 and 8 heads 26, 21 and
+# for each element and registers: forward by 1, 4, 8 heads 41, 19, 16 and 48, 72, 96; backward by 4 and 8 heads 26, 21 and
 # 128, 255.
 _FORWARD_HEADS, _BACKWARD_HEADS = 8, 4
 
