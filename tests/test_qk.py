@@ -15,7 +15,7 @@ from machine import ON_GPU
 from trinorm import functional, qk_reference, reference
 from trinorm.compare import assert_no_worse
 from trinorm.ops import heads
-from trinorm.spec import CASTS, RMS_NORM, Cast
+from trinorm.spec import CASTS, RMS_NORM, Cast, RowNorm
 from trinorm.tuning import Heads, Tile, choose_heads_forward
 from trinorm.tuning import heads as tuning
 
@@ -90,11 +90,35 @@ def assert_right(
         by_torch = qk_reference.composite(spec, *(*plain, None)[:2], *problem[3:])
         assert_no_worse(name, ys[i].detach(), qk_reference.oracle(*problem), by_torch.detach())
         exact = qk_reference.oracle_gradients(*problem, dy)
-        for what, got, want, torchs in zip(
-            ("d", "dw of "), gradients[i::2], exact, torch.autograd.grad(by_torch, plain, dy), strict=False
+        of_torch = torch.autograd.grad(by_torch, plain, dy)
+        for what, got, want, torchs, terms in zip(
+            ("d", "dw of "), gradients[i::2], exact, of_torch, terms_of_gradients(*problem, dy), strict=False
         ):
             assert got is not None and want is not None
-            assert_no_worse(what + name, got, want, torchs)
+            assert_no_worse(what + name, got, want, torchs, terms)
+
+
+def terms_of_gradients(
+    spec: RowNorm,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    dy: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """How large what dx and dw are sums of is: dx's terms, which all but cancel in a head of one or two elements; and of dw
+    the sums on the way, which are as large as the root of the sum of its terms' squares.
+    """
+    x, dn = x.double(), dy.double()
+    if cos is not None and sin is not None:
+        dn = qk_reference.unrotated(dn, cos.double(), sin.double(), interleaved)
+    rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    xhat = x * rstd
+    g = dn if weight is None else dn * (weight.double() + spec.offset)
+    dx = rstd * (g.abs() + (xhat * (g * xhat).mean(-1, keepdim=True)).abs())
+    return dx, (dn * xhat).flatten(0, -2).square().sum(0).sqrt()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
