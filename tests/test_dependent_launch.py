@@ -1,0 +1,114 @@
+"""Dependent launch, as compiled: every kernel that may be put on the device early waits before it touches memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+import pytest
+import torch
+
+import every_kernel
+from trinorm import inspection
+from trinorm.forced import forced
+from trinorm.ops import channel_layers, channels, heads, rows
+from trinorm.spec import LAYER_NORM, RMS_NORM
+
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@\S+ )?(\S+)(?: (.*?))?\s*;", re.MULTILINE)
+_ACCESS = re.compile(r"(LDG|LDGSTS|STG|LD|ST|UTMALDG|UTMASTG|UBLKCP|REDG?|ATOMG?|CCTL)\b")
+
+
+def waits_first(binary: inspection.Binary) -> bool:
+    """Whether no path reaches an access of global memory, or the kernel's end, but through the wait (ACQBULK)."""
+    listing = inspection._nvidia("nvdisasm", "--binary", "SM90a", given=inspection._code(binary.code))
+    code = [(int(at, 16), bool(predicate), name, of) for at, predicate, name, of in _INSTRUCTION.findall(listing)]
+    where = {at: i for i, (at, *_) in enumerate(code)}
+    ahead, seen = [0], set()
+    while ahead:
+        i = ahead.pop()
+        if i in seen or i >= len(code):
+            continue
+        seen.add(i)
+        _, predicated, name, of = code[i]
+        if name.startswith("ACQBULK") and not predicated:
+            continue
+        if _ACCESS.match(name) or (name.startswith("EXIT") and not predicated):
+            return False
+        target = re.search(r"\b0x([0-9a-f]+)$", of) if name.startswith(("BRA", "JMP")) else None
+        if target and int(target[1], 16) in where:
+            ahead.append(where[int(target[1], 16)])
+        if predicated or re.search(r"\bU?P\d", of) or not name.startswith(("BRA", "JMP", "EXIT", "RET")):
+            ahead.append(i + 1)
+    return True
+
+
+def early(calls: list[inspection.Call]) -> list[inspection.Binary]:
+    """Those that may be launched early, compiled; that any may is what the launch asks for."""
+    assert all(call.options["PDL"] == call.options.get("launch_pdl", False) for call in calls)
+    asked = [call for call in calls if call.options["PDL"]]
+    return [inspection.compile_call(call.kernel, call.args, call.options, "sm_90") for call in asked]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def row_calls() -> list[inspection.Call]:
+    """Every kernel of the row family, forward and backward."""
+    with inspection.recorded() as calls:
+        for m, n, forward, backward in every_kernel.CALLS:
+            x, w = meta(m, n), meta(n)
+            with forced(forward=forward, backward=backward):
+                _, mean, rstd = rows.forward(LAYER_NORM, x, 1, w, w, 1e-5, save=True)
+                rows.backward(LAYER_NORM, x, x, 1, w, mean, rstd, dx=True, dw=w.dtype, db=w.dtype)
+    return calls
+
+
+def channel_calls() -> list[inspection.Call]:
+    with inspection.recorded() as calls:
+        for spec, shape, groups in every_kernel.IMAGES[6:13:3]:
+            for order in (torch.contiguous_format, torch.channels_last):
+                x, w = meta(*shape).to(memory_format=order), meta(shape[1])
+                problem = channels.Problem(spec, groups, 1e-5)
+                _, mean, rstd = channels.forward(problem, x, w, w)
+                assert mean is not None and rstd is not None
+                channels.backward(problem, x, x, w, w, mean, rstd, dx=True, dw=w.dtype, db=w.dtype)
+        for shape in every_kernel.LAYERS[1:]:
+            x, w = meta(*shape), meta(shape[1])
+            _, mean, rstd = channel_layers.forward(x, w, w, 1e-6, save=True)
+            assert mean is not None and rstd is not None
+            channel_layers.backward(x, x, w, mean, rstd, dx=True, dw=w.dtype, db=w.dtype)
+    return calls
+
+
+def head_calls() -> list[inspection.Call]:
+    packed, w = meta(700, 48, 128), meta(128)
+    query, key = (heads.Side(t, w) for t in (packed[:, :32], packed[:, 32:40]))
+    rotation = heads.Rotation(meta(700, 128), meta(700, 128), False)
+    with inspection.recorded() as calls:
+        *ys, of_query, of_key = heads.forward(RMS_NORM, query, key, 1e-6, rotation, save=True)
+        wanted = (heads.Wanted(y, rstd, True, True) for y, rstd in zip(ys, (of_query, of_key), strict=True))
+        heads.backward(RMS_NORM, query, key, *wanted, rotation)
+    return calls
+
+
+def late(calls_of: Callable[[], list[inspection.Call]]) -> list[str]:
+    """The kernels that may be launched early and do not wait first."""
+    binaries = early(calls_of())
+    assert binaries
+    return [binary.kernel for binary in binaries if not waits_first(binary)]
+
+
+def is_late_without_the_wait() -> bool:
+    call = head_calls()[0]
+    return not waits_first(inspection.compile_call(call.kernel, call.args, call.options | {"PDL": False}, "sm_90"))
+
+
+@pytest.mark.parametrize("calls_of", [row_calls, channel_calls, head_calls])
+def test_waits_before_any_access(calls_of: Callable[[], list[inspection.Call]], compiling: Executor) -> None:
+    assert compiling.submit(late, calls_of).result() == []
+
+
+def test_a_kernel_that_does_not_wait_is_seen(compiling: Executor) -> None:
+    assert compiling.submit(is_late_without_the_wait).result()
