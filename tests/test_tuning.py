@@ -20,8 +20,10 @@ from trinorm.tuning import (
     RowForward,
     RowForwardSplit,
     Tile,
+    backward_turns,
     choose_backward,
     choose_forward,
+    forward_turns,
 )
 
 H200 = TARGETS["sm_90"].device
@@ -130,9 +132,12 @@ def test_an_h200_streams_above_32_mb() -> None:
 
 
 @pytest.mark.parametrize("spec", [LAYER_NORM, RMS_NORM], ids=lambda spec: spec.name)
-@pytest.mark.parametrize("n", [64, 768, 1000, 4096, 8192, 65536])
+@pytest.mark.parametrize("n", [64, 768, 1000, 2048, 4096, 8192, 65536])
 def test_few_binaries_for_each_width(spec: RowNorm, n: int) -> None:
-    """However many rows come: forward as L2 holds them or not; backward for very few, few, as L2 holds them or not."""
-    counts = [1, 5, 64, 65, 128, 512, 513, 5000, 1 << 20, 1 << 31]
-    assert len({choose_forward(spec, m, n, 2, H200) for m in counts}) <= 2
+    """However many rows come: forward for few, as L2 holds them or not; backward for very few, few, as L2 holds them or
+    not. Besides, a backward's partials are summed by one more.
+    """
+    counts = {1, 5, 5000, 1 << 20, 1 << 31}
+    counts |= {turn + i for of in (forward_turns, backward_turns) for turn in of(n, 2, H200) for i in (-1, 0, 1)} - {0}
+    assert len({choose_forward(spec, m, n, 2, H200) for m in counts}) <= 3
     assert len({choose_backward(spec, m, n, 2, H200) for m in counts}) <= 4
