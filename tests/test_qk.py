@@ -189,6 +189,18 @@ def test_llamas_roundings_bit_for_bit(dtype: torch.dtype, angle: torch.dtype, tu
             assert (y != expected).float().mean() <= (0 if eps == 0 and angle == dtype else 0.01)
 
 
+@pytest.mark.parametrize("cast", ["output", "llama"])
+def test_a_weights_gradient_is_of_what_it_met(cast: Cast, device: torch.device) -> None:
+    """Of one token and head, whose dw is no sum: x̂ as it was rounded, or was not."""
+    (query, key, *weights), _, dys = draw((1,), (1, 1), 256, 0, torch.bfloat16, device, weight=torch.float32)
+    leaves = [w.detach().requires_grad_() for w in weights]
+    found = torch.autograd.grad(functional.qk_norm(query, key, *leaves, EPS, cast=cast), leaves, dys)
+    for x, dy, dw in zip((query, key), dys, found, strict=True):
+        xhat = x.float() * (x.float().square().mean(-1, keepdim=True) + EPS).rsqrt()
+        met = xhat.bfloat16().float() if cast == "llama" else xhat
+        assert torch.isclose(dw, (dy.float() * met).view(-1), rtol=1e-5, atol=0).float().mean() > 0.98
+
+
 def test_as_the_norm_alone(device: torch.device) -> None:
     """Without angles it is RMSNorm, of which the bits are."""
     (query, key, *weights), _, _ = draw((2, 9), (4, 2), 128, 0, torch.bfloat16, device)
@@ -331,7 +343,7 @@ def test_one_weight_of_both(device: torch.device) -> None:
 
 @pytest.mark.parametrize("wanted", [w for w in itertools.product((False, True), repeat=4) if any(w)], ids=str)
 @pytest.mark.parametrize("used", ["query", "key", "both"])
-def test_only_what_is_asked_for(wanted: tuple[bool, ...], used: str, device: torch.device) -> None:
+def test_only_what_is_asked_for(wanted: tuple[bool, ...], used: str, device: torch.device, launched: list[Any]) -> None:
     given, angles, dys = draw((2, 5), (4, 2), 16, 16, torch.float32, device)
     sides = {"query": (0,), "key": (1,), "both": (0, 1)}[used]
 
@@ -351,7 +363,10 @@ def test_only_what_is_asked_for(wanted: tuple[bool, ...], used: str, device: tor
         )
 
     for _ in range(3):  # the third is a repetition of the second
+        launched.clear()
         found = gradients(lambda *leaves: functional.qk_norm(*leaves, EPS, cos=angles[0], sin=angles[1]))
+        sums = any(wanted[2 + i] for i in sides)
+        assert sums == any(kernel.fn.__name__ == "sum_partials" for kernel in launched)
         for got, want in zip(found, gradients(composite), strict=True):
             assert (got is None) == (want is None)
             if got is not None and want is not None:
