@@ -230,6 +230,21 @@ def test_what_comes_back_from_hooks_is_read_as_it_is(stub: Stub) -> None:
     assert 128 not in wider.parameters
 
 
+def test_what_a_hook_left_elsewhere_is_not_read(stub: Stub) -> None:
+    """By a recalled backward either, whose launch would take whatever address it has."""
+    x, weight = (torch.randn(*shape, requires_grad=True) for shape in ((8, 64), (64,)))
+    for _ in range(4):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
+            call(RMS_NORM, x, weight).backward(torch.ones_like(x))
+    assert stub.launches()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t.to("meta")):
+        y = call(RMS_NORM, x, weight)
+    stub.launches()
+    with pytest.raises(RuntimeError, match="device"):
+        y.backward(torch.ones_like(x))
+    assert stub.launches() == []
+
+
 def test_a_kernels_own_hook_hears_every_launch(stub: Stub, ordinary: list[str]) -> None:
     x, heard = torch.randn(8, 64), []
     call(RMS_NORM, x)

@@ -108,7 +108,7 @@ class AddedCall:
         dx, dr, dw, db = wanted
         of_x, of_residual, of_sum, stats, of_bias = self._dtypes
         branch = seed, row_scale
-        plain = dy is not None and are_plain(dy, dsum, total, weight, mean, rstd, *branch)
+        plain = dy is not None and are_plain(dy, total, dsum, weight, mean, rstd, *branch)
         plain = plain and (dsum is None or are_plain(dsum))
         if torch.is_grad_enabled() or not plain or road.observer() is not None:
             # Nobody uses y; or someone differentiates this backward, to whom a kernel's result would silently be a

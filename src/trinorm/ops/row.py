@@ -287,8 +287,11 @@ def _as_saved(t: Tensor, dtype: torch.dtype, dims: int) -> Tensor:
 
 
 def are_plain(dy: Tensor, *saved: Tensor | None) -> bool:
-    """Whether these are tensors that a kernel can read: no subclass, no zeros without storage, no batch in disguise."""
+    """Whether these are tensors that a kernel can read: no subclass, no zeros without storage, no batch in disguise; and
+    what was kept, the first of ``saved``, where dy is: a hook may have forgotten to bring it back. (That takes .2 µs.)
+    """
     plain = type(dy) in road.PLAIN and road.PLAIN_OR_NONE.issuperset(map(type, saved))
+    plain = plain and (not saved or saved[0].device == dy.device)  # type: ignore[union-attr]
     return plain and not (dy._is_zerotensor() or is_batchedtensor(dy) or is_legacy_batchedtensor(dy))
 
 
