@@ -72,12 +72,8 @@ def added_norm(
     """(y, sum) of checked arguments. out: where the sum goes. asked: as channel_norm's. seed, row_scale, drop: of what is
     made of x first (kernels/added.py).
     """
-    branch, op, tensors, dims = (
-        (seed, row_scale),
-        added_library.NAMES[spec.name],
-        (x, residual, weight, bias),
-        len(normalized_shape),
-    )
+    op, dims = added_library.NAMES[spec.name], len(normalized_shape)
+    tensors, branch = (x, residual, weight, bias), (seed, row_scale)
     to_fp32 = x.dtype != torch.float64 and reference.autocast_to_fp32(spec, x.device.type)
     dtype = torch.float32 if to_fp32 else x.dtype
     if road.takes_op(op, *tensors, *branch, whole=spec.rounded or batch_invariant):
