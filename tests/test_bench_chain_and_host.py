@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import io
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from trinorm import cli
-from trinorm.bench import cases, host, measure, providers, report, timing
+from trinorm.bench import cases, host, measure, predict, providers, report, timing
 from trinorm.bench.cases import CHAIN, HOST_PASSES, LINKS, NAMED_SHAPES, Case
 from trinorm.bench.providers import OURS, Provider
 from trinorm.bench.records import Provenance, Record
@@ -233,3 +235,77 @@ def test_the_host_table_divides_functions_by_functions_and_modules_by_modules(
     assert rows[OURS] == ["10.0", "0.33"] * 3
     assert rows[f"{OURS}.nn"] == ["20.0", "0.50"] * 3
     assert rows["torch.nn"] == ["40.0", "1.00"] * 3
+
+
+# --- the command: nothing is left out without a word ---
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command's exit status and what it says, with or without a GPU. Nothing is checked, compiled or timed."""
+
+    def failing(of: Case, who: list[Provider], *_: object) -> list[Record]:
+        return [replace(Record.of(of, provider.name, HERE), failure="RuntimeError: no") for provider in who]
+
+    monkeypatch.setattr(bench, "INTERPRETED", False)
+    monkeypatch.setattr(bench, "_check_interpreted", lambda args: 0)
+    monkeypatch.setattr(predict, "predict", lambda cases: list(cases))
+    monkeypatch.setattr(report, "prediction_table", lambda cases: "\n".join(map(str, cases)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(bench, "provenance", lambda device: HERE)
+    monkeypatch.setattr(measure, "measure", failing)
+
+    def run(*arguments: str, gpu: bool) -> tuple[int, str, str]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        status = cli.main(["bench", "--peers", "none", *arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_with_no_gpu_times_alone_are_refused_or_said_to_be_left_out(told: Callable[..., tuple[int, str, str]]) -> None:
+    status, out, err = told("--pass", "chain,host", gpu=False)
+    assert (status, out) == (2, "")
+    assert err.startswith("trinorm bench: --pass chain and host: times alone, and there is no GPU to measure them on;")
+    assert err.count("\n") == 1
+    status, out, err = told("--pass", "host,forward", "--op", "rms_norm", "--shapes", "4x8", gpu=False)
+    assert (status, err) == (0, "")
+    assert out.startswith("Left out: host: times alone, and there is no GPU to measure them on.\n")
+    assert "rms_norm forward 4×8" in out
+    assert "Left out" not in told("--op", "rms_norm", "--shapes", "4x8", gpu=False)[1]
+
+
+def test_the_exit_status_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    assert "without a GPU there is nothing of them" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gpu", "message"),
+    [
+        (("--op", "rms_norm", "--pass", "chain", "--shapes", "8192x4096"), True, "rms_norm chain, bfloat16: a chain is of"),
+        (("--op", "group_norm", "--shapes", "quartet"), False, "group_norm forward, bfloat16: no such shape in such a"),
+        (("--op", "rms_norm", "--layout", "channels_last"), False, "rms_norm backward, bfloat16: no such shape in such"),
+        (("--pass", "host", "--layout", "channels_last"), True, "rms_norm host, bfloat16: host times are of contiguous"),
+    ],
+)
+def test_where_nothing_is_to_be_measured_it_says_why(
+    arguments: tuple[str, ...], gpu: bool, message: str, told: Callable[..., tuple[int, str, str]]
+) -> None:
+    status, out, err = told(*arguments, gpu=gpu)
+    assert (status, out) == (2, "")
+    assert err.startswith("trinorm bench: nothing to measure; ")
+    assert message in err
+
+
+def test_what_is_left_out_of_a_measurement_is_said(told: Callable[..., tuple[int, str, str]]) -> None:
+    out = told("--op", "rms_norm", "--pass", "forward,chain", "--shapes", "8192x4096", gpu=True)[1]
+    assert out.startswith("Left out: rms_norm chain, bfloat16: a chain is of norms below 2^22 elements.\n")
+
+
+def test_layouts_are_measured_as_asked(told: Callable[..., tuple[int, str, str]]) -> None:
+    call = ("--op", "group_norm", "--pass", "forward", "--shapes", "2x64x8x8")
+    both, one = told(*call, gpu=False)[1], told(*call, "--layout", "channels_last", gpu=False)[1]
+    assert [text.count("group_norm forward 2×64×8×8\n") for text in (both, one)] == [1, 0]
+    assert [text.count("group_norm forward 2×64×8×8 NHWC\n") for text in (both, one)] == [1, 1]

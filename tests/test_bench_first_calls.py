@@ -149,7 +149,7 @@ def test_the_command_says_it_after_all_tables_and_writes_it_down(tmp_path: Path,
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     console = Console(file=io.StringIO(), width=160)
     args = arguments("--shapes", "8x16,8x32", "--peers", "torch", "--json", str(tmp_path / "lines.jsonl"))
-    assert bench._measure(args, console) == 0
+    assert bench._measure(args, bench._plan(args, PASSES, sweeps=True), console) == 0
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert shown.index("RMSNorm backward") < shown.index("first calls: trinorm 2.00 s in 8 cases, at most 0.25 s\n")
     assert shown.count("first calls") == 1

@@ -18,7 +18,7 @@ import torch
 from ..bench.cases import CHAIN, HOST, NAMED_SHAPES, OPS, PASSES, SEED_SHAPE, SWEEPS, Case, shapes_of
 from ..bench.providers import OURS, PEERS, load
 from ..bench.records import Record, provenance, results_path
-from ..cases import DTYPES
+from ..cases import DTYPES, LAYOUTS
 from ..norms import ROW_OPS, Shape
 from ..ops.road import HAS_TRITON, INTERPRETED
 from . import names, no_folder, refuse, shapes, unwritable, wide_console
@@ -40,7 +40,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
             "or add (backward), of a sum two copies or addcmul. With no GPU: check through Triton's interpreter, and show "
             "what compiling for an H200 tells."
         ),
+        epilog=(
+            "The exit status is 1 where a result of trinorm's is wrong, or, by --compare, worse; 2 where the command "
+            "cannot run, or nothing of what was asked for can be had here: chain and host are "
+            "times alone, so without a GPU there is nothing of them. Else it is 0."
+        ),
     )
+    parser.set_defaults(func=run)
     known = f"comma-separated: {', '.join(OPS)}; the first two if not given"
     parser.add_argument("--op", type=names(OPS), default=list(ROW_OPS), help=known)
     parser.add_argument(
@@ -63,6 +69,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
             "each of what the one before wrote, below 2^22 elements; host: eager calls of functions and modules, at "
             "128x768 or 2x64x8x8"
         ),
+    )
+    parser.add_argument(
+        "--layout",
+        type=names(LAYOUTS),
+        default=list(LAYOUTS),
+        help=f"comma-separated: {', '.join(LAYOUTS)}; both, where torch has two, if not given",
     )
     parser.add_argument("--peers", type=_peers, default=list(PEERS), help=f"comma-separated: {', '.join(PEERS)}; or none")
     parser.add_argument(
@@ -88,7 +100,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
             "kernel of trinorm's is worse by more than noise, or than is allowed"
         ),
     )
-    parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,12 +113,21 @@ def run(args: argparse.Namespace) -> int:
         return refuse("bench", "Triton is not installed, so there is no kernel to measure or compile")
     if INTERPRETED:
         return refuse("bench", "TRITON_INTERPRET is set, which leaves nothing to time or compile; unset it")
+    on_gpu = torch.cuda.is_available()
+    times_alone = [pass_ for pass_ in args.passes if not on_gpu and pass_ not in PASSES]
+    why = f"{' and '.join(times_alone)}: times alone, and there is no GPU to measure them on"
+    if times_alone == args.passes:
+        return refuse("bench", f"--pass {why}; {' and '.join(PASSES)} can be checked and compiled without one")
     try:
-        for op in args.op:
-            shapes_of(op, args.shapes)
+        plan = _plan(args, (*PASSES, CHAIN, HOST) if on_gpu else PASSES, sweeps=on_gpu)
     except ValueError as error:
         return refuse("bench", f"--shapes: {error}")
-    return _measure(args, wide_console()) if torch.cuda.is_available() else _predict(args, wide_console())
+    if not any(plan.values()):
+        return refuse("bench", f"nothing to measure; {'; '.join(_nothing_of(plan))}")
+    console = wide_console()
+    for line in [why] * bool(times_alone) + _nothing_of(plan):
+        console.print(f"Left out: {line}.", markup=False)
+    return _measure(args, plan, console) if on_gpu else _predict(args, plan, console)
 
 
 def _compare(before: Path, after: Path) -> int:
@@ -131,7 +151,7 @@ def _compare(before: Path, after: Path) -> int:
     return int(bool(found.failures))
 
 
-def _measure(args: argparse.Namespace, console: Console) -> int:
+def _measure(args: argparse.Namespace, plan: _Plan, console: Console) -> int:
     from ..bench import report
     from ..bench.host import measure_host
     from ..bench.measure import measure
@@ -148,10 +168,8 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
     for name, reason in absent.items():
         console.print(f"{name} is not measured: {reason}", markup=False)
 
-    tables = _tables(args, (*PASSES, CHAIN))
-    cases = {table: _cases(table, _shapes(args, table[0])) for table in tables}
-    hosted = [Case(op, "backward", OPS[op].host, DTYPES[dtype], DTYPES[dtype]) for dtype in args.dtype for op in args.op]
-    hosted *= HOST in args.passes
+    cases = {table: of for table, of in plan.items() if table[1] != HOST}
+    hosted = [case for table, of in plan.items() if table[1] == HOST for case in of]
     # Each record says where it comes from, so runs of one day may share a file.
     opened = contextlib.nullcontext() if path is None else path.open("a")
     with _progress(console) as progress, opened as file:
@@ -217,7 +235,7 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
     return int(any(record.provider.removesuffix(".nn") == OURS and record.ok is False for record in records))
 
 
-def _predict(args: argparse.Namespace, console: Console) -> int:
+def _predict(args: argparse.Namespace, plan: _Plan, console: Console) -> int:
     from ..bench import report
     from ..bench.predict import predict
 
@@ -225,7 +243,7 @@ def _predict(args: argparse.Namespace, console: Console) -> int:
     if args.json or args.plot:
         console.print("--json and --plot hold measurements only: nothing is written.")
     status = _check_interpreted(args)
-    cases = [_cases(table, shapes_of(table[0], args.shapes)) for table in _tables(args, PASSES)]
+    cases = list(plan.values())
     with _progress(console) as progress:
         task = progress.add_task("", total=sum(map(len, cases)))
 
@@ -249,6 +267,29 @@ def _check_interpreted(args: argparse.Namespace) -> int:
 
 # What one printed table holds: op, pass, dtype.
 _Table = tuple[str, str, torch.dtype]
+_Plan = dict[_Table, list[Case]]
+
+
+def _plan(args: argparse.Namespace, passes: Sequence[str], sweeps: bool) -> _Plan:
+    """What is measured for each table of those passes. Raises ValueError for a shape that an op does not take."""
+    found = {}
+    for table in _tables(args, passes):
+        op, pass_, dtype = table
+        shapes = _shapes(args, op) if sweeps else shapes_of(op, args.shapes)
+        # Of the host one small shape, whose record is a backward's but for the time.
+        of = [Case(op, "backward", OPS[op].host, dtype, dtype)] if pass_ == HOST else _cases(table, shapes)
+        found[table] = [case for case in of if case.layout in args.layout]
+    return found
+
+
+def _nothing_of(plan: _Plan) -> list[str]:
+    """A line for each table that nothing is measured for."""
+    but = {CHAIN: "a chain is of norms below 2^22 elements", HOST: "host times are of contiguous tensors"}
+    return [
+        f"{op} {pass_}, {str(dtype).removeprefix('torch.')}: {but.get(pass_, 'no such shape in such a layout')}"
+        for (op, pass_, dtype), cases in plan.items()
+        if not cases
+    ]
 
 
 def _tables(args: argparse.Namespace, passes: Sequence[str]) -> list[_Table]:
