@@ -309,3 +309,9 @@ def test_layouts_are_measured_as_asked(told: Callable[..., tuple[int, str, str]]
     both, one = told(*call, gpu=False)[1], told(*call, "--layout", "channels_last", gpu=False)[1]
     assert [text.count("group_norm forward 2×64×8×8\n") for text in (both, one)] == [1, 0]
     assert [text.count("group_norm forward 2×64×8×8 NHWC\n") for text in (both, one)] == [1, 1]
+
+
+def test_a_failure_of_ours_fails(told: Callable[..., tuple[int, str, str]]) -> None:
+    status, out, _ = told("--op", "rms_norm", "--pass", "forward", "--shapes", "4x8", gpu=True)
+    assert "trinorm, 4×8: RuntimeError: no" in out
+    assert status == 1

@@ -41,8 +41,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
             "what compiling for an H200 tells."
         ),
         epilog=(
-            "The exit status is 1 where a result of trinorm's is wrong, or, by --compare, worse; 2 where the command "
-            "cannot run, or nothing of what was asked for can be had here: chain and host are "
+            "The exit status is 1 where a result of trinorm's is wrong or was not measured, or, by --compare, worse; 2 "
+            "where the command cannot run, or nothing of what was asked for can be had here: chain and host are "
             "times alone, so without a GPU there is nothing of them. Else it is 0."
         ),
     )
@@ -232,7 +232,9 @@ def _measure(args: argparse.Namespace, plan: _Plan, console: Console) -> int:
         console.print(*(f"wrote {found}" for found in drawn), sep="\n")
         if not drawn:
             console.print("nothing to draw: no two shapes share their rows or their columns")
-    return int(any(record.provider.removesuffix(".nn") == OURS and record.ok is False for record in records))
+    return int(
+        any(record.provider.removesuffix(".nn") == OURS and (record.failure or record.ok is False) for record in records)
+    )
 
 
 def _predict(args: argparse.Namespace, plan: _Plan, console: Console) -> int:
