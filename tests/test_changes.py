@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trinorm.bench import changes
+from trinorm.bench import changes, changes_report
 from trinorm.bench.changes import Line
 from trinorm.cli import bench, main
 
@@ -92,7 +92,7 @@ def test_only_the_same_thing_is_compared() -> None:
     result = changes.compare_lines(before, after)
     assert len(result.compared) == 1
     assert (len(result.only_before), len(result.only_after)) == (3, 3)
-    assert "In one file only: 6 (3 before, 3 after)" in changes.summary(result)
+    assert "In one file only: 6 (3 before, 3 after)" in changes_report.summary(result)
     with pytest.raises(ValueError, match="nothing in common"):
         changes.compare_lines(before[1:], after)
 

@@ -12,5 +12,5 @@ And what ``trinorm profile`` and ``trinorm tune`` do with the same cases.
 - ``counters``   what Nsight Compute counts in each kernel of a call, and what bounds it
 - ``sweep``      every launch worth trying for a case, compiled, checked, timed and ranked
 - ``predict``    what the compiler alone tells, with no GPU
-- ``changes``    what got slower, or grew, from one file of lines to another
+- ``changes``    what got slower, or grew, from one file of lines to another; ``changes_report`` shows it
 """

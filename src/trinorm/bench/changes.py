@@ -13,13 +13,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from .cases import size
 from .providers import PEERS
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Line = dict[str, Any]
 
@@ -213,44 +210,3 @@ def _time(lines: list[Line]) -> _Time | None:
     ceilings = [line["ceiling_us"] for line in timed if line["ceiling_us"]]
     ceiling = statistics.median(ceilings) if ceilings else None
     return _Time(median, ceiling, (max(times) - min(times)) / median, max(errors))
-
-
-def table(changes: Changes) -> Table:
-    """What changed by more than is allowed, the worst first."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    found = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        caption=(
-            f"allowed: a difference that says nothing. Of a time, the noise: the largest of {NOISE:.0%},\n"
-            "three standard errors of the medians, what the copy or add of the runs changed by,\n"
-            "and what lines of one file differ by."
-        ),
-    )
-    for header in ("call", "who", "quantity", "before", "after", "change", "allowed"):
-        found.add_column(header, justify="left" if header in ("call", "who", "quantity") else "right", no_wrap=True)
-    for change in changes.compared:
-        if change.worse or change.better:
-            found.add_row(
-                str(change.subject),
-                change.subject.who,
-                change.quantity,
-                f"{change.before:.4g}",
-                "none" if math.isinf(change.after) else f"{change.after:.4g}",
-                f"{change.after / change.before - 1:+.1%}" if change.before and math.isfinite(change.after) else "",
-                f"{change.allowed:.2g}",
-                style="red" if change.fails else "green" if change.better else "dim",
-            )
-    return found
-
-
-def summary(changes: Changes) -> str:
-    """One line."""
-    worse, better = (sum(getattr(change, which) for change in changes.compared) for which in ("worse", "better"))
-    same = len(changes.compared) - worse - better
-    text = f"{len(changes.compared)} compared: {worse} worse, {better} better, {same} the same within what is allowed."
-    if alone := len(changes.only_before) + len(changes.only_after):
-        text += f" In one file only: {alone} ({len(changes.only_before)} before, {len(changes.only_after)} after)."
-    return text

@@ -133,11 +133,11 @@ def run(args: argparse.Namespace) -> int:
 def _compare(before: Path, after: Path) -> int:
     from rich.errors import NotRenderableError
 
-    from ..bench import changes
+    from ..bench import changes, changes_report
 
     try:
         found = changes.compare_lines(changes.read(before), changes.read(after))
-        table = changes.table(found)
+        table = changes_report.table(found)
     except KeyError as missing:
         return refuse("bench", f"--compare: a line without {missing}, so not one of trinorm's --json files")
     # What a value of the wrong kind comes to, wherever it is first computed with, or shown.
@@ -147,7 +147,7 @@ def _compare(before: Path, after: Path) -> int:
         return refuse("bench", f"--compare: {error}")
     console = wide_console()
     console.print(table)
-    console.print(changes.summary(found))
+    console.print(changes_report.summary(found))
     return int(bool(found.failures))
 
 

@@ -1,0 +1,48 @@
+"""What changed between two files, as a table and lines. What counts as a change, changes.py says."""
+
+from __future__ import annotations
+
+import math
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from .changes import NOISE, Changes
+
+
+def table(changes: Changes) -> Table:
+    """What changed by more than is allowed, the worst first."""
+    found = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        caption=(
+            f"allowed: a difference that says nothing. Of a time, the noise: the largest of {NOISE:.0%},\n"
+            "three standard errors of the medians, what the copy or add of the runs changed by,\n"
+            "and what lines of one file differ by."
+        ),
+    )
+    for header in ("call", "who", "quantity", "before", "after", "change", "allowed"):
+        found.add_column(header, justify="left" if header in ("call", "who", "quantity") else "right", no_wrap=True)
+    for change in changes.compared:
+        if change.worse or change.better:
+            found.add_row(
+                str(change.subject),
+                change.subject.who,
+                change.quantity,
+                f"{change.before:.4g}",
+                "none" if math.isinf(change.after) else f"{change.after:.4g}",
+                f"{change.after / change.before - 1:+.1%}" if change.before and math.isfinite(change.after) else "",
+                f"{change.allowed:.2g}",
+                style="red" if change.fails else "green" if change.better else "dim",
+            )
+    return found
+
+
+def summary(changes: Changes) -> str:
+    """One line."""
+    worse, better = (sum(getattr(change, which) for change in changes.compared) for which in ("worse", "better"))
+    same = len(changes.compared) - worse - better
+    text = f"{len(changes.compared)} compared: {worse} worse, {better} better, {same} the same within what is allowed."
+    if alone := len(changes.only_before) + len(changes.only_after):
+        text += f" In one file only: {alone} ({len(changes.only_before)} before, {len(changes.only_after)} after)."
+    return text
