@@ -110,6 +110,43 @@ def test_kernels_of_two_versions_of_triton_are_not_compared() -> None:
         changes.compare_lines([kernel(triton="3.7.1")], [kernel(triton="3.6.0")])
 
 
+def test_a_kernel_that_is_there_twice_is_one_only_where_it_is_the_same() -> None:
+    with pytest.raises(ValueError, match="twice, and not the same of it"):
+        changes.compare_lines([kernel()], [kernel(registers=255), kernel()])
+    assert changes.compare_lines([kernel(), kernel()], [kernel()]).failures == []
+
+
+# --- with what a kernel is launched ---
+
+
+def test_a_change_of_options_is_told_and_the_kernels_are_compared() -> None:
+    before = [kernel(options={"num_warps": 4, "STAGES": 2, "PDL": True}, grid=[132])]
+    after = [kernel(options={"num_warps": 8, "STAGES": 2, "PDL": False}, grid=[132], registers=64)]
+    result = changes.compare_lines(before, after)
+    assert [change.quantity for change in result.failures] == ["registers"]
+    assert (result.only_before, result.only_after) == ((), ())
+    assert list(changes_report.remarks(result)) == [
+        "Launched with other options: rms_norm forward 1×2 bfloat16, k: PDL True → False, num_warps 4 → 8."
+    ]
+    (remark,) = changes_report.remarks(changes.compare_lines([kernel(grid=[1])], [kernel(grid=[2])]))
+    assert remark.endswith("k: grid (1,) → (2,).")
+    assert changes.compare_lines(before, before).relaunched == ()
+
+
+def test_launches_that_differ_in_options_alone_are_two() -> None:
+    few, many = ({"options": {"num_warps": warps, "STAGES": 2}} for warps in (4, 8))
+    result = changes.compare_lines(
+        [kernel(**few), kernel(**many)], [kernel(**many, registers=64), kernel(**few)]
+    )  # whichever line came last
+    assert [str(change) for change in result.failures] == [
+        "rms_norm forward 1×2 bfloat16, k num_warps=8: registers 32 → 64"
+    ]
+    # What tells them apart is their name; a change of what does not is one of options.
+    later = [kernel(options=of["options"] | {"STAGES": 3}) for of in (few, many)]
+    result = changes.compare_lines([kernel(**few), kernel(**many)], later)
+    assert [(was.who, now.who) for was, now in result.relaunched] == [(f"k num_warps={warps}",) * 2 for warps in (4, 8)]
+
+
 # --- the command ---
 
 

@@ -6,6 +6,7 @@ hold is compared: times where they are of the same GPU, kernels where they are f
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -33,7 +34,9 @@ INSTRUCTIONS = 0.05
 
 
 class Subject(NamedTuple):
-    """What a line is about. where: a GPU or a target. who: a provider or a kernel. launch: of the call's, the kernel's."""
+    """What a line is about. where: a GPU or a target. who: a provider or a kernel. launch: of the call's, the kernel's; a
+    time has none. options: what the kernel is launched with, and its grid.
+    """
 
     op: str
     pass_: str
@@ -43,7 +46,8 @@ class Subject(NamedTuple):
     weight_dtype: str
     where: str
     who: str
-    launch: int
+    launch: int | None = None
+    options: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def of(cls, line: Line) -> Subject:
@@ -58,12 +62,21 @@ class Subject(NamedTuple):
             weight_dtype=line["weight_dtype"],
             where=line["target" if kernel else "gpu"],
             who=line["kernel" if kernel else "provider"],
-            launch=line["launch"] if kernel else 0,
+            launch=line["launch"] if kernel else None,
+            options=_options(line) if kernel else (),
         )
+
+    @property
+    def whatever_options(self) -> Subject:
+        return self._replace(options=())
 
     def __str__(self) -> str:
         weight = "" if self.weight_dtype == self.dtype else f", {self.weight_dtype} weight"
         return f"{self.op} {self.pass_} {size(self.shape, self.layout)} {self.dtype}{weight}"
+
+
+def _options(line: Line) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted({**line.get("options", {}), "grid": tuple(line.get("grid", ()))}.items()))
 
 
 @dataclass(frozen=True)
@@ -107,11 +120,15 @@ class Change:
 
 @dataclass(frozen=True)
 class Changes:
-    """compared: every quantity that both files hold, the worst first. only_before, only_after: what one of them lacks."""
+    """compared: every quantity that both files hold, the worst first. only_before, only_after: what one of them lacks.
+
+    relaunched: launches of other options than before, both ways.
+    """
 
     compared: tuple[Change, ...]
     only_before: tuple[Subject, ...]
     only_after: tuple[Subject, ...]
+    relaunched: tuple[tuple[Subject, Subject], ...]
 
     @property
     def failures(self) -> list[Change]:
@@ -135,22 +152,56 @@ def _refuse(constant: str) -> NoReturn:
 
 def compare_lines(before: Sequence[Line], after: Sequence[Line]) -> Changes:
     """What changed. Raises ValueError where nothing can be compared, KeyError where a line lacks what it should have."""
-    old, new = _by_subject(before), _by_subject(after)
-    if not old.keys() & new.keys():
+    old, new = (_by_subject(lines) for lines in (before, after))
+    old, new = _told_apart(old, new)
+    pairs = _pairs(old, new)
+    if not pairs:
         raise ValueError("the files have nothing in common: no op, pass, shape and dtype on the same GPU or target")
-    compared = [change for subject in old if subject in new for change in _changes(subject, old[subject], new[subject])]
+    changes = {was: list(_changes(was, old[was], new[now])) for was, now in pairs.items()}
     return Changes(
-        tuple(sorted(compared, key=lambda change: change.worse_by, reverse=True)),
-        tuple(subject for subject in old if subject not in new),
-        tuple(subject for subject in new if subject not in old),
+        tuple(sorted(itertools.chain(*changes.values()), key=lambda change: change.worse_by, reverse=True)),
+        tuple(subject for subject in old if subject not in pairs),
+        tuple(subject for subject in new if subject not in pairs.values()),
+        tuple((was, now) for was, now in pairs.items() if was != now),
     )
 
 
-def _by_subject(lines: Iterable[Line]) -> dict[Subject, list[Line]]:
+_Lines = dict[Subject, list[Line]]
+
+
+def _by_subject(lines: Iterable[Line]) -> _Lines:
     found = defaultdict(list)
     for line in lines:
         found[Subject.of(line)].append(line)
     return dict(found)
+
+
+def _told_apart(*files: _Lines) -> list[_Lines]:
+    """Where a file has one launch with several options: with those that tell these apart in its name."""
+    telling: dict[Subject, set[str]] = defaultdict(set)
+    for file in files:
+        first: dict[Subject, Subject] = {}
+        for subject in file:
+            one = first.setdefault(subject.whatever_options, subject)
+            telling[one.whatever_options] |= {option for option, _ in set(one.options) ^ set(subject.options)}
+
+    def named(subject: Subject) -> Subject:
+        told = [f"{o}={value}" for o, value in subject.options if o in telling[subject.whatever_options]]
+        return subject._replace(who=" ".join([subject.who, *told]))
+
+    return [{named(subject): lines for subject, lines in file.items()} for file in files]
+
+
+def _pairs(old: _Lines, new: _Lines) -> dict[Subject, Subject]:
+    """What is compared with what: the same with the same, and a launch with itself where its options changed."""
+    alone: list[dict[Subject, list[Subject]]] = []
+    for file, other in ((old, new), (new, old)):
+        alone.append(defaultdict(list))
+        for subject in file.keys() - other.keys():
+            alone[-1][subject.whatever_options].append(subject)
+    was, now = alone
+    changed = {was[name][0]: now[name][0] for name in was if len(was[name]) == len(now.get(name, ())) == 1}
+    return {subject: changed.get(subject, subject) for subject in old if subject in new or subject in changed}
 
 
 def _changes(subject: Subject, before: list[Line], after: list[Line]) -> Iterator[Change]:
@@ -162,7 +213,10 @@ def _changes(subject: Subject, before: list[Line], after: list[Line]) -> Iterato
         raise ValueError(
             f"compiled by Triton {' and '.join(sorted(versions))}, whose code differs: make both files with one version"
         )
-    old, new = before[-1], after[-1]
+    for lines in (before, after):
+        if any(line != lines[0] for line in lines):
+            raise ValueError(f"one file has {subject}, {subject.who}, twice, and not the same of it: keep one of the two")
+    old, new = before[0], after[0]
     yield Change(subject, "registers", old["registers"], new["registers"], REGISTERS)
     yield Change(subject, "bytes spilled", old["spills"], new["spills"], SPILLS)
     programs, programs_now = (line["occupancy"]["programs"] for line in (old, new))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -46,3 +47,12 @@ def summary(changes: Changes) -> str:
     if alone := len(changes.only_before) + len(changes.only_after):
         text += f" In one file only: {alone} ({len(changes.only_before)} before, {len(changes.only_after)} after)."
     return text
+
+
+def remarks(changes: Changes) -> Iterator[str]:
+    """What the table does not show, a line each."""
+    for was, now in changes.relaunched:
+        before, after = dict(was.options), dict(now.options)
+        options = [option for option in {**before, **after} if before.get(option) != after.get(option)]
+        told = ", ".join(f"{option} {before.get(option)} → {after.get(option)}" for option in options)
+        yield f"Launched with other options: {was}, {was.who}: {told}."

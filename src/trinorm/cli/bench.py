@@ -147,7 +147,8 @@ def _compare(before: Path, after: Path) -> int:
         return refuse("bench", f"--compare: {error}")
     console = wide_console()
     console.print(table)
-    console.print(changes_report.summary(found))
+    for line in (changes_report.summary(found), *changes_report.remarks(found)):
+        console.print(line, markup=False)
     return int(bool(found.failures))
 
 
