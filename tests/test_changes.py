@@ -1,5 +1,6 @@
 """What got slower between two files of times, told from noise. Kernels that grew: tests/test_inspection.py."""
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from trinorm.bench import changes, changes_report
+from trinorm.bench.cases import HOST_PASSES
 from trinorm.bench.changes import Line
 from trinorm.cli import bench, main
 
@@ -145,6 +147,20 @@ def test_launches_that_differ_in_options_alone_are_two() -> None:
     later = [kernel(options=of["options"] | {"STAGES": 3}) for of in (few, many)]
     result = changes.compare_lines([kernel(**few), kernel(**many)], later)
     assert [(was.who, now.who) for was, now in result.relaunched] == [(f"k num_warps={warps}",) * 2 for warps in (4, 8)]
+    assert [subject.who for subject in changes.compare_lines([kernel(**few), kernel(**many)], later[:1]).missing] == [
+        "k num_warps=8"
+    ]
+
+
+# --- what is not compared ---
+
+
+def test_what_is_ours_and_there_no_more_is_missing() -> None:
+    before = [line(1.0), line(1.0, shape=[1, 2]), line(1.0, provider="torch.nn"), line(1.0, provider="trinorm.nn")]
+    assert [subject.who for subject in changes.compare_lines(before, [line(1.0)]).missing] == ["trinorm", "trinorm.nn"]
+    kernels = [kernel(), kernel(launch=1, kernel="l")]
+    assert [subject.who for subject in changes.compare_lines(kernels, kernels[:1]).missing] == ["l"]
+    assert changes.compare_lines([line(1.0)], before).missing == []
 
 
 # --- the command ---
@@ -229,3 +245,63 @@ def test_a_value_of_the_wrong_kind_is_refused(
 def test_made_up_kernels_are_right_otherwise(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", kernel())
     assert main(["bench", "--compare", path, path]) == 0
+
+
+def test_the_command_names_what_is_missing_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line(1.0, shape=[1, n]) for n in range(1, 7)]
+    a, b = write(tmp_path / "a.jsonl", *lines), write(tmp_path / "b.jsonl", lines[0])
+    assert main(["bench", "--compare", a, b]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    named = "; ".join(f"rms_norm forward 1×{n} bfloat16, trinorm, on Made-up GPU 9" for n in (2, 3, 4))
+    assert f"AFTER lacks 5 of trinorm's that BEFORE has: {named}; and 2 more. To compare a part alone" in shown
+    assert main(["bench", "--compare", b, a]) == 0  # there is more now
+    assert main(["bench", "--compare", a, b, "--shapes", "1x1"]) == 0
+    assert main(["bench", "--compare", a, b, "--shapes", "1x1,1x2"]) == 1
+
+
+PARTS = {
+    "--op": ("rms_norm", {"op": "layer_norm"}),
+    "--shapes": ("quartet", {"shape": [1, 4096]}),
+    "--dtype": ("bf16", {"dtype": "float32"}),
+    "--pass": ("forward", {"pass": "host_forward"}),
+    "--layout": ("contiguous", {"layout": "channels_last", "shape": [2, 2, 2, 2]}),
+}
+
+
+@pytest.mark.parametrize("option", PARTS)
+def test_an_option_beside_compare_restricts_what_is_compared(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    word, other = PARTS[option]
+    a = write(tmp_path / "a.jsonl", line(1.0), line(1.0, **other))
+    b = write(tmp_path / "b.jsonl", line(1.0), line(9.0, **other))
+    assert main(["bench", "--compare", a, b]) == 1
+    assert main(["bench", "--compare", a, b, option, word]) == 0
+    assert "1 compared: 0 worse, 0 better, 1 the same" in capsys.readouterr().out.splitlines()[-1]
+    assert main(["bench", "--compare", a, write(tmp_path / "c.jsonl", line(1.0)), option, word]) == 0
+
+
+def test_a_pass_of_the_host_is_its_three() -> None:
+    args = argparse.Namespace(op=[], shapes=None, dtype=[], passes=["host", "chain"], layout=[], given=["--pass"])
+    part = bench._part(args)
+    assert part == {"pass_": {"host": HOST_PASSES, "chain": ["chain"]}}
+    hosts = [line(None, **{"pass": pass_}) for pass_ in HOST_PASSES]
+    with pytest.raises(ValueError, match="neither file has a line of chain"):
+        changes.compare_lines(hosts, hosts, part)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--op", "rms_norm,group_norm"), "--compare: neither file has a line of group_norm"),
+        (("--shapes", "8192x4096,1x1"), "--compare: neither file has a line of 1x1"),
+        (("--json", "x", "--peers", "none"), "--compare measures nothing, so --json and --peers cannot stand beside it"),
+        (("--plot", "x"), "--compare measures nothing, so --plot cannot stand beside it"),
+    ],
+)
+def test_what_cannot_stand_beside_compare_is_refused(
+    options: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "a.jsonl", line(1.0))
+    assert main(["bench", *options, "--compare", path, path]) == 2
+    assert capsys.readouterr().err == f"trinorm bench: {message}\n"

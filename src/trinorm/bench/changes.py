@@ -1,7 +1,8 @@
 """What changed from one file of records to another: times beyond their noise, kernels beyond what is allowed them.
 
 A file holds the lines of ``trinorm bench --json`` (times) or those of ``trinorm inspect --json`` (kernels). What both files
-hold is compared: times where they are of the same GPU, kernels where they are for the same target.
+hold is compared: times where they are of the same GPU, kernels where they are for the same target. What is not compared is
+said, and of what is ours it counts as worse: a regression must not hide by not being measured.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from .cases import size
-from .providers import PEERS
+from .providers import OURS
 
 Line = dict[str, Any]
+# What of the files is asked for: of fields of Subject, the values, by the words that ask for them.
+Part = Mapping[str, Mapping[str, Collection[object]]]
 
 # Two runs of the same code on one H200 may differ by so much.
 NOISE = 0.02
@@ -67,6 +70,10 @@ class Subject(NamedTuple):
         )
 
     @property
+    def ours(self) -> bool:
+        return self.launch is not None or self.who.removesuffix(".nn") == OURS
+
+    @property
     def whatever_options(self) -> Subject:
         return self._replace(options=())
 
@@ -112,7 +119,7 @@ class Change:
     @property
     def fails(self) -> bool:
         """Whether it is worse, and ours: that a peer got slower is shown and no fault."""
-        return self.worse and self.subject.who not in PEERS
+        return self.worse and self.subject.ours
 
     def __str__(self) -> str:
         return f"{self.subject}, {self.subject.who}: {self.quantity} {self.before:.4g} → {self.after:.4g}"
@@ -134,6 +141,11 @@ class Changes:
     def failures(self) -> list[Change]:
         return [change for change in self.compared if change.fails]
 
+    @property
+    def missing(self) -> list[Subject]:
+        """What is ours and is there no more."""
+        return [subject for subject in self.only_before if subject.ours]
+
 
 def read(path: Path) -> list[Line]:
     """A file's lines. Raises ValueError where it does not hold such lines."""
@@ -150,10 +162,14 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no number to compare")
 
 
-def compare_lines(before: Sequence[Line], after: Sequence[Line]) -> Changes:
+def compare_lines(before: Sequence[Line], after: Sequence[Line], part: Part | None = None) -> Changes:
     """What changed. Raises ValueError where nothing can be compared, KeyError where a line lacks what it should have."""
     old, new = (_by_subject(lines) for lines in (before, after))
-    old, new = _told_apart(old, new)
+    for field, words in (part or {}).items():
+        for word, values in words.items():
+            if not any(getattr(subject, field) in values for subject in (*old, *new)):
+                raise ValueError(f"neither file has a line of {word}")
+    old, new = _told_apart(*(_asked(of, part or {}) for of in (old, new)))
     pairs = _pairs(old, new)
     if not pairs:
         raise ValueError("the files have nothing in common: no op, pass, shape and dtype on the same GPU or target")
@@ -174,6 +190,11 @@ def _by_subject(lines: Iterable[Line]) -> _Lines:
     for line in lines:
         found[Subject.of(line)].append(line)
     return dict(found)
+
+
+def _asked(of: _Lines, part: Part) -> _Lines:
+    allowed = {field: set().union(*words.values()) for field, words in part.items()}
+    return {s: lines for s, lines in of.items() if all(getattr(s, field) in allowed[field] for field in allowed)}
 
 
 def _told_apart(*files: _Lines) -> list[_Lines]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from .changes import NOISE, Changes
+from .changes import NOISE, Changes, Subject
+
+# How many of a list are named.
+_NAMED = 3
 
 
 def table(changes: Changes) -> Table:
@@ -50,9 +53,20 @@ def summary(changes: Changes) -> str:
 
 
 def remarks(changes: Changes) -> Iterator[str]:
-    """What the table does not show, a line each."""
+    """What the table does not show, a line each; what fails comes last."""
     for was, now in changes.relaunched:
         before, after = dict(was.options), dict(now.options)
         options = [option for option in {**before, **after} if before.get(option) != after.get(option)]
         told = ", ".join(f"{option} {before.get(option)} → {after.get(option)}" for option in options)
         yield f"Launched with other options: {was}, {was.who}: {told}."
+    if changes.missing:
+        yield (
+            f"AFTER lacks {len(changes.missing)} of trinorm's that BEFORE has: {_listed(changes.missing)}. "
+            "To compare a part alone, name it: --op, --shapes, --dtype, --pass, --layout."
+        )
+
+
+def _listed(subjects: Sequence[Subject]) -> str:
+    """The first few by name."""
+    found = [f"{subject}, {subject.who}, on {subject.where}" for subject in subjects[:_NAMED]]
+    return "; ".join(found + [f"and {len(subjects) - _NAMED} more"] * (len(subjects) > _NAMED))

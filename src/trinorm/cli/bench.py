@@ -9,13 +9,13 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..bench.cases import CHAIN, HOST, NAMED_SHAPES, OPS, PASSES, SEED_SHAPE, SWEEPS, Case, shapes_of
+from ..bench.cases import CHAIN, HOST, HOST_PASSES, NAMED_SHAPES, OPS, PASSES, SEED_SHAPE, SWEEPS, Case, shapes_of
 from ..bench.providers import OURS, PEERS, load
 from ..bench.records import Record, provenance, results_path
 from ..cases import DTYPES, LAYOUTS
@@ -27,6 +27,18 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
+
+    from ..bench.changes import Part
+
+
+class _Noted(argparse.Action):
+    """Stores what is given, and in ``given`` that it was: beside --compare that is another thing than a default."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.given = [*namespace.given, self.option_strings[0]]
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
@@ -41,12 +53,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
             "what compiling for an H200 tells."
         ),
         epilog=(
-            "The exit status is 1 where a result of trinorm's is wrong or was not measured, or, by --compare, worse; 2 "
-            "where the command cannot run, or nothing of what was asked for can be had here: chain and host are "
+            "The exit status is 1 where a result of trinorm's is wrong or was not measured, or, by --compare, worse or "
+            "missing; 2 where the command cannot run, or nothing of what was asked for can be had here: chain and host are "
             "times alone, so without a GPU there is nothing of them. Else it is 0."
         ),
     )
-    parser.set_defaults(func=run)
+    parser.register("action", None, _Noted)
+    parser.set_defaults(func=run, given=[])
     known = f"comma-separated: {', '.join(OPS)}; the first two if not given"
     parser.add_argument("--op", type=names(OPS), default=list(ROW_OPS), help=known)
     parser.add_argument(
@@ -97,18 +110,24 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         help=(
             "measure nothing, but show what got slower and what faster between two --json files (of any GPU; none is "
             "needed), or what grew between two files of `trinorm inspect --json`; the exit status is 1 where a time or a "
-            "kernel of trinorm's is worse by more than noise, or than is allowed"
+            "kernel of trinorm's is worse by more than noise, or than is allowed, and where AFTER lacks one that BEFORE "
+            "has. --op, --shapes, --dtype, --pass and --layout beside it say what part of the files is compared"
         ),
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit status: 0, 1 where a result of trinorm's is wrong (or worse), 2 where it cannot run."""
+    if args.compare and (useless := [option for option in args.given if option in ("--peers", "--json", "--plot")]):
+        return refuse(
+            "bench", f"--compare measures nothing, so {' and '.join(dict.fromkeys(useless))} cannot stand beside it"
+        )
     needed = ["rich"] + ["matplotlib"] * (args.plot is not None)
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         return refuse("bench", f"{' and '.join(missing)} not installed; pip install 'trinorm[bench]'")
     if args.compare:
-        return _compare(*args.compare)
+        before, after = args.compare
+        return _compare(before, after, _part(args))
     if not HAS_TRITON:
         return refuse("bench", "Triton is not installed, so there is no kernel to measure or compile")
     if INTERPRETED:
@@ -130,13 +149,13 @@ def run(args: argparse.Namespace) -> int:
     return _measure(args, plan, console) if on_gpu else _predict(args, plan, console)
 
 
-def _compare(before: Path, after: Path) -> int:
+def _compare(before: Path, after: Path, part: Part) -> int:
     from rich.errors import NotRenderableError
 
     from ..bench import changes, changes_report
 
     try:
-        found = changes.compare_lines(changes.read(before), changes.read(after))
+        found = changes.compare_lines(changes.read(before), changes.read(after), part)
         table = changes_report.table(found)
     except KeyError as missing:
         return refuse("bench", f"--compare: a line without {missing}, so not one of trinorm's --json files")
@@ -149,7 +168,25 @@ def _compare(before: Path, after: Path) -> int:
     console.print(table)
     for line in (changes_report.summary(found), *changes_report.remarks(found)):
         console.print(line, markup=False)
-    return int(bool(found.failures))
+    return int(bool(found.failures or found.missing))
+
+
+def _part(args: argparse.Namespace) -> Part:
+    """What --compare is to look at: of each option that was given."""
+    shapes: dict[str, Collection[object]] = {}
+    for one in args.shapes or ():
+        named = isinstance(one, str)
+        shapes[one if named else "x".join(map(str, one))] = (
+            [*itertools.chain(*NAMED_SHAPES[one].values())] if named else [one]
+        )
+    asked: dict[str, tuple[str, dict[str, Collection[object]]]] = {
+        "--op": ("op", {op: [op] for op in args.op}),
+        "--shapes": ("shape", shapes),
+        "--dtype": ("dtype", {name: [str(DTYPES[name]).removeprefix("torch.")] for name in args.dtype}),
+        "--pass": ("pass_", {pass_: HOST_PASSES if pass_ == HOST else [pass_] for pass_ in args.passes}),
+        "--layout": ("layout", {layout: [layout] for layout in args.layout}),
+    }
+    return {field: words for option, (field, words) in asked.items() if option in args.given}
 
 
 def _measure(args: argparse.Namespace, plan: _Plan, console: Console) -> int:
