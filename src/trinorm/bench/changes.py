@@ -129,13 +129,16 @@ class Change:
 class Changes:
     """compared: every quantity that both files hold, the worst first. only_before, only_after: what one of them lacks.
 
-    relaunched: launches of other options than before, both ways.
+    relaunched: launches of other options than before, both ways. untold: what both hold, and nothing can be said of. made:
+    what differs in how the files were made.
     """
 
     compared: tuple[Change, ...]
     only_before: tuple[Subject, ...]
     only_after: tuple[Subject, ...]
     relaunched: tuple[tuple[Subject, Subject], ...]
+    untold: tuple[Subject, ...]
+    made: tuple[str, ...]
 
     @property
     def failures(self) -> list[Change]:
@@ -150,16 +153,31 @@ class Changes:
 def read(path: Path) -> list[Line]:
     """A file's lines. Raises ValueError where it does not hold such lines."""
     try:
-        lines = [json.loads(line, parse_constant=_refuse) for line in path.read_text("utf-8").splitlines()]
+        lines = path.read_text("utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    if not all(isinstance(line, dict) for line in lines):
-        raise ValueError(f"{path}: not every line is an object")
-    return lines
+    if not lines:
+        raise ValueError(f"{path}: there is no line in it")
+    return [_line(text, f"{path}:{number}") for number, text in enumerate(lines, 1)]
+
+
+def _line(text: str, where: str) -> Line:
+    try:
+        line = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    if not isinstance(line, dict):
+        raise ValueError(f"{where}: not an object")
+    return line
 
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no number to compare")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse(text)
 
 
 def compare_lines(before: Sequence[Line], after: Sequence[Line], part: Part | None = None) -> Changes:
@@ -172,13 +190,18 @@ def compare_lines(before: Sequence[Line], after: Sequence[Line], part: Part | No
     old, new = _told_apart(*(_asked(of, part or {}) for of in (old, new)))
     pairs = _pairs(old, new)
     if not pairs:
-        raise ValueError("the files have nothing in common: no op, pass, shape and dtype on the same GPU or target")
+        where = "; ".join(", ".join(sorted({subject.where for subject in of})) or "none" for of in (old, new))
+        raise ValueError(
+            f"the files have nothing in common: no op, pass, shape and dtype on the same GPU or target (these are: {where})"
+        )
     changes = {was: list(_changes(was, old[was], new[now])) for was, now in pairs.items()}
     return Changes(
         tuple(sorted(itertools.chain(*changes.values()), key=lambda change: change.worse_by, reverse=True)),
         tuple(subject for subject in old if subject not in pairs),
         tuple(subject for subject in new if subject not in pairs.values()),
         tuple((was, now) for was, now in pairs.items() if was != now),
+        tuple(subject for subject, found in changes.items() if not found),
+        tuple(_made([old[was] for was in pairs], [new[now] for now in pairs.values()])),
     )
 
 
@@ -225,6 +248,32 @@ def _pairs(old: _Lines, new: _Lines) -> dict[Subject, Subject]:
     return {subject: changed.get(subject, subject) for subject in old if subject in new or subject in changed}
 
 
+def _made(before: Iterable[list[Line]], after: Iterable[list[Line]]) -> Iterator[str]:
+    """What the lines that are compared were made with, where that is not the same."""
+    old, new = (_versions(itertools.chain(*lines)) for lines in (before, after))
+    for what in old:
+        if old[what] != new.get(what, old[what]):
+            yield f"{what} {' and '.join(sorted(old[what]))} → {' and '.join(sorted(new[what]))}"
+
+
+def _versions(lines: Iterable[Line]) -> dict[str, set[str]]:
+    """What is not known is left out."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for line in lines:
+        for what, version in _state(line).items():
+            found[what].add(version)
+    return dict(found)
+
+
+def _state(line: Line) -> dict[str, str]:
+    """The versions that a line's figures are of, as far as it says them."""
+    who = line.get("provider", OURS)
+    of = {f"{who}": line.get("provider_version"), "torch": line.get("torch"), "triton": line.get("triton")}
+    # A peer is the same at every commit of ours.
+    of |= {"commit": line.get("commit")} if f"{who}".removesuffix(".nn") == OURS else {}
+    return {what: f"{version}" for what, version in of.items() if version is not None}
+
+
 def _changes(subject: Subject, before: list[Line], after: list[Line]) -> Iterator[Change]:
     if "kernel" not in before[0]:
         yield from _time_changes(subject, before, after)
@@ -262,10 +311,19 @@ class _Time(NamedTuple):
 def _time_changes(subject: Subject, before: list[Line], after: list[Line]) -> Iterator[Change]:
     """Device time. Its noise is the largest of: NOISE; the standard errors of both medians; how far apart the lines of one
     file are; how far the copy or add went, which did not change. Host times are not compared: of their noise nothing is
-    recorded. A time that is there no more (a wrong result, an error) is infinite.
+    recorded. A time that is there no more (a wrong result, an error) is infinite, one of the host too.
     """
+    for lines in (before, after):
+        for what, versions in _versions(lines).items():
+            if len(versions) > 1:
+                raise ValueError(
+                    f"one file has {subject}, {subject.who}, of {what} {' and '.join(sorted(versions))}, whose difference "
+                    f"would pass for noise: compare files of one {what} each"
+                )
     old, new = _time(before), _time(after)
     if old is None:
+        if (host := _host(before)) and not _host(after):
+            yield Change(subject, "host µs", statistics.median(host), math.inf, 0)
         return
     if new is None:
         yield Change(subject, "µs", old.median, math.inf, 0)
@@ -275,11 +333,19 @@ def _time_changes(subject: Subject, before: list[Line], after: list[Line]) -> It
     yield Change(subject, "µs", old.median, new.median, noise * old.median)
 
 
+def _host(lines: list[Line]) -> list[float]:
+    return [line["host_us"] for line in lines if line.get("host_us") is not None]
+
+
 def _time(lines: list[Line]) -> _Time | None:
     timed = [line for line in lines if line["device_us"] is not None]
     if not timed:
         return None
     times = [line["device_us"] for line in timed]
+    for line in timed:
+        for what in ("device_us", "ceiling_us", "replays"):
+            if line[what] is not None and line[what] <= 0:
+                raise ValueError(f"{line[what]} as {what} is no such figure")
     median = statistics.median(times)
     errors = [math.sqrt(math.pi / 2 / line["replays"]) * line["device_us_std"] / median for line in timed]
     ceilings = [line["ceiling_us"] for line in timed if line["ceiling_us"]]

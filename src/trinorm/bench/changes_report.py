@@ -7,9 +7,12 @@ from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from .changes import NOISE, Changes, Subject
 
+# Noise above which a reader should know that next to nothing is told from it.
+_LOOSE = 0.1
 # How many of a list are named.
 _NAMED = 3
 
@@ -25,20 +28,23 @@ def table(changes: Changes) -> Table:
             "and what lines of one file differ by."
         ),
     )
-    for header in ("call", "who", "quantity", "before", "after", "change", "allowed"):
-        found.add_column(header, justify="left" if header in ("call", "who", "quantity") else "right", no_wrap=True)
-    for change in changes.compared:
-        if change.worse or change.better:
-            found.add_row(
-                str(change.subject),
-                change.subject.who,
-                change.quantity,
-                f"{change.before:.4g}",
-                "none" if math.isinf(change.after) else f"{change.after:.4g}",
-                f"{change.after / change.before - 1:+.1%}" if change.before and math.isfinite(change.after) else "",
-                f"{change.allowed:.2g}",
-                style="red" if change.fails else "green" if change.better else "dim",
-            )
+    shown = [change for change in changes.compared if change.worse or change.better]
+    on = len({change.subject.where for change in changes.compared}) > 1
+    for header in ("call", *["on"] * on, "who", "quantity", "before", "after", "change", "allowed"):
+        found.add_column(header, justify="left" if header in ("call", "on", "who", "quantity") else "right", no_wrap=True)
+    for change in shown:
+        cells = (
+            str(change.subject),
+            *[change.subject.where] * on,
+            change.subject.who,
+            change.quantity,
+            f"{change.before:.4g}",
+            "none" if math.isinf(change.after) else f"{change.after:.4g}",
+            f"{change.after / change.before - 1:+.1%}" if change.before and math.isfinite(change.after) else "",
+            f"{change.allowed:.2g}",
+        )
+        # What a file says is text, and no markup.
+        found.add_row(*map(Text, cells), style="red" if change.fails else "green" if change.better else "dim")
     return found
 
 
@@ -54,11 +60,21 @@ def summary(changes: Changes) -> str:
 
 def remarks(changes: Changes) -> Iterator[str]:
     """What the table does not show, a line each; what fails comes last."""
+    if changes.made:
+        yield f"Between the files: {', '.join(changes.made)}."
     for was, now in changes.relaunched:
         before, after = dict(was.options), dict(now.options)
         options = [option for option in {**before, **after} if before.get(option) != after.get(option)]
         told = ", ".join(f"{option} {before.get(option)} → {after.get(option)}" for option in options)
         yield f"Launched with other options: {was}, {was.who}: {told}."
+    times = [change for change in changes.compared if change.subject.launch is None]
+    if loose := [change.allowed / change.before for change in times if change.allowed > _LOOSE * change.before]:
+        yield f"Of {len(loose)} times the noise is over {_LOOSE:.0%}, up to {max(loose):.0%}: what is less is not seen."
+    if changes.untold:
+        yield (
+            f"{len(changes.untold)} not compared, for want of a device time before: {_listed(changes.untold)}. "
+            "(Of a host time's noise nothing is recorded.)"
+        )
     if changes.missing:
         yield (
             f"AFTER lacks {len(changes.missing)} of trinorm's that BEFORE has: {_listed(changes.missing)}. "

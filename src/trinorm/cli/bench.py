@@ -150,8 +150,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compare(before: Path, after: Path, part: Part) -> int:
-    from rich.errors import NotRenderableError
-
     from ..bench import changes, changes_report
 
     try:
@@ -160,14 +158,17 @@ def _compare(before: Path, after: Path, part: Part) -> int:
     except KeyError as missing:
         return refuse("bench", f"--compare: a line without {missing}, so not one of trinorm's --json files")
     # What a value of the wrong kind comes to, wherever it is first computed with, or shown.
-    except (TypeError, AttributeError, ArithmeticError, NotRenderableError) as error:
+    except (TypeError, AttributeError, ArithmeticError) as error:
         return refuse("bench", f"--compare: a value of the wrong kind ({error}), so not one of trinorm's --json files")
     except ValueError as error:
         return refuse("bench", f"--compare: {error}")
     console = wide_console()
-    console.print(table)
+    if found.compared:
+        console.print(table)
     for line in (changes_report.summary(found), *changes_report.remarks(found)):
         console.print(line, markup=False)
+    if not found.compared:
+        return refuse("bench", "--compare: the files have lines in common, and no figure in them that can be compared")
     return int(bool(found.failures or found.missing))
 
 
