@@ -126,9 +126,9 @@ _BACKWARD: tuple[tuple[int, tuple[Tile, int, int, int] | None, tuple[Tile, int, 
     (64, (Tile(32, 64, 8), 2, 3, 2), (Tile(32, 64, 8), 4, 3, 1)),  #               0.84, 0.86
     (128, (Tile(16, 128, 8), 2, 3, 2), (Tile(64, 128, 16), 1, 3, 1)),  #           0.90, 0.92
     (256, (Tile(8, 256, 8), 2, 3, 2), (Tile(16, 256, 16), 2, 3, 1)),  #            0.90, 0.92
-    (768, (Tile(4, 256, 4), 1, 3, 3), (Tile(8, 256, 8), 2, 3, 1)),  #              0.81, 0.85
+    (768, (Tile(4, 256, 4), 1, 3, 3), (Tile(8, 256, 8), 1, 3, 1)),  #              0.81, 0.84
     (1024, (Tile(4, 512, 8), 1, 3, 2), (Tile(4, 512, 8), 2, 3, 1)),  #             0.90, 0.91
-    (2048, (Tile(2, 1024, 8), 1, 3, 2), (Tile(4, 512, 8), 1, 3, 1)),  #            0.89, 0.91
+    (2048, (Tile(4, 512, 8), 1, 3, 1), (Tile(4, 512, 8), 1, 3, 1)),  #             0.89, 0.91
     (3072, (Tile(1, 1024, 4), 1, 3, 3), (Tile(4, 512, 8), 1, 3, 1)),  #            0.83, 0.88
     (4096, (Tile(2, 1024, 8), 1, 3, 1), (Tile(2, 2048, 16), 1, 3, 1)),  #          0.87, 0.91
     (5120, (Tile(2, 1024, 8), 1, 3, 1), (Tile(2, 1024, 8), 1, 3, 1)),  #           0.88, 0.91
@@ -136,6 +136,18 @@ _BACKWARD: tuple[tuple[int, tuple[Tile, int, int, int] | None, tuple[Tile, int, 
     (12288, (Tile(1, 2048, 8), 1, 3, 1), (Tile(1, 2048, 8), 1, 3, 1)),  #          8192: 0.89, 0.93
     (16384, None, (Tile(1, 4096, 16), 1, 3, 1)),  #                                0.47 (so: split or wide), 0.71
 )  # 12288: 0.82, 0.84
+
+# Of these rows of the table, where memory is slower. On an H100 (3.35 TB/s for an H200's 4.8) by the launch above, then by
+# this one; on an H200 these are 1 to 4% slower where they were tried. torch tells the two apart by their L2 alone.
+_L2_OF_FAST_MEMORY = 55 << 20
+_BACKWARD_SLOW_MEMORY = {
+    (768, True): (Tile(4, 256, 8), 1, 3, 2),  #   0.86, 0.88
+    (1024, True): (Tile(8, 256, 8), 1, 3, 1),  #  0.87, 0.92
+    (3072, True): (Tile(2, 1024, 8), 1, 3, 1),  #  0.84, 0.91
+    (3072, False): (Tile(2, 1024, 8), 1, 3, 1),  # 0.90, 0.93
+    (5120, True): (Tile(2, 1024, 16), 1, 3, 1),  #  0.86, 0.88
+    (5120, False): (Tile(2, 1024, 16), 1, 3, 1),  # 0.88, 0.92
+}
 
 # fp64 takes twice the registers of every accumulator, so that it has a launch of its own, up to this many elements.
 _HELD_FP64 = 2048
@@ -214,14 +226,17 @@ def _choose_backward(
     table = _BACKWARD_SPLIT_OF_SUMS if of_sums else _BACKWARD_SPLIT
     if n > _SPLIT_ABOVE and (split := _first_split(table, spec, n, itemsize, device)):
         return _fitted(split, n, itemsize, device, tensors)
-    held = next((row[1:][_column(spec)] for row in _BACKWARD if n <= row[0]), None)
+    most, held = next(((row[0], row[1:][_column(spec)]) for row in _BACKWARD if n <= row[0]), (n, None))
     if held is None or (itemsize == 8 and n > _HELD_FP64):
         return _fitted(_BACKWARD_WIDE, n, itemsize, device, tensors)
     if few is not None:
         tile, _ = next(row[1] for row in _FORWARD if n <= row[0])
         tile = _narrowed(_with_warps(tile, max(tile.warps, _FEW_WARPS)), n)
         return RowBackwardFew(tile, sums=Tile(_FEW_ROWS[few] // (2 if itemsize == 8 else 1), 32, tile.warps))
-    held = _BACKWARD_OF_SUMS.get((n, spec.center), held) if of_sums else held
+    if of_sums:
+        held = _BACKWARD_OF_SUMS.get((n, spec.center), held)
+    elif device.l2 < _L2_OF_FAST_MEMORY:
+        held = _BACKWARD_SLOW_MEMORY.get((most, spec.center), held)
     tile, tiles, stages, per_sm = _BACKWARD_FP64 if itemsize == 8 else held
     return _fitted(RowBackward(_narrowed(tile, n), tiles, stages, per_sm, stream), n, itemsize, device, tensors)
 
