@@ -37,6 +37,14 @@ class OfRows(Norm):
         return self.spec.name
 
     @property
+    def axes(self) -> str:
+        return "rows × columns"
+
+    @property
+    def smallest(self) -> Shape:
+        return 3, 5
+
+    @property
     def centers(self) -> bool:
         return self.spec.center
 
