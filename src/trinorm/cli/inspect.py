@@ -13,7 +13,7 @@ from ..bench.cases import OPS, PASSES, SHAPES, Case, shapes_of
 from ..cases import DTYPES
 from ..norms import ROW_OPS, SUM_OPS, Shape
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import names, refuse, shapes, unwritable, wide_console
+from . import HEADS, names, refuse, shapes, unwritable, wide_console
 
 # Rows as measured; wide ones of which there are few; and wider ones, so that every kernel is met.
 ROWS = (*SHAPES, (256, 12288), (1024, 65536), (1024, 66000))
@@ -51,8 +51,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         dest="shapes",
         type=shapes,
         help=(
-            "comma-separated: rows x columns, e.g. 8192x4096; or N x C x ..., e.g. 16x320x64x64, in both orders of memory; "
-            "unless given, a selection, of rows one that meets every kernel"
+            "comma-separated: rows x columns, e.g. 8192x4096; N x C x ..., e.g. 16x320x64x64, in both orders of memory; of "
+            f"qk_norm {HEADS}; unless given, a selection, of rows one that meets every kernel"
         ),
     )
     parser.add_argument("--dtype", type=names(DTYPES), default=["bf16"], help=f"comma-separated: {', '.join(DTYPES)}")

@@ -46,7 +46,13 @@ class OfHeads(Norm):
 
     @property
     def axes(self) -> str:
-        return "tokens × query heads × key heads × size"
+        return "tokens × q × k × D"
+
+    @property
+    def wanted(self) -> str:
+        from ..ops.qk import MOST_OF_HEAD
+
+        return f"(batch x) tokens x query heads x key heads x elements of a head, of which there are at most {MOST_OF_HEAD}"
 
     @property
     def centers(self) -> bool:

@@ -88,6 +88,11 @@ class Norm(ABC):
         return "N × C × ..."
 
     @property
+    def wanted(self) -> str:
+        """The shapes that it takes, in words."""
+        return "N x C x ..., with more than one element to a statistic"
+
+    @property
     def smallest(self) -> Shape:
         """A shape that is worth finite differences."""
         return 2, 3, 2

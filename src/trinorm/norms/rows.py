@@ -41,6 +41,10 @@ class OfRows(Norm):
         return "rows × columns"
 
     @property
+    def wanted(self) -> str:
+        return "rows x columns"
+
+    @property
     def smallest(self) -> Shape:
         return 3, 5
 
