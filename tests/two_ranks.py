@@ -17,7 +17,7 @@ from test_channels import norm as channel_norm
 from test_modules_in_torch import ChannelLayerNorm
 from trinorm import functional, nn
 from trinorm.norms import Results, as_tuple
-from trinorm.ops import CALLS, added, channel, channel_layers, channels, road, rows
+from trinorm.ops import CALLS, added, channel, channel_layers, channels, heads, qk, road, rows
 from trinorm.spec import (
     BATCH_NORM,
     CHANNEL_LAYER_NORM,
@@ -101,10 +101,10 @@ def assert_same(found: list[Any], expected: list[Any]) -> None:
 @contextlib.contextmanager
 def by_kernels() -> Iterator[None]:
     """That kernels of both directions are launched on this rank; or, where there are none, nothing."""
-    for calls in (CALLS, added.CALLS, channel.CALLS):
+    for calls in (CALLS, added.CALLS, channel.CALLS, qk.CALLS):
         calls.clear()  # what other shards had recorded would be repeated, past who looks at launches here
     names: set[str] = set()
-    hosts = rows, channels, channel_layers
+    hosts = rows, channels, channel_layers, heads
     actual = rows.launch
     for host in hosts:
         host.launch = lambda kernel, *args: (names.add(kernel.__name__), actual(kernel, *args))[1]

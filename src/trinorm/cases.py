@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .norms import Arguments, Norm, Shape
+from .norms import Arguments, Norm, OfHeads, OfRows, Shape
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -140,7 +140,9 @@ def times(t: Tensor, powers: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """An x of a shape, in a layout, whose rows have some values. weight: what weight_dtype knows, for the bias too."""
+    """An x of a shape, in a layout, whose rows have some values. weight: what weight_dtype knows, for the bias too, and for
+    cos and sin.
+    """
 
     shape: Shape
     values: Values = NORMAL
@@ -161,10 +163,12 @@ class Case:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(device, torch.float64)
 
-        def placed(rows: Tensor) -> Tensor:
-            return LAYOUTS[self.layout](norm.of_rows(rows, self.shape))
+        shape = norm.x_shape(self.shape)
 
-        m, n = norm.rows(torch.empty(self.shape, device="meta")).shape
+        def placed(rows: Tensor) -> Tensor:
+            return LAYOUTS[self.layout](norm.of_rows(rows, shape))
+
+        m, n = norm.rows(torch.empty(shape, device="meta")).shape
         exponents = torch.tensor(self.values.exponents, dtype=torch.float64, device=device)
         scale = exponents.exp2()[torch.arange(m, device=device) % len(exponents), None].expand(m, n)
         of_residual = norm.residual_dtype(dtype)
@@ -184,7 +188,8 @@ class Case:
         if "sum" in norm.differentiated:
             of_sum = torch.promote_types(dtype, of_residual)
             dsum = placed((normal(m, n).to(of_sum) / scale).to(of_sum))
-        arguments = Arguments(placed(x.to(dtype)), weight, bias, self.values.eps, residual)
+        besides = norm.queries(self.shape), norm.angles(self.shape, of or dtype, device)
+        arguments = Arguments(placed(x.to(dtype)), weight, bias, self.values.eps, residual, *besides)
         return Inputs(arguments, placed(dy.to(dtype)), placed(scale), norm.of_sum, dsum)
 
 
@@ -203,12 +208,14 @@ class Shapes:
     """Shapes that meet every kind of weight, those that meet weights of x's dtype, and the nasty values'.
 
     turns: cases take turns with the layouts, and dtypes with the weights and the nasty values, where else each meets each.
+    ordered: there are the orders of memory of N × C × ....
     """
 
     every_weight: tuple[Shape, ...]
     same_weight: tuple[Shape, ...]
     nasty: tuple[Shape, ...]
     turns: bool = False
+    ordered: bool = True
 
     def cases(self, dtype: torch.dtype) -> Iterator[Case]:
         """What to check for x of ``dtype``."""
@@ -221,21 +228,27 @@ class Shapes:
         kinds += [(shape, NORMAL, "same") for shape in self.same_weight]
         kinds += [(shape, values, "same") for shape in self.nasty for values in nasty]
         for i, kind in enumerate(kinds):
-            of_shape = layouts(kind[0])
+            of_shape = layouts(kind[0]) if self.ordered else ("contiguous",)
             for layout in [of_shape[i % len(of_shape)]] if self.turns else of_shape:
                 yield Case(*kind, layout)
 
 
 class Sizes(NamedTuple):
-    """The shapes of both families: rows × columns, and samples × channels × positions."""
+    """The shapes of each family: rows × columns, samples × channels × positions, and what OfHeads says."""
 
     rows: Shapes
     channels: Shapes
+    heads: Shapes
+
+    def of(self, norm: Norm) -> Shapes:
+        """Those of the norm's family."""
+        return self.rows if isinstance(norm, OfRows) else self.heads if isinstance(norm, OfHeads) else self.channels
 
 
 QUICK = Sizes(
     rows=Shapes(every_weight=((33, 1), (8, 129)), same_weight=(), nasty=((8, 65),)),
     channels=Shapes(every_weight=(), same_weight=((2, 6, 5, 7),), nasty=(), turns=True),
+    heads=Shapes(every_weight=((5, 4, 2, 16),), same_weight=(), nasty=((5, 3, 3, 12),), turns=True, ordered=False),
 )
 
 # The interpreter takes milliseconds a program: few rows, and a shape for each of the kernels. Of channels, of which
@@ -243,6 +256,7 @@ QUICK = Sizes(
 INTERPRETED = Sizes(
     rows=Shapes(every_weight=((33, 1), (600, 5), (8, 129)), same_weight=((8, 1000), (8, 4097)), nasty=((8, 129),)),
     channels=Shapes(every_weight=((2, 6, 5, 7),), same_weight=((3, 12, 1, 1),), nasty=((1, 12, 3, 3),), turns=True),
+    heads=Shapes(every_weight=((2, 9, 4, 2, 80),), same_weight=((40, 3, 1, 2),), nasty=((5, 6, 3, 20),), ordered=False),
 )
 
 # Each width compiles anew, for every dtype: a few, and rows enough for each of the kernels. Of channels: groups of 3, of
@@ -257,5 +271,11 @@ GPU = Sizes(
         every_weight=((8, 320, 32, 32),),
         same_weight=((3, 12, 1, 1), (300, 1024), (5, 7, 13), (1, 96, 3, 7, 11), (1, 32, 512, 350), (3, 4500, 8, 8)),
         nasty=((16, 96, 31, 17),),
+    ),
+    heads=Shapes(
+        every_weight=((2, 1030, 32, 8, 128), (33, 7, 7, 80)),
+        same_weight=((40, 3, 1, 2), (130, 8, 2, 64), (130, 16, 8, 256), (33, 6, 1, 1000)),
+        nasty=((70, 12, 4, 96), (1030, 32, 8, 128)),
+        ordered=False,
     ),
 )

@@ -5,28 +5,30 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from .ops import CALLS, added, rows
+from .ops import CALLS, added, heads, qk, rows
 
 
 @contextlib.contextmanager
 def forced(**launches: object) -> Iterator[None]:
-    """Inside, every call of the row family takes these launches, whatever its size.
+    """Inside, every call of the row family, or of QK-norm, takes these launches, whatever its size.
 
-    By the names of tuning's choices: ``forced(forward=launch)`` is what ``choose_forward`` then gives. Remembered calls are
-    forgotten before and after; a call captured in a graph stays what it is, and a backward is its forward's.
+    By the names of tuning's choices: ``forced(forward=launch)`` is what ``choose_forward`` then gives, and QK-norm's are
+    ``heads_forward`` and ``heads_backward``. Remembered calls are forgotten before and after; a call captured in a graph
+    stays what it is, and a backward is its forward's.
     """
-    actual = {f"choose_{name}": getattr(rows, f"choose_{name}") for name in launches}
+    families = {name: heads if name.startswith("heads_") else rows for name in launches}
+    actual = {name: getattr(family, f"choose_{name}") for name, family in families.items()}
     for name, launch in launches.items():
-        setattr(rows, f"choose_{name}", lambda *_, launch=launch: launch)
+        setattr(families[name], f"choose_{name}", lambda *_, launch=launch: launch)
     _forget()
     try:
         yield
     finally:
         _forget()
         for name, choose in actual.items():
-            setattr(rows, name, choose)
+            setattr(families[name], f"choose_{name}", choose)
 
 
 def _forget() -> None:
-    for calls in (CALLS, added.CALLS):
+    for calls in (CALLS, added.CALLS, qk.CALLS):
         calls.clear()

@@ -57,8 +57,7 @@ def qk_norm(
 
     Returns:
         (query, key), each contiguous and of its input's shape and dtype, under autocast too. Statistics, products and sums
-        are fp32, fp64 as soon as one of the tensors is. Heads of more than 1024 elements, and distributed tensors, have
-        torch's own operators.
+        are fp32, fp64 as soon as one of the tensors is. Heads of more than 1024 elements have torch's own operators.
 
     Raises:
         RuntimeError: a shape does not fit, tensors are on different devices, query and key have different dtypes, or cos

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..cases import LAYOUTS, layouts
-from ..norms import NORMS, ROW_OPS, SUM_OPS, Arguments, Norm, OfRows, Shape
+from ..norms import NORMS, ROW_OPS, SUM_OPS, Arguments, Norm, OfHeads, OfRows, Shape
 
 # The passes of one norm. A chain is a forward many times over, each norm's y the next one's x, and its sum, where there is
 # one, the next one's residual: what decoding does.
@@ -58,6 +58,16 @@ CHANNEL_SHAPES: dict[str, tuple[Shape, ...]] = {
     "batch_norm": ((64, 256, 56, 56), (32, 1024, 14, 14), (65536, 1024), (256, 512, 2048)),
     "channel_layer_norm": ((64, 96, 56, 56), (64, 384, 14, 14), (64, 768, 7, 7), (4, 256, 64, 64), (8, 1536, 16, 16)),
 }
+
+# Of QK-norm, batch × tokens × query heads × key heads × elements of a head: what Qwen3 and Gemma 3 have, in training or a
+# prompt, and in decoding, where each sample has one token.
+HEAD_SHAPES: tuple[Shape, ...] = (
+    (4, 4096, 32, 8, 128),
+    (4, 4096, 16, 8, 128),
+    (4, 4096, 16, 8, 256),
+    (1, 512, 32, 8, 128),
+    (64, 1, 32, 8, 128),
+)
 
 # Shapes by name, for --shapes, of each op that they are for. Of rows, every width from 64 to 262144 and the row counts of
 # decoding, and four of them for the dtypes that need no more; of channels, those above.
@@ -108,6 +118,15 @@ class Op:
         """Whether it is of rows × columns."""
         return isinstance(self.norm, OfRows)
 
+    def layouts(self, shape: Shape) -> tuple[str, ...]:
+        """In which orders of memory there is an x of this shape."""
+        return ("contiguous",) if isinstance(self.norm, OfHeads) else layouts(shape)
+
+    @property
+    def chained(self) -> bool:
+        """Whether there are chains: what the norm returns, and nothing else, is what it takes."""
+        return not isinstance(self.norm, OfHeads)
+
     @property
     def ceilings(self) -> Mapping[str, str]:
         """Of each pass, what torch moves the same bytes with."""
@@ -124,10 +143,12 @@ _TITLES = {
     "channel_layer_norm": ("LayerNorm over channels", 1e-6),
     "add_layer_norm": ("Add and LayerNorm", 1e-5),
     "add_rms_norm": ("Add and RMSNorm", 1e-6),
+    "qk_norm": ("QK-norm", 1e-6),
 }
 # Those that are measured unless others are named, and those of a host's passes.
-_SHAPES = CHANNEL_SHAPES | dict.fromkeys(ROW_OPS, SHAPES) | dict.fromkeys(SUM_OPS, SUM_SHAPES)
+_SHAPES = CHANNEL_SHAPES | dict.fromkeys(ROW_OPS, SHAPES) | dict.fromkeys(SUM_OPS, SUM_SHAPES) | {"qk_norm": HEAD_SHAPES}
 _HOSTS = dict.fromkeys(CHANNEL_SHAPES, (2, 64, 8, 8)) | dict.fromkeys(ROW_OPS + SUM_OPS, SEED_SHAPE)
+_HOSTS |= {"qk_norm": (128, 8, 2, 64)}
 OPS = {name: Op(title, NORMS[name], eps, _SHAPES[name], _HOSTS[name]) for name, (title, eps) in _TITLES.items()}
 
 
@@ -143,8 +164,7 @@ def shapes_of(op: str, asked: Iterable[Shape | str] | None) -> list[Shape]:
         found += NAMED_SHAPES[one].get(op, ()) if isinstance(one, str) else [one]
     for shape in found:
         if not OPS[op].norm.takes(shape):
-            wanted = "rows x columns" if OPS[op].of_rows else "N x C x ..., with more than one element to a statistic"
-            raise ValueError(f"{op} takes no {'x'.join(map(str, shape))}, but {wanted}")
+            raise ValueError(f"{op} takes no {'x'.join(map(str, shape))}, but {OPS[op].norm.wanted}")
     return list(dict.fromkeys(found))
 
 
@@ -156,7 +176,8 @@ def size(shape: Shape, layout: str) -> str:
 
 class Inputs(NamedTuple):
     """The arguments of one call, and the gradients that a backward starts from: y's, and the sum's where it is of one. A
-    chain's have a row of weights a link.
+    chain's have a row of weights a link. Of QK-norm x, weight and dy are the queries', beside the keys' own, and cos and
+    sin, which have no gradient.
     """
 
     x: Tensor
@@ -165,34 +186,65 @@ class Inputs(NamedTuple):
     dy: Tensor | None
     residual: Tensor | None = None
     dsum: Tensor | None = None
+    key: Tensor | None = None
+    key_weight: Tensor | None = None
+    dkey: Tensor | None = None
+    angles: tuple[Tensor, Tensor] | None = None
 
     @property
     def arguments(self) -> tuple[Tensor, ...]:
-        """As Norm.function takes them: x, the residual where there is one, weight, and bias where there is one."""
-        return tuple(self.of(0.0).differentiable.values())
+        """As Norm.function takes them: x, key, residual, weight, key's, bias, cos and sin, as far as there are any."""
+        return *self.leaves, *(self.angles or ())
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """Those of the arguments that a backward makes gradients of."""
+        return (*_present(self.x, self.key, self.residual), *self.parameters)
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Those of a module."""
+        return _present(self.weight, self.key_weight, self.bias)
 
     def of(self, eps: float) -> Arguments:
-        """The same by name."""
-        return Arguments(self.x, self.weight, self.bias, eps, self.residual)
+        """The same as Norm has them: queries and keys as one."""
+        if self.key is None or self.key_weight is None:
+            return Arguments(self.x, self.weight, self.bias, eps, self.residual)
+        weights = torch.stack((self.weight.detach(), self.key_weight.detach()))
+        return Arguments(self.whole, weights, None, eps, None, self.x.shape[-2], self.angles)
+
+    @property
+    def whole(self) -> Tensor:
+        """x, of QK-norm with the keys behind it."""
+        return self.x.detach() if self.key is None else torch.cat((self.x.detach(), self.key.detach()), -2)
 
     @property
     def gradients(self) -> tuple[Tensor, ...]:
         """Those that a backward starts from; a forward has none."""
-        return tuple(t for t in (self.dy, self.dsum) if t is not None)
+        return _present(self.dy, self.dsum, self.dkey)
+
+    @property
+    def whole_gradients(self) -> tuple[Tensor, ...]:
+        """The same as Norm has them, of ``whole`` and of the sum."""
+        return self.gradients if self.dkey is None else (torch.cat(self.gradients, -2),)
 
     def of_forward(self) -> Inputs:
         """Without gradients."""
-        return self._replace(dy=None, dsum=None)
+        return self._replace(dy=None, dsum=None, dkey=None)
 
     def for_a_peer(self) -> Inputs:
         """With gradients of its own, since it may write into them."""
-        dy, dsum = (None if t is None else t.clone() for t in (self.dy, self.dsum))
-        return self._replace(dy=dy, dsum=dsum)
+        dy, dsum, dkey = (None if t is None else t.clone() for t in (self.dy, self.dsum, self.dkey))
+        return self._replace(dy=dy, dsum=dsum, dkey=dkey)
+
+
+def _present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(t for t in tensors if t is not None)
 
 
 @dataclass(frozen=True)
 class Case:
-    """An x of a shape, rows × columns or N × C × ..., through one pass of one op, or through a chain of forwards.
+    """An x of a shape, as Norm.axes has it, through one pass of one op, or through a chain of forwards.
 
     A backward makes every gradient.
     """
@@ -207,7 +259,7 @@ class Case:
     @classmethod
     def all(cls, op: str, pass_: str, shapes: Iterable[Shape], dtype: torch.dtype) -> list[Case]:
         """The cases worth measuring of these shapes, in every layout, with weights of x's dtype."""
-        cases = [cls(op, pass_, shape, dtype, dtype, layout) for shape in shapes for layout in layouts(shape)]
+        cases = [cls(op, pass_, shape, dtype, dtype, layout) for shape in shapes for layout in OPS[op].layouts(shape)]
         return [case for case in cases if case.worthwhile]
 
     def __str__(self) -> str:
@@ -219,8 +271,8 @@ class Case:
 
     @property
     def elements(self) -> int:
-        """Of x."""
-        return math.prod(self.shape)
+        """Of x, of QK-norm those of queries and keys."""
+        return math.prod(OPS[self.op].norm.x_shape(self.shape))
 
     @property
     def backward(self) -> bool:
@@ -234,7 +286,7 @@ class Case:
     @property
     def worthwhile(self) -> bool:
         """Whether its time says something: a chain of large norms takes what they take alone."""
-        return self.pass_ != CHAIN or self.elements < SMALL_BELOW
+        return self.pass_ != CHAIN or (OPS[self.op].chained and self.elements < SMALL_BELOW)
 
     @property
     def bytes(self) -> int:
@@ -242,14 +294,16 @@ class Case:
 
         forward, and each link of a chain: x, weight, bias; y. backward: x, dy, weight; dx, dw, db. Of a sum, forward: the
         residual too; and the sum. backward: the sum in x's place, and its gradient; dx, which is the residual's gradient.
-        The saved statistics are not counted: they follow from x.
+        Of QK-norm both read cos and sin too. The saved statistics are not counted: they follow from x.
         """
         return self.bytes_read + self.bytes_written
 
     @property
     def bytes_read(self) -> int:
         """Those of ``bytes`` that are read."""
-        return self._bytes(self.moved[0], 1 if self.backward else self._parameters)
+        angles = OPS[self.op].norm.angles(self.shape, self.dtype, torch.device("meta")) or ()
+        read = self._bytes(self.moved[0], 1 if self.backward else self._parameters)
+        return read + sum(t.nbytes for t in angles)
 
     @property
     def bytes_written(self) -> int:
@@ -267,22 +321,29 @@ class Case:
         return 1 + OPS[self.op].norm.biased
 
     def _bytes(self, tensors: int, parameters: int) -> int:
-        return tensors * self.elements * self.dtype.itemsize + parameters * self.shape[1] * self.weight_dtype.itemsize
+        parameter = math.prod(OPS[self.op].norm.parameter_shape(self.shape))
+        return tensors * self.elements * self.dtype.itemsize + parameters * parameter * self.weight_dtype.itemsize
 
     def draw(self, device: torch.device, generator: torch.Generator | None = None) -> Inputs:
-        """Random inputs; for a backward they require grad and come with its gradients."""
+        """Random inputs; for a backward the leaves require grad and come with its gradients."""
 
         def normal(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.randn(shape, dtype=dtype, device=device, generator=generator)
 
+        norm = OPS[self.op].norm
+        inputs = self._of_heads(norm, normal, device) if isinstance(norm, OfHeads) else self._of_one(norm, normal)
+        for leaf in inputs.leaves:
+            leaf.requires_grad_(self.backward)
+        return inputs
+
+    def _of_one(self, norm: Norm, normal: Callable[..., Tensor]) -> Inputs:
         def like_x(wanted: bool) -> Tensor | None:
             return LAYOUTS[self.layout](normal(*self.shape, dtype=self.dtype)) if wanted else None
 
-        norm = OPS[self.op].norm
         parameter = (self.norms, self.shape[1]) if self.pass_ == CHAIN else self.shape[1:2]
         x = like_x(True)
         assert x is not None
-        inputs = Inputs(
+        return Inputs(
             x=x,
             weight=1 + normal(*parameter, dtype=self.weight_dtype) / 8,
             bias=normal(*parameter, dtype=self.weight_dtype) if norm.biased else None,
@@ -290,6 +351,13 @@ class Case:
             residual=like_x(norm.of_sum),
             dsum=like_x(norm.of_sum and self.backward),
         )
-        for argument in inputs.arguments:
-            argument.requires_grad_(self.backward)
-        return inputs
+
+    def _of_heads(self, norm: OfHeads, normal: Callable[..., Tensor], device: torch.device) -> Inputs:
+        """Queries and keys are views into a projection of as many values as keys."""
+        *tokens, queries, keys, size = self.shape
+        packed = normal(*tokens, queries + 2 * keys, size, dtype=self.dtype)
+        query, key, _ = packed.split((queries, keys, keys), -2)
+        weight, key_weight = (1 + normal(size, dtype=self.weight_dtype) / 8 for _ in range(2))
+        dy, dkey = (normal(*x.shape, dtype=self.dtype) if self.backward else None for x in (query, key))
+        angles = norm.angles(self.shape, self.dtype, device)
+        return Inputs(query.detach(), weight, None, dy, key=key.detach(), key_weight=key_weight, dkey=dkey, angles=angles)

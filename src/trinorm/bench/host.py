@@ -79,7 +79,7 @@ def measure_host(
 def _subjects(provider: Provider, case: Case, inputs: Inputs) -> Iterator[tuple[str, Callable[[], _Eager]]]:
     """The provider's function, and its module if it has one."""
     given = inputs.arguments
-    yield provider.name, lambda: _Eager(functools.partial(provider.build(case), *given), given, inputs.gradients)
+    yield provider.name, lambda: _Eager(functools.partial(provider.build(case), *given), inputs.leaves, inputs.gradients)
     if provider.name in _MODULES:
         yield f"{provider.name}.nn", functools.partial(_module, _MODULES[provider.name], case, inputs)
 
@@ -90,11 +90,12 @@ def _module(namespace: ModuleType, case: Case, inputs: Inputs) -> _Eager:
     module = op.norm.module(namespace, inputs.x, op.eps)
     if module is None:
         raise NotImplementedError(f"{namespace.__name__} has no module for {case.op}")
-    for name, parameter in (("weight", inputs.weight), ("bias", inputs.bias)):
-        if parameter is not None:
-            setattr(module, name, torch.nn.Parameter(parameter.detach()))
-    given = inputs.x, *([] if inputs.residual is None else [inputs.residual])
-    return _Eager(functools.partial(module, *given), (*given, *module.parameters()), inputs.gradients)
+    names = [name for name, _ in module.named_parameters()]
+    for name, parameter in zip(names, inputs.parameters, strict=True):
+        setattr(module, name, torch.nn.Parameter(parameter.detach()))
+    tensors = inputs.leaves[: -len(names)]
+    given = *tensors, *(inputs.angles or ())
+    return _Eager(functools.partial(module, *given), (*tensors, *module.parameters()), inputs.gradients)
 
 
 def _verify(eager: _Eager, case: Case, inputs: Inputs) -> list[Comparison]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,8 +14,8 @@ import torch._functorch.config as functorch_config
 from torch import Tensor
 
 from ..compare import Comparison, compare
-from ..norms import Results, as_tuple
-from .cases import CHAIN, OPS, Case, Inputs
+from ..norms import Arguments, Results, as_tuple
+from .cases import CHAIN, OPS, Case, Inputs, Op
 from .providers import OURS, Norm, Provider
 from .records import Provenance, Record
 from .timing import Replay, device_time, host_times, sets_past_l2
@@ -148,7 +148,7 @@ def calls_of(norm: Norm, sets: Sequence[Inputs]) -> list[TimedCall]:
         if not inputs.gradients:
             calls.append(forward)
         else:
-            how = forward(), inputs.arguments, inputs.gradients
+            how = forward(), inputs.leaves, inputs.gradients
             calls.append(functools.partial(torch.autograd.grad, *how, retain_graph=True))
     return calls
 
@@ -166,7 +166,8 @@ def ceiling_calls(case: Case, sets: Sequence[Inputs]) -> list[TimedCall]:
 
 def ceiling_call(inputs: Inputs, copy: Callable[[Tensor, Tensor], Tensor] = lambda x, out: out.copy_(x)) -> TimedCall:
     """The same of one call. copy: of x into out."""
-    x, gradients = inputs.x.detach() if inputs.gradients else _all_read(inputs), inputs.gradients
+    gradients = inputs.whole_gradients
+    x = inputs.whole if gradients else _all_read(inputs)
     out = torch.empty_like(x)
     if not gradients:
         return functools.partial(copy, x, out)
@@ -174,8 +175,8 @@ def ceiling_call(inputs: Inputs, copy: Callable[[Tensor, Tensor], Tensor] = lamb
 
 
 def _all_read(inputs: Inputs) -> Tensor:
-    """What a forward reads, but for the parameters: x, or x and the residual as one tensor."""
-    x = inputs.x.detach()
+    """What a forward reads, but for the parameters, and for cos and sin: x, or x and the residual as one tensor."""
+    x = inputs.whole
     return x if inputs.residual is None else torch.stack([x, inputs.residual.detach()])
 
 
@@ -184,9 +185,10 @@ def expect(case: Case, inputs: Inputs) -> Expected:
     op = OPS[case.op]
     norm, of = op.norm, inputs.of(op.eps)
     if inputs.gradients:
-        both = norm.oracle_gradients(of, *inputs.gradients), norm.torch_gradients(of, *inputs.gradients)
-        named = {name: [getattr(gradients, name).detach() for gradients in both] for name in of.differentiable}
-        return Expected(inputs, tuple((name, exact, by_torch) for name, (exact, by_torch) in named.items()))
+        gradients = inputs.whole_gradients
+        both = norm.oracle_gradients(of, *gradients), norm.torch_gradients(of, *gradients)
+        named = {name: tuple(getattr(found, name).detach() for found in both) for name in of.differentiable}
+        return Expected(inputs, tuple(_reported(op, of, named)))
 
     def exact(*arguments: Tensor) -> Results:
         return norm.oracle_results(of.with_these(*arguments))
@@ -195,8 +197,15 @@ def expect(case: Case, inputs: Inputs) -> Expected:
         return norm.composite(of.with_these(*arguments))
 
     functions = [exact, by_torch] if case.pass_ != CHAIN else [_chain(case, exact), _chain(case, by_torch)]
-    found = (as_tuple(function(*inputs.arguments)) for function in functions)
-    return Expected(inputs, tuple(zip(norm.results, *found, strict=True)))
+    found = (as_tuple(function(*of.differentiable.values())) for function in functions)
+    return Expected(inputs, tuple(_reported(op, of, dict(zip(norm.results, zip(*found, strict=True), strict=True)))))
+
+
+def _reported(op: Op, of: Arguments, found: dict[str, tuple[Tensor, ...]]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What was found, in float64 and by torch, as a caller of the function has it."""
+    for what, both in found.items():
+        exact, by_torch = (op.norm.parts(of, what, t) for t in both)
+        yield from ((name, exact[name], by_torch[name]) for name in exact)
 
 
 class Verified(NamedTuple):

@@ -223,7 +223,7 @@ def _size(record: Record) -> str:
 
 
 def _shape_header(op: str) -> str:
-    return "rows × columns" if OPS[op].of_rows else "N × C × ..."
+    return OPS[op].norm.axes
 
 
 def _number(value: float | None) -> str:

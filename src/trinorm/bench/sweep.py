@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,8 +17,9 @@ from .. import tuning
 from ..forced import forced
 from ..inspection import compile_call
 from ..launch import describe
-from ..norms import OfRows
-from ..tuning import RowBackwardSplit, RowBackwardWide, RowForwardSplit, RowForwardWide, Tile
+from ..norms import OfHeads, OfRows, Shape
+from ..ops import heads
+from ..tuning import Heads, RowBackwardSplit, RowBackwardWide, RowForwardSplit, RowForwardWide, Tile
 from .cases import OPS, Case, Inputs
 from .measure import TimedCall, ceiling_calls, compared, expect, reason
 from .predict import launches
@@ -27,7 +29,12 @@ from .timing import device_time, sets_past_l2
 # One of tuning's frozen dataclasses.
 Launch = Any
 
-_CHOOSE: dict[str, Callable[..., Launch]] = {"forward": tuning.choose_forward, "backward": tuning.choose_backward}
+_CHOOSE: dict[str, Callable[..., Launch]] = {
+    "forward": tuning.choose_forward,
+    "backward": tuning.choose_backward,
+    "heads_forward": tuning.choose_heads_forward,
+    "heads_backward": tuning.choose_heads_backward,
+}
 
 # What each field besides the tiles may be. A new field needs a line here to be swept.
 _VALUES: dict[str, Sequence[Any]] = {
@@ -40,6 +47,7 @@ _VALUES: dict[str, Sequence[Any]] = {
     "tiles": (1, 2, 4),
     "block": (1024, 2048, 4096, 8192),
     "registers": (None, 80, 96, 128, 168),
+    "heads": (1, 2, 4, 8, 16),
 }
 
 # Launches that go through a row in steps, and do not hold it.
@@ -58,6 +66,8 @@ _KEPT = 4
 
 # Rows that a launch is checked on: enough for persistent programs to take several tiles, few enough for the oracle.
 _CHECKED_ROWS, _CHECKED_ELEMENTS = 600, 1 << 22
+# Of QK-norm so many elements, whatever the tokens: a tile is of several, of one head.
+_CHECKED_OF_HEADS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -92,22 +102,32 @@ class Trial:
         return json.dumps({"pass": case.pass_, **found})
 
 
-def kinds(pass_: str) -> dict[str, type]:
-    """The kinds of launch that tuning may choose for a pass, by name."""
-    hint = get_type_hints(_CHOOSE[pass_])["return"]
+def choice(op: str, pass_: str) -> str:
+    """Which of tuning's choices is an op's, by the name that ``forced`` knows."""
+    return f"heads_{pass_}" if isinstance(OPS[op].norm, OfHeads) else pass_
+
+
+def kinds(op: str, pass_: str) -> dict[str, type]:
+    """The kinds of launch that tuning may choose for a pass of an op, by name."""
+    hint = get_type_hints(_CHOOSE[choice(op, pass_)])["return"]
     return {kind.__name__: kind for kind in get_args(hint) or (hint,)}
 
 
 def chosen(case: Case, device: torch.device) -> Launch:
     """What tuning chooses for the case."""
     itemsize = 8 if torch.float64 in (case.dtype, case.weight_dtype) else case.dtype.itemsize
-    norm, (m, n) = OPS[case.op].norm, case.shape
+    norm, choose = OPS[case.op].norm, _CHOOSE[choice(case.op, case.pass_)]
+    if isinstance(norm, OfHeads):
+        *tokens, queries, keys, n = case.shape
+        return choose(math.prod(tokens), (queries, keys), n, itemsize, describe(device))
     assert isinstance(norm, OfRows)
-    return _CHOOSE[case.pass_](norm.spec, m, n, itemsize, describe(device))
+    return choose(norm.spec, *case.shape, itemsize, describe(device))
 
 
 def start(case: Case, kind: type, device: torch.device) -> Launch:
     """A launch of this kind to begin with: the case's own, or that of the nearest problem that has one."""
+    if isinstance(today := chosen(case, device), kind):
+        return today
     m, n = case.shape
     sizes = itertools.product((n, *(1 << k for k in range(6, 20)), _NO_BLOCKS), (m, 1, 128, 1 << 15))
     return next(found for n, m in sizes if isinstance(found := chosen(replace(case, shape=(m, n)), device), kind))
@@ -128,6 +148,15 @@ def tiles(n: int, held: bool = True) -> Iterator[Tile]:
                 yield Tile(rows_, chunk, warps)
 
 
+def tiles_of_heads(n: int) -> Iterator[Tile]:
+    """Tiles worth trying for heads of n elements: so many tokens of one head, which their programs hold."""
+    chunk = 1 << (n - 1).bit_length()
+    for rows_, warps in itertools.product(_powers(1, _MOST_ROWS), _powers(1, _MOST_WARPS)):
+        # A narrow head, too, gets a tile that has a few elements for each thread.
+        if _LOADED[0] <= rows_ * chunk / (32 * warps) <= _LOADED[1]:
+            yield Tile(rows_, chunk, warps)
+
+
 def _powers(least: int, most: int) -> list[int]:
     """The powers of two between two numbers."""
     return [1 << k for k in range(most.bit_length()) if least <= 1 << k]
@@ -135,8 +164,10 @@ def _powers(least: int, most: int) -> list[int]:
 
 def variants(launch: Launch, field: str, case: Case) -> Iterator[Launch]:
     """The launch with one field changed to each value worth trying."""
-    n = case.shape[1]
-    if field == "tile":
+    n = case.shape[-1]
+    if isinstance(launch, Heads):
+        yield from _variants_of_heads(launch, field, case)
+    elif field == "tile":
         for tile in tiles(n, held=not isinstance(launch, _STEPPING)):
             # The columns' tile of a launch that has one goes by the same warps.
             same_warps = {"sums": replace(launch.sums, warps=tile.warps)} if hasattr(launch, "sums") else {}
@@ -149,6 +180,17 @@ def variants(launch: Launch, field: str, case: Case) -> Iterator[Launch]:
         for value in _VALUES.get(field, ()):
             if _possible(found := replace(launch, **{field: value}), n):
                 yield found
+
+
+def _variants_of_heads(launch: Heads, field: str, case: Case) -> Iterator[Launch]:
+    if field == "tile":
+        for tile in tiles_of_heads(case.shape[-1]):
+            # Programs of fewer warps are more of them, so that as many warps are at work.
+            per_sm = max(1, launch.per_sm * launch.tile.warps // tile.warps) if case.backward else launch.per_sm
+            yield replace(launch, tile=tile, per_sm=per_sm)
+    elif field == "heads" or case.backward:  # forward no program walks
+        more = (8, 16) if field == "per_sm" else ()
+        yield from (replace(launch, **{field: value}) for value in (*_VALUES[field], *more))
 
 
 def _possible(launch: Launch, n: int) -> bool:
@@ -179,7 +221,7 @@ def _ranked(trials: Iterable[Trial]) -> list[Trial]:
 def compiled(case: Case, launch: Launch, target: str) -> Trial:
     """The launch with what its kernels take when they are compiled for ``target``; "compiled" or "failed". Needs no GPU."""
     try:
-        with forced(**{case.pass_: launch}):
+        with forced(**{choice(case.op, case.pass_): launch}):
             calls = launches(case)
         found = [compile_call(call.kernel, call.args, call.options, target) for call in calls]
     except Exception as error:  # said in words, since not every exception can travel between processes
@@ -190,6 +232,8 @@ def compiled(case: Case, launch: Launch, target: str) -> Trial:
 def direct(case: Case, inputs: Inputs) -> TimedCall:
     """One call past autograd and past what is remembered of calls, so that what is forced is what runs."""
     op = OPS[case.op]
+    if isinstance(op.norm, OfHeads):
+        return _direct_of_heads(op.norm, op.eps, inputs)
     of = inputs.of(op.eps)
     if inputs.dy is None:
         return lambda: op.norm.forward(of, save=False).y
@@ -199,6 +243,24 @@ def direct(case: Case, inputs: Inputs) -> TimedCall:
 
     def backward() -> tuple[torch.Tensor, ...]:
         return tuple(gradient for gradient in op.norm.backward(dy, of, mean, rstd) if gradient is not None)
+
+    return backward
+
+
+def _direct_of_heads(norm: OfHeads, eps: float, inputs: Inputs) -> TimedCall:
+    assert inputs.key is not None
+    query, key = heads.Side(inputs.x, inputs.weight), heads.Side(inputs.key, inputs.key_weight)
+    cos, sin = inputs.angles or (None, None)
+    turn = heads.Rotation(cos, sin, norm.interleaved)
+    if inputs.dy is None:
+        return lambda: heads.forward(norm.spec, query, key, eps, turn, save=False)[:2]
+    *_, query_rstd, key_rstd = heads.forward(norm.spec, query, key, eps, turn, save=True)
+    of_query = heads.Wanted(inputs.dy, query_rstd, dx=True, dw=True)
+    of_key = heads.Wanted(inputs.dkey, key_rstd, dx=True, dw=True)
+
+    def backward() -> tuple[torch.Tensor, ...]:
+        found = heads.backward(norm.spec, query, key, of_query, of_key, turn)
+        return tuple(gradient for gradient in found if gradient is not None)
 
     return backward
 
@@ -232,7 +294,7 @@ class Bench:
 
     def _run(self, trial: Trial) -> Trial:
         try:
-            with forced(**{self._case.pass_: trial.launch}):
+            with forced(**{choice(self._case.op, self._case.pass_): trial.launch}):
                 if wrong := self._check():
                     return replace(trial, outcome="wrong", why=wrong)
                 found = device_time(self._calls, self._stream)
@@ -241,12 +303,20 @@ class Bench:
         return replace(trial, outcome="timed", device_us=found.median, device_us_std=found.std)
 
 
+def _few(case: Case) -> Shape:
+    """The shape of fewer rows, or tokens, where the case has more than are checked."""
+    if isinstance(OPS[case.op].norm, OfHeads):
+        *tokens, queries, keys, n = case.shape
+        return max(1, min(math.prod(tokens), _CHECKED_OF_HEADS // ((queries + keys) * n))), queries, keys, n
+    m, n = case.shape
+    return max(1, min(m, _CHECKED_ROWS, _CHECKED_ELEMENTS // n)), n
+
+
 class Check:
     """Whether the case's launch of the moment is right on a few rows: what is wrong, or nothing."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        m, n = case.shape
-        few = replace(case, shape=(max(1, min(m, _CHECKED_ROWS, _CHECKED_ELEMENTS // n)), n))
+        few = replace(case, shape=_few(case))
         self._expected = expect(few, few.draw(device, torch.Generator(device).manual_seed(0)))
         self._call = direct(few, self._expected.inputs)
 

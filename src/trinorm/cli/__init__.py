@@ -20,6 +20,9 @@ MAX_COLUMNS = 1 << 20
 # In fp64 what torch can count the bytes of.
 MAX_ELEMENTS = (1 << 60) - 1
 
+# How qk_norm's shapes are written.
+HEADS = "(batch x) tokens x query heads x key heads x elements of a head, e.g. 4x4096x32x8x128"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, of ``sys.argv`` unless ``arguments`` are given; its exit status."""
@@ -47,7 +50,8 @@ def shape(text: str) -> tuple[int, ...]:
     sizes = text.split("x")
     if len(sizes) < 2 or not all(size.isdecimal() and int(size) for size in sizes):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a shape; write rows x columns, e.g. 128x768, or N x C x ..., e.g. 16x320x64x64"
+            f"{text!r} is not a shape; write rows x columns, e.g. 128x768, or N x C x ..., e.g. 16x320x64x64, or, of "
+            f"qk_norm, {HEADS}"
         )
     found = tuple(map(int, sizes))
     if found[1] > MAX_COLUMNS:

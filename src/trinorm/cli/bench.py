@@ -21,7 +21,7 @@ from ..bench.records import Record, provenance, results_path
 from ..cases import DTYPES, LAYOUTS
 from ..norms import ROW_OPS, Shape
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import names, no_folder, refuse, shapes, unwritable, wide_console
+from . import HEADS, names, no_folder, refuse, shapes, unwritable, wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,8 +67,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         type=shapes,
         help=(
             "comma-separated: rows x columns, e.g. 128x768,8192x4096; of channel norms, which are measured in both orders "
-            "of memory where torch has two, and GroupNorm with 32 groups, N x C x ..., e.g. 16x320x64x64; or the name of "
-            f"a list: {', '.join(NAMED_SHAPES)}"
+            "of memory where torch has two, and GroupNorm with 32 groups, N x C x ..., e.g. 16x320x64x64; of qk_norm "
+            f"{HEADS}, whose queries and keys lie in a packed projection; or the name of a list: {', '.join(NAMED_SHAPES)}"
         ),
     )
     parser.add_argument("--dtype", type=names(DTYPES), default=["bf16"], help=f"comma-separated: {', '.join(DTYPES)}")
@@ -80,7 +80,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         help=(
             "comma-separated: forward, backward (these two if not given); chain: one of many forwards in a CUDA graph, "
             "each of what the one before wrote, below 2^22 elements; host: eager calls of functions and modules, at "
-            "128x768 or 2x64x8x8"
+            "128x768, 2x64x8x8 or 128x8x2x64"
         ),
     )
     parser.add_argument(
@@ -132,6 +132,8 @@ def run(args: argparse.Namespace) -> int:
         return refuse("bench", "Triton is not installed, so there is no kernel to measure or compile")
     if INTERPRETED:
         return refuse("bench", "TRITON_INTERPRET is set, which leaves nothing to time or compile; unset it")
+    if CHAIN in args.passes and (unchained := [op for op in args.op if not OPS[op].chained]):
+        return refuse("bench", f"--pass chain: {unchained[0]} takes more than another returns; leave one of the two out")
     on_gpu = torch.cuda.is_available()
     times_alone = [pass_ for pass_ in args.passes if not on_gpu and pass_ not in PASSES]
     why = f"{' and '.join(times_alone)}: times alone, and there is no GPU to measure them on"

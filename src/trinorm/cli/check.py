@@ -24,7 +24,7 @@ from .. import functional
 from ..cases import DTYPES, GPU, INTERPRETED, QUICK, Case, Inputs, Sizes, times
 from ..channel_reference import Given
 from ..compare import Comparison, compare
-from ..norms import NORMS, VARIANTS, Norm, OfRows, as_tuple
+from ..norms import NORMS, VARIANTS, Norm, as_tuple
 from ..ops import road
 from . import device, names, positive, refuse
 
@@ -69,7 +69,7 @@ def steps_of(ops: Iterable[str], dtypes: Iterable[torch.dtype], device: torch.de
     for op, dtype in itertools.product(ops, dtypes):
         norm, by_width = OPS[op], defaultdict[tuple[int, ...], list[Case]](list)
         asked = sizes if op in NORMS else QUICK
-        for case in (asked.rows if isinstance(norm, OfRows) else asked.channels).cases(dtype):
+        for case in asked.of(norm).cases(dtype):
             known = road.HAS_TRITON or not case.values.extreme
             if known and norm.takes(case.shape) and (norm.follows_scale or not case.values.scaled):
                 by_width[case.shape[1:]].append(case)
@@ -88,7 +88,8 @@ def check_op(op: str, dtype: torch.dtype, device: torch.device, cases: Iterable[
     for case in cases:
         of_case = functools.partial(case.inputs, norm, dtype, device)
         inputs = of_case()
-        draws = -(-SAMPLES // min(len(norm.rows(inputs.of.x)), case.shape[1]))
+        fewest = min(t.numel() for t in norm.parts(inputs.of, "rstd", norm.rows(inputs.of.x)[:, 0]).values())
+        draws = -(-SAMPLES // min(fewest, norm.parameter_shape(case.shape)[-1]))
         exact = _oracle(norm, inputs)
         distance = _distance_of_torch(norm, inputs, exact)
         for seed in range(1, draws):
@@ -97,11 +98,10 @@ def check_op(op: str, dtype: torch.dtype, device: torch.device, cases: Iterable[
             distance = {what: torch.maximum(so_far, again[what]) for what, so_far in distance.items()}
         weight_dtype = None if inputs.of.weight is None else inputs.of.weight.dtype
         results += [
-            Result(
-                op, dtype, weight_dtype, str(case), compare(what, value, exact[what], exact[what] + distance[what], terms)
-            )
+            Result(op, dtype, weight_dtype, str(case), compare(name, *of_part, terms))
             for what, value in _ours(norm, inputs, exact["mean"]).items()
             for terms in [_row_size(norm, inputs) if what == "mean" else None]
+            for name, of_part in _apart(norm, inputs, what, value, exact[what], exact[what] + distance[what])
         ]
     return results
 
@@ -109,7 +109,7 @@ def check_op(op: str, dtype: torch.dtype, device: torch.device, cases: Iterable[
 def check_numerically(op: str, device: torch.device) -> list[Result]:
     """The backward against finite differences of the forward, in float64: torch.autograd.gradcheck, with its tolerances."""
     norm = OPS[op]
-    case = Case((3, 5) if isinstance(norm, OfRows) else (2, 3, 2))
+    case = Case(norm.smallest)
     of = case.inputs(norm, torch.float64, device).of
     leaves = [t.requires_grad_() for t in of.differentiable.values()]
 
@@ -125,6 +125,12 @@ def check_numerically(op: str, device: torch.device) -> list[Result]:
         worst = str(error)
     comparison = Comparison("gradcheck", float("nan"), float("nan"), not worst, worst)
     return [Result(op, torch.float64, torch.float64, str(case), comparison)]
+
+
+def _apart(norm: Norm, inputs: Inputs, what: str, *tensors: Tensor) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
+    """These as the norm reports them."""
+    actual, exact, by_torch = (norm.parts(inputs.of, what, t) for t in tensors)
+    return ((name, (actual[name], exact[name], by_torch[name])) for name in actual)
 
 
 def _ours(norm: Norm, inputs: Inputs, exact_mean: Tensor) -> dict[str, Tensor]:

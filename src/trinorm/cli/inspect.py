@@ -13,14 +13,20 @@ from ..bench.cases import OPS, PASSES, SHAPES, Case, shapes_of
 from ..cases import DTYPES
 from ..norms import ROW_OPS, SUM_OPS, Shape
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import names, refuse, shapes, unwritable, wide_console
+from . import HEADS, names, refuse, shapes, unwritable, wide_console
 
 # Rows as measured; wide ones of which there are few; and wider ones, so that every kernel is met.
 ROWS = (*SHAPES, (256, 12288), (1024, 65536), (1024, 66000))
 # Of a sum, whose kernels are the same ones with more to read: fewer, which meet each of them too.
 ROWS_OF_SUMS = ((16, 4096), (8192, 4096), (1024, 65536), (1024, 66000))
+# Of QK-norm: heads that a program has several of, and, where tokens are few, one.
+HEADS_OF_TOKENS = ((4, 4096, 32, 8, 128), (64, 1, 32, 8, 128))
 
-_SELECTED: dict[str, Sequence[Shape]] = {**dict.fromkeys(ROW_OPS, ROWS), **dict.fromkeys(SUM_OPS, ROWS_OF_SUMS)}
+_SELECTED: dict[str, Sequence[Shape]] = {
+    **dict.fromkeys(ROW_OPS, ROWS),
+    **dict.fromkeys(SUM_OPS, ROWS_OF_SUMS),
+    "qk_norm": HEADS_OF_TOKENS,
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,16 +49,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "op",
         nargs="?",
         type=names(OPS),
-        default=[*ROW_OPS, *SUM_OPS],
-        help=f"comma-separated: {', '.join(OPS)}; those of rows and of sums if not given",
+        default=list(_SELECTED),
+        help=f"comma-separated: {', '.join(OPS)}; those of rows, of sums and of heads if not given",
     )
     parser.add_argument(
         "--shape",
         dest="shapes",
         type=shapes,
         help=(
-            "comma-separated: rows x columns, e.g. 8192x4096; or N x C x ..., e.g. 16x320x64x64, in both orders of memory; "
-            "unless given, a selection, of rows one that meets every kernel"
+            "comma-separated: rows x columns, e.g. 8192x4096; N x C x ..., e.g. 16x320x64x64, in both orders of memory; of "
+            f"qk_norm {HEADS}; unless given, a selection, of rows and heads one that meets every kernel"
         ),
     )
     parser.add_argument("--dtype", type=names(DTYPES), default=["bf16"], help=f"comma-separated: {', '.join(DTYPES)}")

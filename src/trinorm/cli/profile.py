@@ -10,9 +10,9 @@ import torch
 
 from ..bench.cases import OPS, PASSES, Case, shapes_of
 from ..bench.counters import Kernel, Refused, profile
-from ..cases import DTYPES, LAYOUTS, layouts
+from ..cases import DTYPES, LAYOUTS
 from ..ops.road import HAS_TRITON
-from . import refuse, wide_console
+from . import HEADS, refuse, wide_console
 from . import shape as shape_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
     )
     parser.add_argument("op", choices=OPS, metavar="op", help=f"one of {', '.join(OPS)}")
     parser.add_argument(
-        "--shape", type=shape_of, required=True, help="rows x columns, e.g. 8192x4096, or N x C x ..., e.g. 16x320x64x64"
+        "--shape",
+        type=shape_of,
+        required=True,
+        help=f"rows x columns, e.g. 8192x4096, N x C x ..., e.g. 16x320x64x64, or, of qk_norm, {HEADS}",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the weights (bf16)")
     parser.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="of x and y in memory (contiguous)")
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         (shape,) = shapes_of(args.op, [args.shape])
     except ValueError as error:
         return refuse("profile", f"--shape: {error}")
-    if args.layout not in layouts(shape):
+    if args.layout not in OPS[args.op].layouts(shape):
         return refuse("profile", f"--layout: {args.layout} is for images and volumes (N x C x H x W, ... x D x H x W)")
     case = Case(args.op, args.pass_, shape, dtype, dtype, args.layout)
     try:

@@ -21,7 +21,7 @@ from ..bench.records import provenance
 from ..cases import DTYPES
 from ..norms import ROW_OPS
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import refuse, shapes, unwritable, wide_console
+from . import HEADS, refuse, shapes, unwritable, wide_console
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 5
 
+SWEPT = (*ROW_OPS, "qk_norm")
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
     """Add ``tune`` to the ``trinorm`` command's subparsers."""
@@ -38,13 +40,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         "tune",
         help="sweep launches on this GPU, for the tables in tuning/",
         description=(
-            "For each shape, vary one field of the launch after another (tile, stages, programs per multiprocessor), each "
-            "for the fastest few so far. What spills is not run, what is wrong beside float64 is not timed. Shows the "
+            "For each shape, vary one field of the launch after another (tile, heads, stages, programs a multiprocessor), "
+            "each for the fastest few so far. What spills is not run, what is wrong beside float64 is not timed. Shows the "
             "fastest beside today's; nothing is changed: the tables are edited by hand, with the ratio beside each row."
         ),
     )
-    parser.add_argument("op", choices=ROW_OPS, metavar="op", help=" or ".join(ROW_OPS))
-    parser.add_argument("--shapes", type=shapes, required=True, help="rows x columns, comma-separated; or a list's name")
+    parser.add_argument("op", choices=SWEPT, metavar="op", help=f"one of {', '.join(SWEPT)}")
+    parser.add_argument(
+        "--shapes",
+        type=shapes,
+        required=True,
+        help=f"comma-separated: rows x columns, or, of qk_norm, {HEADS}; or a list's name",
+    )
     parser.add_argument("--pass", dest="pass_", choices=PASSES, default="forward", help="(forward)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the weights (bf16)")
     parser.add_argument("--kind", help="the kind of launch to sweep, e.g. RowBackwardWide; today's if not given")
@@ -63,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from ..bench import sweep
     from ..targets import TARGETS
 
-    kinds = sweep.kinds(args.pass_)
+    kinds = sweep.kinds(args.op, args.pass_)
     if args.kind not in (None, *kinds):
         return refuse("tune", f"{args.kind!r} is not one of {', '.join(kinds)}")
     device = torch.device("cuda", torch.cuda.current_device())

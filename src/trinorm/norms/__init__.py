@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ..spec import BATCH_NORM, CASTS, CHANNEL_NORMS, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, ROW_NORMS
 from .channels import OfChannels, num_groups
+from .heads import OfHeads
 from .norm import Arguments, Norm, Results, Shape, as_tuple
 from .rows import OfRows, OverChannels
 from .sums import OfSums
@@ -19,6 +20,7 @@ __all__ = [
     "Arguments",
     "Norm",
     "OfChannels",
+    "OfHeads",
     "OfRows",
     "OfSums",
     "OverChannels",
@@ -34,12 +36,13 @@ NORMS: dict[str, Norm] = {
     **{spec.name: OfChannels(spec) for spec in CHANNEL_NORMS},
     "channel_layer_norm": OverChannels(),
     **{norm.name: norm for norm in map(OfSums, ROW_NORMS)},
+    "qk_norm": OfHeads(),
 }
 ROW_OPS = tuple(spec.name for spec in ROW_NORMS)
 SUM_OPS = tuple(name for name, norm in NORMS.items() if norm.of_sum)
 
 # With other arguments: casting modes; a residual stream of fp32 that has a factor, a sum that goes nowhere; activations, a
-# scale and a shift of each sample, running statistics, a residual.
+# scale and a shift of each sample, running statistics, a residual; heads that are turned otherwise.
 VARIANTS: dict[str, Norm] = {
     **{f"{spec.name}/{cast}": OfRows(spec.with_cast(cast)) for cast in CASTS if cast != "output" for spec in ROW_NORMS},
     "add_layer_norm/post": OfSums(LAYER_NORM, post=True),
@@ -49,4 +52,9 @@ VARIANTS: dict[str, Norm] = {
     "instance_norm/kept": OfChannels(INSTANCE_NORM, "gelu", statistics="kept"),
     "batch_norm/kept": OfChannels(BATCH_NORM, "relu", statistics="kept", residual=True),
     "batch_norm/given": OfChannels(BATCH_NORM, statistics="given"),
+    "qk_norm/neighbours": OfHeads(interleaved=True),
+    "qk_norm/half": OfHeads(turned="half"),
+    "qk_norm/alone": OfHeads(turned="none"),
+    "qk_norm/llama": OfHeads(RMS_NORM.with_cast("llama")),
+    "qk_norm/gemma": OfHeads(RMS_NORM.with_cast("gemma")),
 }

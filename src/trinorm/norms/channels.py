@@ -157,7 +157,7 @@ class OfChannels(Norm):
 
     def _problem(self, of: Arguments) -> tuple[Tensor, int, Tensor | None, Tensor | None, float]:
         """(x, num_groups, weight, bias, eps), the scale as the weight that it comes to."""
-        x, weight, bias, eps, _ = of
+        x, weight, bias, eps, *_ = of
         weight = 1 + weight if self.modulated and weight is not None else weight
         return x, self.groups(x), weight, bias, eps
 

@@ -28,13 +28,17 @@ _DIFFERENTIABLE = dict(dx="x", dr="residual", dw="weight", db="bias")
 
 
 class Arguments(NamedTuple):
-    """What every norm takes, and a residual, of which OfChannels and OfSums know."""
+    """What every norm takes; a residual, of which OfChannels and OfSums know; and what OfHeads does: how many of x's heads
+    are queries', and cos and sin.
+    """
 
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
     eps: float
     residual: Tensor | None = None
+    queries: int = 0
+    angles: tuple[Tensor, Tensor] | None = None
 
     @property
     def parameters(self) -> tuple[Tensor | None, Tensor | None, float]:
@@ -79,6 +83,21 @@ class Norm(ABC):
         """The function's."""
 
     @property
+    def axes(self) -> str:
+        """What a shape counts."""
+        return "N × C × ..."
+
+    @property
+    def wanted(self) -> str:
+        """The shapes that it takes, in words."""
+        return "N x C x ..., with more than one element to a statistic"
+
+    @property
+    def smallest(self) -> Shape:
+        """A shape that is worth finite differences."""
+        return 2, 3, 2
+
+    @property
     def centers(self) -> bool:
         """Whether there is a mean."""
         return True
@@ -117,9 +136,25 @@ class Norm(ABC):
         """Whether there is such a norm of an x of this shape."""
         return len(shape) >= 2
 
+    def x_shape(self, shape: Shape) -> Shape:
+        """x's, which is the shape but of OfHeads."""
+        return shape
+
     def parameter_shape(self, shape: Shape) -> Shape:
         """That of weight and bias."""
         return shape[1:2]
+
+    def queries(self, shape: Shape) -> int:
+        """How many heads are queries'."""
+        return 0
+
+    def angles(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """(cos, sin) where there is a rotary embedding."""
+        return None
+
+    def parts(self, of: Arguments, what: str, t: Tensor) -> dict[str, Tensor]:
+        """What a result, or a gradient, is reported as, by name."""
+        return {what: t}
 
     def residual_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The residual's beside an x of this one."""
@@ -193,7 +228,8 @@ class Norm(ABC):
         gradients = (dy,) if dsum is None else (dy, dsum)
 
         def composite(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor, ...]:
-            found = as_tuple(self.composite(Arguments(x, weight, bias, of.eps, residual), self.running(x)))
+            given = of._replace(x=x, weight=weight, bias=bias, residual=residual)
+            found = as_tuple(self.composite(given, self.running(x)))
             return found[: len(gradients)]
 
         inputs = of.x, of.weight, of.bias, of.residual

@@ -37,6 +37,18 @@ class OfRows(Norm):
         return self.spec.name
 
     @property
+    def axes(self) -> str:
+        return "rows × columns"
+
+    @property
+    def wanted(self) -> str:
+        return "rows x columns"
+
+    @property
+    def smallest(self) -> Shape:
+        return 3, 5
+
+    @property
     def centers(self) -> bool:
         return self.spec.center
 

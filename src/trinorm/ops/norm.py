@@ -107,9 +107,7 @@ def qk_norm(
     problem, query, key = QKProblem(spec, eps, interleaved), tensors[0], tensors[1]
     assert query is not None and key is not None
     lacking = qk.lacking(query, tensors[4:])
-    # For distributed tensors the op has no rules.
-    by_op = lacking is None and not road.are_distributed(*tensors)
-    if by_op and road.takes_op(qk.NAME, *tensors, whole=spec.rounded or batch_invariant):
+    if lacking is None and road.takes_op(qk.NAME, *tensors, whole=spec.rounded or batch_invariant):
         return qk_library.norm(problem, *tensors, batch_invariant=batch_invariant)
     if qk.are_empty(query, key) or not road.kernels_serve(qk.NAME, query, *tensors[1:], lacking=lacking):
         return qk.composite(problem, *tensors)

@@ -22,7 +22,7 @@ from .. import reference
 from ..spec import CASTS, RMS_NORM
 from . import road
 from .qk import CALLS, NAME, QKCall, QKProblem, are_empty, broadcasts, composite, composite_gradients, lacking, read
-from .registering import Op, register
+from .registering import Op, know_distributed, register
 
 if TYPE_CHECKING:
     from ..replay import Results
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 def norm(problem: QKProblem, *tensors: Tensor | None, batch_invariant: bool) -> tuple[Tensor, Tensor]:
     """Both results, by the registered op."""
+    know_distributed(*tensors)
     spec, eps, interleaved = problem
     of_query, of_key, *_ = torch.ops.trinorm.qk_norm(*tensors, eps, interleaved, batch_invariant, spec.cast)
     return of_query, of_key

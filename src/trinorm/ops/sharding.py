@@ -2,9 +2,11 @@
 
 What statistics run over stays together. So these stay where they are, and so do their results: rows, those of a sum too, by
 any leading dim; samples of GroupNorm; samples and positions of LayerNorm over channels; channels of BatchNorm. weight and
-bias are whole on every device, whose sums dw and db are, or lie as the channels or samples do that they belong to. What
-lies otherwise, as by a normalized dim or as a sum not yet taken, is redistributed first, in the way that DTensor finds
-cheapest. registering.know_distributed imports this when the first distributed tensor comes.
+bias are whole on every device, whose sums dw and db are, or lie as the channels or samples do that they belong to. Of
+QK-norm tokens stay, with cos and sin beside them, and heads: those of the queries and the keys, or, where keys are fewer
+than devices and so whole on each, of the queries alone. What lies otherwise, as by a normalized dim or as a sum not yet
+taken, is redistributed first, in the way that DTensor finds cheapest. registering.know_distributed imports this when the
+first distributed tensor comes.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 
 from ..spec import BATCH_NORM, CHANNEL_LAYER_NORM, GROUP_NORM, ROW_NORMS
+from .qk import NAME as QK_NORM
 
 
 class _Way(NamedTuple):
@@ -68,7 +71,7 @@ def _has_each_samples(call: _Call) -> bool:
 Placements = list[Placement | None]
 
 
-def _rule(op: OpOverload, ways: Callable[[_Call], list[_Way]], *args: Any) -> list[tuple[Placements, Placements]]:
+def _rule(op: OpOverload, *args: Any, ways: Callable[[_Call], list[_Way]]) -> list[tuple[Placements, Placements]]:
     """(placements of the results, placements of the arguments) for each way to lay the call along a mesh dim.
 
     What is no tensor, and what is not given or not wanted, has None.
@@ -89,16 +92,49 @@ def _rule(op: OpOverload, ways: Callable[[_Call], list[_Way]], *args: Any) -> li
     return found
 
 
+def _rule_of_heads(op: OpOverload, *args: Any) -> list[tuple[Placements, Placements]]:
+    """The same of QK-norm."""
+    call = {argument.name: value for argument, value in zip(op._schema.arguments, args, strict=True)}
+    of_heads, whole = call["query"].ndim - 2, Replicate()
+    ways: list[tuple[Placement, Placement, Placement]] = [(whole, whole, whole)]
+    ways += [(Shard(dim), Shard(dim), _beside_tokens(call, dim)) for dim in range(of_heads)]
+    ways += [(Shard(of_heads), Shard(of_heads), whole), (Shard(of_heads), whole, whole)]
+    found: list[tuple[Placements, Placements]] = []
+    for of_query, of_key, of_angles in ways:
+        laid: dict[str, Placement] = dict.fromkeys(("query_weight", "key_weight"), whole)
+        laid |= dict.fromkeys(("query", "query_dy", "query_rstd"), of_query)
+        laid |= dict.fromkeys(("key", "key_dy", "key_rstd"), of_key) | dict.fromkeys(("cos", "sin"), of_angles)
+        results: Placements = [of_query, of_key] * 2  # of each, and the rstd of each
+        if "query_dy" in call:
+            sums = (side if side == whole else Partial("sum") for side in (of_query, of_key))
+            wanted = zip(("dquery", "dkey", "dquery_weight", "dkey_weight"), (of_query, of_key, *sums), strict=True)
+            results = [p if call[name] else None for name, p in wanted]
+        found.append((results, [None if value is None else laid.get(name) for name, value in call.items()]))
+    return found
+
+
+def _beside_tokens(call: _Call, dim: int) -> Placement:
+    """How cos lies where tokens are sharded by a dim: alike, or whole where it is broadcast to that."""
+    cos = call["cos"]
+    own = -1 if cos is None else dim - (call["query"].ndim - 2) + cos.ndim - 1
+    return Shard(own) if own >= 0 and cos.shape[own] > 1 else Replicate()
+
+
 _WAYS = dict.fromkeys((name for spec in ROW_NORMS for name in (spec.name, f"add_{spec.name}")), _of_rows) | {
     GROUP_NORM.name: _of_groups,
     BATCH_NORM.name: _of_channels,
     CHANNEL_LAYER_NORM.name: _of_positions,
 }
 
-for _norm, _ways in _WAYS.items():
+_RULES: dict[str, Callable[..., list[tuple[Placements, Placements]]]] = {
+    name: functools.partial(_rule, ways=ways) for name, ways in _WAYS.items()
+}
+_RULES[QK_NORM] = _rule_of_heads
+
+for _norm, _of_norm in _RULES.items():
     for _name in (_norm, f"{_norm}_backward"):
         _op = getattr(torch.ops.trinorm, _name).default
-        register_sharding(_op)(functools.partial(_rule, _op, _ways))
+        register_sharding(_op)(functools.partial(_of_norm, _op))
         # DTensor keeps what a rule said for the next call of these layouts. register_sharding has it tell calls apart by
         # tensors and by arguments from the first int on; ours differ by normalized_shape and by the gradients wanted too.
         DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[_op] = RuntimeSchemaInfo(1)
