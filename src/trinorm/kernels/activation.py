@@ -1,6 +1,7 @@
 """What may follow a norm at once: y = f(z) of z = x̂·w + b, plus a residual or not, and dL/dz = dL/dy·f'(z).
 
-ACTIVATION is None, "relu" (max(z, 0)), "silu" (z·σ(z)) or "gelu" (z·Φ(z), with the error function and not tanh).
+ACTIVATION is None, "relu" (max(z, 0)), "silu" (z·σ(z)) or "gelu" (z·Φ(z), with the error function and not tanh); of a gate,
+"silu" or "sigmoid" (σ(z)).
 """
 
 import triton
@@ -43,6 +44,8 @@ def activated(z, ACTIVATION: tl.constexpr):
         return z * sigmoid(z)
     elif ACTIVATION == "gelu":
         return z * normal_below(z)
+    elif ACTIVATION == "sigmoid":
+        return sigmoid(z)
     else:
         return z
 
@@ -57,6 +60,9 @@ def activated_backward(dy, z, ACTIVATION: tl.constexpr):
         return dy * (s + z * s * (1.0 - s))
     elif ACTIVATION == "gelu":
         return dy * (normal_below(z) + z * tl.exp(-0.5 * z * z) * _DENSITY_AT_0)
+    elif ACTIVATION == "sigmoid":
+        s = sigmoid(z)
+        return dy * (s * (1.0 - s))
     else:
         return dy
 
