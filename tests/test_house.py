@@ -53,6 +53,8 @@ FLOW = (
     "conditioned_functional",
     "channel_functional",
     "functional",
+    "shown",
+    "conditioned_nn",
     "nn",
     "convert",
     "__init__",

@@ -34,21 +34,21 @@ from .stats import held_moments, power_of_two_below, trusted
 
 
 @triton.jit
-def rows_at(POINTER, rows, odd_sizes, strides):
-    """Where some rows of a tensor begin; None where POINTER is."""
+def load_rows(POINTER, offsets, live, N: tl.constexpr, CHUNK: tl.constexpr, STREAM: tl.constexpr):
+    """The rows that begin at ``offsets``, as index.load_row; nothing where POINTER is None."""
     if POINTER is None:
-        return None
+        return ()
     else:
-        return POINTER + row_offsets(rows, odd_sizes, strides)
+        return load_row(POINTER + offsets, live, N, CHUNK, STREAM)
 
 
 @triton.jit
-def load_row_if(pointers, live, N: tl.constexpr, CHUNK: tl.constexpr, STREAM: tl.constexpr):
-    """index.load_row; nothing where pointers is None."""
-    if pointers is None:
-        return ()
+def load_rows_or(POINTER, offsets, live, N: tl.constexpr, CHUNK: tl.constexpr, absent: tl.constexpr):
+    """The same as index.load_row_or: constants where POINTER is None."""
+    if POINTER is None:
+        return load_row_or(POINTER, live, N, CHUNK, absent)
     else:
-        return load_row(pointers, live, N, CHUNK, STREAM)
+        return load_row_or(POINTER + offsets, live, N, CHUNK, absent)
 
 
 @triton.jit
@@ -96,6 +96,7 @@ def weighted(xhat, w, b, dtype: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.co
 def normalize_tile(
     outs,
     given,
+    offsets,
     rows,
     live,
     eps,
@@ -113,14 +114,15 @@ def normalize_tile(
     SCALED: tl.constexpr,
 ):
     """y and the statistics of the ``live`` rows of a tile, stored where fp32 held the squares; returns where it did. outs:
-    (Y, MEAN, RSTD); given: where the rows of x, z, w and b begin.
+    (Y, MEAN, RSTD); given: (X, Z, W, B); offsets: where the rows of each begin.
     """
     Y, MEAN, RSTD = outs
-    x_rows, z_rows, w_rows, b_rows = given
-    xs = load_row(x_rows, live, N, CHUNK, STREAM)
-    zs = load_row_if(z_rows, live, N, CHUNK, STREAM)
-    ws = load_row_or(w_rows, live, N, CHUNK, NO_WEIGHT)
-    bs = load_row_or(b_rows, live, N, CHUNK, NO_BIAS)
+    X, Z, W, B = given
+    of_x, of_z, of_w, of_b = offsets
+    xs = load_rows(X, of_x, live, N, CHUNK, STREAM)
+    zs = load_rows(Z, of_z, live, N, CHUNK, STREAM)
+    ws = load_rows_or(W, of_w, live, N, CHUNK, NO_WEIGHT)
+    bs = load_rows_or(B, of_b, live, N, CHUNK, NO_BIAS)
     ss = gated(xs, zs, GATE if GATE_FIRST else None, ACC)
     mean, rstd, good = held_stats(ss, eps, N, CENTER, ACC, SCALED)
     if not RESCUE:
@@ -178,16 +180,17 @@ def conditioned_forward(
     eps = tl.full([1, 1], eps, ACC)
     rows = tile_rows(first_program(), ROWS)
     live = rows_live(rows, M, ROWS)
-    outs = Y, MEAN, RSTD
-    given = (
-        X + row_offsets(rows, x_odd_sizes, x_strides),
-        rows_at(Z, rows, z_odd_sizes, z_strides),
-        rows_at(W, rows, w_odd_sizes, w_strides),
-        rows_at(B, rows, b_odd_sizes, b_strides),
+    outs, given = (Y, MEAN, RSTD), (X, Z, W, B)
+    offsets = (
+        row_offsets(rows, x_odd_sizes, x_strides),
+        row_offsets(rows, z_odd_sizes, z_strides),
+        row_offsets(rows, w_odd_sizes, w_strides),
+        row_offsets(rows, b_odd_sizes, b_strides),
     )
     good = normalize_tile(
         outs,
         given,
+        offsets,
         rows,
         live,
         eps,
@@ -210,6 +213,7 @@ def conditioned_forward(
             normalize_tile(
                 outs,
                 given,
+                offsets,
                 rows,
                 bad,
                 eps,

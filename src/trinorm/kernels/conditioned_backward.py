@@ -18,13 +18,11 @@ import triton.language as tl
 
 from .activation import activated, activated_backward
 from .affine import NO_BIAS, NO_WEIGHT, affine_backward
-from .conditioned import gated, load_row_if, rows_at, weighted
+from .conditioned import gated, load_rows, load_rows_or, weighted
 from .index import (
     chunk_columns,
     columns_live,
     first_program,
-    load_row,
-    load_row_or,
     program_count,
     row_offsets,
     rows_live,
@@ -144,8 +142,8 @@ def conditioned_backward(
     wait_for_previous(PDL)
     own = first_program() % sets
     every = tl.full([ROWS, 1], True, tl.int1)
-    ws = load_row_or(rows_at(W, own, w_odd_sizes, w_strides), every, N, CHUNK, NO_WEIGHT)
-    bs = load_row_or(rows_at(B, own, b_odd_sizes, b_strides), every, N, CHUNK, NO_BIAS)
+    ws = load_rows_or(W, row_offsets(own, w_odd_sizes, w_strides), every, N, CHUNK, NO_WEIGHT)
+    bs = load_rows_or(B, row_offsets(own, b_odd_sizes, b_strides), every, N, CHUNK, NO_BIAS)
     dw = zero_chunks(N, ROWS, CHUNK, ACC)
     db = zero_chunks(N, ROWS, CHUNK, ACC)
     DTYPE: tl.constexpr = DY.dtype.element_ty
@@ -153,9 +151,9 @@ def conditioned_backward(
         of_set = tile_rows(tile, ROWS)
         live = rows_live(of_set, members, ROWS)
         rows = own * repeat + row_offsets(of_set, row_odd_sizes, row_strides)
-        xs = load_row(X + row_offsets(rows, x_odd_sizes, x_strides), live, N, CHUNK, STREAM)
-        zs = load_row_if(rows_at(Z, rows, z_odd_sizes, z_strides), live, N, CHUNK, STREAM)
-        dys = load_row(DY + row_offsets(rows, dy_odd_sizes, dy_strides), live, N, CHUNK, STREAM)
+        xs = load_rows(X, row_offsets(rows, x_odd_sizes, x_strides), live, N, CHUNK, STREAM)
+        zs = load_rows(Z, row_offsets(rows, z_odd_sizes, z_strides), live, N, CHUNK, STREAM)
+        dys = load_rows(DY, row_offsets(rows, dy_odd_sizes, dy_strides), live, N, CHUNK, STREAM)
         mean, rstd = load_stats(MEAN, RSTD, rows, live)
         ss = gated(xs, zs, GATE if GATE_FIRST else None, ACC)
         dns = gated(dys, zs, None if GATE_FIRST else GATE, ACC)

@@ -101,8 +101,8 @@ def aligned(
     """
     given = [t for t in (weight, bias) if t is not None]
     rows = problem.rows(x)
-    found = {sets_of(rows, problem.rows(t)) for t in given}
-    if len(found) < 2 and None not in found:
+    found = [sets_of(rows, problem.rows(t)) for t in given]
+    if all(each is not None and each == found[0] for each in found):
         return weight, bias
     sizes = torch.broadcast_shapes(*(t.shape for t in given))
     shape = x.shape if sets_of(rows, (*sizes[: -problem.dims], rows[-1])) is None else sizes

@@ -65,9 +65,8 @@ def backward(
     sets = sets_of(rows, () if parameter is None else problem.rows(parameter))
     assert sets is not None
     size, members = describe(device), sets.outer * sets.repeat
-    tensors = 2 if inputs.gate is None else 3
     plan = choose_conditioned_backward(
-        members, sets.middle, n, widest(x.dtype, stats), size, tensors, problem.batch_invariant
+        members, sets.middle, n, widest(x.dtype, stats), size, inputs.gate is not None, problem.batch_invariant
     )
     sums = found[2:]
     # Without sums over rows there is nothing to be shared: each tile is a program's.
@@ -83,8 +82,8 @@ def backward(
     options = _options(problem, inputs, stats)
     options.update(ROWS=plan.tile.rows, CHUNK=plan.tile.chunk, STAGES=plan.stages, STREAM=plan.stream)
     options.update(started_by(plan.tile, size))
-    tensors_ = *found[:2], *partials, dy, *inputs, mean, rstd
-    args = *tensors_, members, sets.middle, sets.repeat, *layouts
+    tensors = *found[:2], *partials, dy, *inputs, mean, rstd
+    args = *tensors, members, sets.middle, sets.repeat, *layouts
     launch(conditioned_backward, (programs * sets.middle,), device, args, options)
     if programs > 1:
         most = plan.most_partials(n, size)

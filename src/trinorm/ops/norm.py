@@ -12,7 +12,7 @@ from .. import added_reference, channel_reference, reference
 from ..channel_reference import Averages, Given
 from ..reference import autocasts_to_fp32, in_fp32
 from ..spec import Activation, ChannelNorm, ConditionedNorm, RowNorm
-from . import added, added_library, channel_library, conditioned, library, qk, qk_library, road
+from . import added, added_library, channel_library, conditioned, conditioned_library, library, qk, qk_library, road
 from .added import AddedCall, AddedProblem
 from .channel import CALLS, ChannelCall
 from .channel_problem import Problem
@@ -146,9 +146,15 @@ def conditioned_norm(
     dtype = torch.float32 if to_fp32 else x.dtype
     problem = Conditioned(spec, dims, size, eps, dtype, batch_invariant)
     given = tensors = x, gate, weight, bias
-    if x.numel():
-        tensors = x, gate, *conditioned.aligned(problem, x, weight, bias)
-    if not x.numel() or not road.kernels_serve(op, *tensors, lacking=conditioned.lacking(problem, *tensors)):
+    if not x.numel():
+        return conditioned.composite(problem, *given)
+    tensors = x, gate, *conditioned.aligned(problem, x, weight, bias)
+    lacking = conditioned.lacking(problem, *tensors)
+    # For distributed tensors the op has no rules.
+    by_op = lacking is None and not road.are_distributed(*tensors)
+    if by_op and road.takes_op(op, *tensors, whole=spec.norm.rounded or batch_invariant):
+        return conditioned_library.norm(problem, *tensors)
+    if not road.kernels_serve(op, *tensors, lacking=lacking):
         return conditioned.composite(problem, *tensors)
     inputs = conditioned.read(problem, *tensors)
     call = None

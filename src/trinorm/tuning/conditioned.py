@@ -9,28 +9,33 @@ from ..launch import Device
 from .kinds import RowBackward, RowForward, Tile, _sharing
 from .row import _STREAM_COLUMNS, _fitted, _large_from, _narrowed
 
-# (N up to, tile of rows)
+# (N up to, tile of rows): 8 elements of a thread, or 16 of a row that is long.
 _FORWARD = (
     (64, Tile(16, 64, 4)),
     (128, Tile(8, 128, 4)),
-    (768, Tile(4, 256, 4)),
-    (1024, Tile(4, 256, 4)),
-    (3072, Tile(1, 1024, 4)),
-    (8192, Tile(1, 1024, 8)),
+    (256, Tile(4, 256, 4)),
+    (768, Tile(2, 256, 4)),
+    (1024, Tile(1, 1024, 4)),
+    (2048, Tile(1, 2048, 8)),
+    (3072, Tile(1, 1024, 8)),
+    (4096, Tile(1, 2048, 8)),
+    (8192, Tile(1, 2048, 16)),
 )
 
-# (N up to, tile of rows, stages, programs per multiprocessor)
-_BACKWARD = (
-    (64, Tile(32, 64, 8), 3, 2),
-    (128, Tile(16, 128, 8), 3, 2),
-    (256, Tile(8, 256, 8), 3, 2),
-    (768, Tile(4, 256, 4), 3, 3),
-    (1024, Tile(4, 512, 8), 3, 2),
-    (2048, Tile(2, 1024, 8), 3, 2),
-    (3072, Tile(1, 1024, 4), 3, 3),
-    (8192, Tile(1, 2048, 8), 3, 1),
+# (N up to, without a gate: tile of rows, stages, programs per multiprocessor; with one: the same). As many programs as
+# their registers leave room for.
+_BACKWARD: tuple[tuple[int, tuple[Tile, int, int], tuple[Tile, int, int]], ...] = (
+    (64, (Tile(32, 64, 8), 3, 2), (Tile(32, 64, 8), 3, 2)),
+    (128, (Tile(16, 128, 8), 3, 2), (Tile(16, 128, 8), 3, 2)),
+    (256, (Tile(8, 256, 8), 3, 2), (Tile(8, 256, 8), 3, 2)),
+    (768, (Tile(2, 256, 4), 3, 4), (Tile(1, 1024, 4), 3, 4)),
+    (1024, (Tile(1, 1024, 4), 3, 6), (Tile(1, 1024, 4), 3, 4)),
+    (2048, (Tile(1, 1024, 8), 3, 3), (Tile(1, 1024, 8), 3, 2)),
+    (3072, (Tile(1, 1024, 8), 3, 2), (Tile(1, 1024, 8), 3, 1)),
+    (4096, (Tile(1, 2048, 8), 3, 2), (Tile(1, 4096, 16), 3, 1)),
+    (8192, (Tile(1, 1024, 8), 3, 1), (Tile(1, 1024, 8), 3, 1)),
 )
-_BACKWARD_FP64 = Tile(1, 1024, 8), 1, 2
+_BACKWARD_FP64 = Tile(1, 1024, 8), 1, 1
 
 # The sum over the programs of a set, which are few where sets are many.
 _TOTAL = (Tile(16, 128, 4), Tile(32, 64, 4))
@@ -46,12 +51,14 @@ def choose_conditioned_forward(m: int, n: int, itemsize: int, device: Device) ->
 
 @functools.lru_cache(maxsize=1024)
 def choose_conditioned_backward(
-    members: int, sets: int, n: int, itemsize: int, device: Device, tensors: int, any_members: bool
+    members: int, sets: int, n: int, itemsize: int, device: Device, gated: bool, any_members: bool
 ) -> RowBackward:
-    """The backward's launch for ``sets`` of ``members`` rows, of which so many tensors are read. any_members: the tile is
-    that of many rows, so that a row's bits do not depend on how many there are.
+    """The backward's launch for ``sets`` of ``members`` rows. any_members: the tile is that of many rows, so that a row's
+    bits do not depend on how many there are.
     """
-    tile, stages, per_sm = _BACKWARD_FP64 if itemsize == 8 else next(row[1:] for row in _BACKWARD if n <= row[0])
+    held = next(row[1:][gated] for row in _BACKWARD if n <= row[0])
+    tile, stages, per_sm = _BACKWARD_FP64 if itemsize == 8 else held
+    tensors = 2 + gated
     tile = _narrowed(tile, n)
     while not any_members and tile.rows >= 2 * members:
         tile = Tile(tile.rows // 2, tile.chunk, max(1, tile.warps // 2))
