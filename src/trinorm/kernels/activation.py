@@ -1,6 +1,6 @@
 """What may follow a norm at once: y = f(z) of z = x̂·w + b, plus a residual or not, and dL/dz = dL/dy·f'(z).
 
-ACTIVATION is None, "relu" (max(z, 0)), "silu" (z·σ(z)) or "gelu" (z·Φ(z), with the error function and not tanh); of a gate,
+ACTIVATION is None, "relu" (max(z, 0)), "silu" (z·σ(z)) or "gelu" (z·Φ(z), with the error function and not tanh). GATE is
 "silu" or "sigmoid" (σ(z)).
 """
 
@@ -44,10 +44,19 @@ def activated(z, ACTIVATION: tl.constexpr):
         return z * sigmoid(z)
     elif ACTIVATION == "gelu":
         return z * normal_below(z)
-    elif ACTIVATION == "sigmoid":
-        return sigmoid(z)
     else:
         return z
+
+
+@triton.jit
+def gate_of(z, GATE: tl.constexpr):
+    """a(z), what a gate multiplies by. SiLU is a quotient here: a rounding less than ``activated`` has, which a norm of
+    what it multiplies would show.
+    """
+    if GATE == "silu":
+        return z / (1.0 + tl.exp(-z))
+    else:
+        return sigmoid(z)
 
 
 @triton.jit

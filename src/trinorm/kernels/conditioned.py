@@ -13,7 +13,7 @@ conditioned_backward.py's.
 import triton
 import triton.language as tl
 
-from .activation import activated
+from .activation import gate_of
 from .affine import NO_BIAS, NO_WEIGHT, affine, rounded
 from .heads import rsqrt_rounded
 from .index import (
@@ -59,7 +59,7 @@ def gated(xs, zs, GATE: tl.constexpr, ACC: tl.constexpr):
     else:
         chunks = ()
         for i in tl.static_range(len(xs)):
-            chunks = chunks + (widened(xs[i], ACC) * activated(widened(zs[i], ACC), GATE),)
+            chunks = chunks + (widened(xs[i], ACC) * gate_of(widened(zs[i], ACC), GATE),)
         return chunks
 
 
@@ -134,7 +134,7 @@ def normalize_tile(
         xhat = (widened(ss[i], ACC) - mean) * rstd
         y = weighted(xhat, ws[i], bs[i], Y.dtype.element_ty, OFFSET, ROUND, ROUND_N)
         if GATE is not None and not GATE_FIRST:
-            y *= activated(widened(zs[i], ACC), GATE)
+            y *= gate_of(widened(zs[i], ACC), GATE)
         store_once(Y + rows * N + columns, y, mask, STREAM)
     return good
 

@@ -16,7 +16,7 @@ makes a partial, which row_backward.sum_partials adds up. DX, DZ, DW and DB may 
 import triton
 import triton.language as tl
 
-from .activation import activated, activated_backward
+from .activation import activated_backward, gate_of
 from .affine import NO_BIAS, NO_WEIGHT, affine_backward
 from .conditioned import gated, load_rows, load_rows_or, weighted
 from .index import (
@@ -89,7 +89,7 @@ def store_conditioned_gradients(
             store_once(DZ + at, activated_backward(da, z, GATE), mask, STREAM)
         if DX is not None:
             if GATE_FIRST:
-                ds *= activated(widened(zs[i], ACC), GATE)
+                ds *= gate_of(widened(zs[i], ACC), GATE)
             store_once(DX + at, ds, mask, STREAM)
 
 
