@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from trinorm.forced import forced
-from trinorm.ops import channel_layers, channels, heads, rows
-from trinorm.spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, RowNorm
+from trinorm.ops import channel_layers, channels, conditioned_rows, heads, rows
+from trinorm.ops.conditioned import Conditioned
+from trinorm.spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, ConditionedNorm, RowNorm
 from trinorm.tuning import (
     RowBackward,
     RowBackwardFew,
@@ -61,7 +62,22 @@ LAYERS = ((3, 13, 7, 7), (2, 96, 640, 321), (3, 4500, 8, 8))
 HEADS = ((1, 1, 1, 2, 2), (37, 6, 2, 80, 32), (700, 32, 8, 128, 128), (300, 7, 7, 96, 0), (5, 2, 1, 1000, 64))
 
 
+# Conditioned norms: (sizes of x, sizes of its parameters before the last, elements of a row): ragged tiles of all kinds;
+# sets of rows that programs share, walk and have alone.
+CONDITIONED = (
+    ((1, 1, 2), (1, 1), 2),
+    ((3, 37, 80), (3, 1), 80),
+    ((3, 700, 130), (1, 700), 130),
+    ((5, 1000, 384), (), 128),
+    ((2, 301, 1000), (2, 301), 1000),
+    ((1, 3000, 1024), (), 1024),
+    ((4, 50, 3072), (4, 1), 3072),
+    ((2, 70, 8192), (), 8192),
+)
+
+
 def main() -> None:
+    conditioned_norms()
     heads_norms()
     row_norms()
     channel_norms()
@@ -84,6 +100,26 @@ def heads_norms() -> None:
             heads.backward(spec, query, key, *wanted, rotation)
             torch.cuda.synchronize()
             print("qk_norm", cast, tokens, of_query, of_key, n, turned, flush=True)
+
+
+def conditioned_norms() -> None:
+    for sizes, own, size in CONDITIONED:
+        x, gate, dy = (torch.randn(sizes, device="cuda").bfloat16() for _ in range(3))
+        x[..., ::3, :] *= 1e30
+        weight, bias = torch.randn(2, *own, sizes[-1], device="cuda").bfloat16()
+        for spec in (
+            ConditionedNorm(LAYER_NORM, modulated=True),
+            ConditionedNorm(RMS_NORM.with_cast("llama"), "silu"),
+            ConditionedNorm(LAYER_NORM, "sigmoid", gate_first=True),
+        ):
+            problem = Conditioned(spec, 1, size, 1e-6, x.dtype)
+            inputs = conditioned_rows.Inputs(x, None if spec.gate is None else gate, weight, bias)
+            _, mean, rstd = conditioned_rows.forward(problem, inputs, save=True)
+            assert rstd is not None
+            for wanted in ((True, spec.gate is not None, True, True), (True, False, False, False)):
+                conditioned_rows.backward(problem, inputs, dy, mean, rstd, wanted)
+            torch.cuda.synchronize()
+            print("conditioned", spec.norm.name, spec.gate, *sizes, own, size, flush=True)
 
 
 def channel_layer_norms() -> None:

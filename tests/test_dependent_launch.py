@@ -12,8 +12,9 @@ import torch
 import every_kernel
 from trinorm import inspection
 from trinorm.forced import forced
-from trinorm.ops import channel_layers, channels, heads, rows
-from trinorm.spec import LAYER_NORM, RMS_NORM
+from trinorm.ops import channel_layers, channels, conditioned_rows, heads, rows
+from trinorm.ops.conditioned import Conditioned
+from trinorm.spec import LAYER_NORM, RMS_NORM, ConditionedNorm
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@\S+ )?(\S+)(?: (.*?))?\s*;", re.MULTILINE)
 _ACCESS = re.compile(r"(LDG|LDGSTS|STG|LD|ST|UTMALDG|UTMASTG|UBLKCP|REDG?|ATOMG?|CCTL)\b")
@@ -93,6 +94,22 @@ def head_calls() -> list[inspection.Call]:
     return calls
 
 
+def conditioned_calls() -> list[inspection.Call]:
+    x, gate = meta(4, 700, 128), meta(4, 700, 128)
+    with inspection.recorded() as calls:
+        for spec, weight in (
+            (ConditionedNorm(LAYER_NORM, modulated=True), meta(4, 1, 128)),
+            (ConditionedNorm(RMS_NORM, "silu"), meta(128)),
+            (ConditionedNorm(RMS_NORM, "silu", gate_first=True), meta(128)),
+        ):
+            problem = Conditioned(spec, 1, 128, 1e-6, x.dtype)
+            inputs = conditioned_rows.Inputs(x, gate if spec.gate else None, weight, weight)
+            y, mean, rstd = conditioned_rows.forward(problem, inputs, save=True)
+            assert y is not None and rstd is not None
+            conditioned_rows.backward(problem, inputs, y, mean, rstd, (True, spec.gate is not None, True, True))
+    return calls
+
+
 def late(calls_of: Callable[[], list[inspection.Call]]) -> list[str]:
     """The kernels that may be launched early and do not wait first."""
     binaries = early(calls_of())
@@ -105,7 +122,7 @@ def is_late_without_the_wait() -> bool:
     return not waits_first(inspection.compile_call(call.kernel, call.args, call.options | {"PDL": False}, "sm_90"))
 
 
-@pytest.mark.parametrize("calls_of", [row_calls, channel_calls, head_calls])
+@pytest.mark.parametrize("calls_of", [row_calls, channel_calls, head_calls, conditioned_calls])
 def test_waits_before_any_access(calls_of: Callable[[], list[inspection.Call]], compiling: Executor) -> None:
     assert compiling.submit(late, calls_of).result() == []
 

@@ -141,7 +141,7 @@ def test_what_reaches_the_driver(triton: str) -> None:
         "-m",
         "pytest",
         *options,
-        *(str(stub / f"{file}.py") for file in ("launched", "told_apart", "images", "heads", "threads")),
+        *(str(stub / f"{file}.py") for file in ("launched", "told_apart", "images", "heads", "conditioned", "threads")),
     ]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -13,10 +13,10 @@ from .spec import CASTS
 from .switches import options
 
 
-def tensor(op: str, name: str, t: Tensor) -> None:
+def tensor(op: str, name: str, t: Tensor, required: bool = False) -> None:
     """TypeError where it is none."""
     if not isinstance(t, Tensor):
-        or_none = "" if name in ("input", "residual", "query", "key") else " or None"
+        or_none = "" if required or name in ("input", "residual", "query", "key") else " or None"
         raise TypeError(f"{op}(): {name} must be a Tensor{or_none}, not {type(t).__name__}")
 
 

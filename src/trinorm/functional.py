@@ -12,6 +12,13 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from . import checks
 from .added_functional import add_layer_norm, add_rms_norm
 from .channel_functional import batch_norm, check_channels, group_norm, instance_norm
+from .conditioned_functional import (
+    gated_layer_norm,
+    gated_rms_norm,
+    modulated_layer_norm,
+    modulated_rms_norm,
+    per_head_rms_norm,
+)
 from .ops import CALLS, channel, channel_norm, jagged, row_norm
 from .qk_functional import qk_norm
 from .spec import CHANNEL_LAYER_NORM, LAYER_NORM, RMS_NORM, Cast
@@ -21,9 +28,14 @@ __all__ = [
     "add_rms_norm",
     "batch_norm",
     "channel_layer_norm",
+    "gated_layer_norm",
+    "gated_rms_norm",
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "modulated_layer_norm",
+    "modulated_rms_norm",
+    "per_head_rms_norm",
     "qk_norm",
     "rms_norm",
 ]

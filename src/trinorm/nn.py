@@ -1,12 +1,14 @@
-"""Modules: torch.nn's own norms, computed by trinorm; AddLayerNorm and AddRMSNorm, which take a residual besides; and
-ChannelLayerNorm and QKNorm, which torch.nn has not.
+"""Modules: torch.nn's own norms, computed by trinorm; AddLayerNorm and AddRMSNorm, which take a residual besides, and
+ModulatedLayerNorm and ModulatedRMSNorm, which take a scale and a shift; and ChannelLayerNorm, QKNorm, GatedLayerNorm,
+GatedRMSNorm and PerHeadRMSNorm, which torch.nn has not.
 
-Each but these two is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so checkpoints
-load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input" unless it is
-set), ``cast`` ("output"), ``batch_invariant`` (None), ``activation`` (None), ``interleaved`` (False), ``alpha`` (1.0) and,
-in training, ``dropout_p`` (0.0) are the arguments of these names of the functions that have them. GroupNorm, BatchNorm and
-the two that add take the functions' other tensors too: ``bn(x, residual=shortcut)``. With ``cast`` "gemma" the weight is
-its distance from 1, where a fresh one is 1: it is to be loaded, or zeroed, as that model's is.
+Each but these five is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so
+checkpoints load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input"
+unless it is set), ``cast`` ("output"), ``batch_invariant`` (None), ``activation`` (None; "silu" of a gate),
+``interleaved`` (False), ``norm_before_gate`` (True), ``alpha`` (1.0) and, in training, ``dropout_p`` (0.0) are the
+arguments of these names of the functions that have them. GroupNorm, BatchNorm and the two that add take the functions'
+other tensors too: ``bn(x, residual=shortcut)``. With ``cast`` "gemma" the weight is its distance from 1, where a fresh
+one is 1: it is to be loaded, or zeroed, as that model's is.
 """
 
 from __future__ import annotations
@@ -15,7 +17,30 @@ import torch
 from torch import Tensor
 
 from . import functional
+from .conditioned_nn import GatedLayerNorm, GatedRMSNorm, ModulatedLayerNorm, ModulatedRMSNorm, PerHeadRMSNorm
+from .shown import shown
 from .spec import Activation
+
+__all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "ChannelLayerNorm",
+    "GatedLayerNorm",
+    "GatedRMSNorm",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "ModulatedLayerNorm",
+    "ModulatedRMSNorm",
+    "PerHeadRMSNorm",
+    "QKNorm",
+    "RMSNorm",
+]
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -44,7 +69,7 @@ class LayerNorm(torch.nn.LayerNorm):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _shown(self)
+        return super().extra_repr() + shown(self)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -72,7 +97,7 @@ class RMSNorm(torch.nn.RMSNorm):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _shown(self)
+        return super().extra_repr() + shown(self)
 
 
 class AddLayerNorm(torch.nn.LayerNorm):
@@ -109,7 +134,7 @@ class AddLayerNorm(torch.nn.LayerNorm):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _shown(self)
+        return super().extra_repr() + shown(self)
 
 
 class AddRMSNorm(torch.nn.RMSNorm):
@@ -145,7 +170,7 @@ class AddRMSNorm(torch.nn.RMSNorm):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _shown(self)
+        return super().extra_repr() + shown(self)
 
 
 class GroupNorm(torch.nn.GroupNorm):
@@ -180,7 +205,7 @@ class GroupNorm(torch.nn.GroupNorm):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _shown(self)
+        return super().extra_repr() + shown(self)
 
 
 class ChannelLayerNorm(torch.nn.Module):
@@ -229,7 +254,7 @@ class ChannelLayerNorm(torch.nn.Module):
         return functional.channel_layer_norm(input, self.weight, self.bias, self.eps, batch_invariant=self.batch_invariant)
 
     def extra_repr(self) -> str:
-        return f"{self.num_channels}, eps={self.eps}, affine={self.affine}" + _shown(self)
+        return f"{self.num_channels}, eps={self.eps}, affine={self.affine}" + shown(self)
 
 
 class QKNorm(torch.nn.Module):
@@ -279,7 +304,7 @@ class QKNorm(torch.nn.Module):
         return functional.qk_norm(query, key, *weights, self.eps, cos=cos, sin=sin, **how)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
-        return f"{self.head_dim}, eps={self.eps}, elementwise_affine={self.elementwise_affine}" + _shown(self)
+        return f"{self.head_dim}, eps={self.eps}, elementwise_affine={self.elementwise_affine}" + shown(self)
 
 
 class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
@@ -304,7 +329,7 @@ class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _shown(self)
+        return super().extra_repr() + shown(self)
 
 
 class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
@@ -355,7 +380,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _shown(self)
+        return super().extra_repr() + shown(self)
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -370,12 +395,3 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
 
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     r"""The same of ``(N, C, D, H, W)``: :class:`torch.nn.BatchNorm3d`."""
-
-
-def _shown(module: torch.nn.Module) -> str:
-    """What is not torch's, where it is not the default."""
-    names = ("save", "alpha", "dropout_p", "interleaved", "cast", "batch_invariant", "activation")
-    of_class = {name: getattr(type(module), name) for name in names if hasattr(type(module), name)}
-    return "".join(
-        f", {name}={getattr(module, name)!r}" for name, usual in of_class.items() if getattr(module, name) != usual
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 # Where a norm rounds to its input's dtype, and what its weight stands for: models differ.
 Cast = Literal["output", "llama", "gemma"]
@@ -13,6 +13,10 @@ CASTS: tuple[Cast, ...] = get_args(Cast)
 # What a channel norm may do to its result at once.
 Activation = Literal["relu", "silu", "gelu"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
+# What a gate is passed through before a norm's input or result is multiplied by it.
+GateActivation = Literal["silu", "sigmoid"]
+GATE_ACTIVATIONS: tuple[GateActivation, ...] = get_args(GateActivation)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,24 @@ ROW_NORMS = (LAYER_NORM, RMS_NORM)
 
 # Made beforehand, so that a call finds one without making it, in a traced graph too.
 _IN_CAST = {(spec.name, cast): replace(spec, cast=cast) for spec in ROW_NORMS for cast in CASTS}
+
+
+class ConditionedNorm(NamedTuple):
+    """A row norm whose rows may have weights and biases of their own, with a gate or without.
+
+    gate: what the gate is passed through; None where there is none. gate_first: it multiplies the norm's input, and not its
+    result. modulated: the weight is a scale, its distance from 1.
+    """
+
+    norm: RowNorm
+    gate: GateActivation | None = None
+    gate_first: bool = False
+    modulated: bool = False
+
+    @property
+    def offset(self) -> float:
+        """What is added to the weight."""
+        return 1.0 if self.modulated else self.norm.offset
 
 
 @dataclass(frozen=True)

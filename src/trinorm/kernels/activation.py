@@ -1,6 +1,7 @@
 """What may follow a norm at once: y = f(z) of z = x̂·w + b, plus a residual or not, and dL/dz = dL/dy·f'(z).
 
-ACTIVATION is None, "relu" (max(z, 0)), "silu" (z·σ(z)) or "gelu" (z·Φ(z), with the error function and not tanh).
+ACTIVATION is None, "relu" (max(z, 0)), "silu" (z·σ(z)) or "gelu" (z·Φ(z), with the error function and not tanh). GATE is
+"silu" or "sigmoid" (σ(z)).
 """
 
 import triton
@@ -48,6 +49,17 @@ def activated(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def gate_of(z, GATE: tl.constexpr):
+    """a(z), what a gate multiplies by. SiLU is a quotient here: a rounding less than ``activated`` has, which a norm of
+    what it multiplies would show.
+    """
+    if GATE == "silu":
+        return z / (1.0 + tl.exp(-z))
+    else:
+        return sigmoid(z)
+
+
+@triton.jit
 def activated_backward(dy, z, ACTIVATION: tl.constexpr):
     """dy·f'(z)."""
     if ACTIVATION == "relu":
@@ -57,6 +69,9 @@ def activated_backward(dy, z, ACTIVATION: tl.constexpr):
         return dy * (s + z * s * (1.0 - s))
     elif ACTIVATION == "gelu":
         return dy * (normal_below(z) + z * tl.exp(-0.5 * z * z) * _DENSITY_AT_0)
+    elif ACTIVATION == "sigmoid":
+        s = sigmoid(z)
+        return dy * (s * (1.0 - s))
     else:
         return dy
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from .. import added_reference, channel_reference, reference
 from ..channel_reference import Averages, Given
 from ..reference import autocasts_to_fp32, in_fp32
-from ..spec import Activation, ChannelNorm, RowNorm
-from . import added, added_library, channel_library, library, qk, qk_library, road
+from ..spec import Activation, ChannelNorm, ConditionedNorm, RowNorm
+from . import added, added_library, channel_library, conditioned, conditioned_library, library, qk, qk_library, road
 from .added import AddedCall, AddedProblem
 from .channel import CALLS, ChannelCall
 from .channel_problem import Problem
+from .conditioned import Conditioned, ConditionedCall
 from .layout import beside, channels_readable, dense, readable
 from .qk import QKCall, QKProblem
 from .row import prepared
@@ -120,6 +121,48 @@ def qk_norm(
         call = QKCall(problem, road.accumulator_dtype(*inputs), differentiated=differentiated)
         if asked is not None:
             qk.CALLS.keep(asked, call, *inputs)
+    return call(*inputs)
+
+
+def conditioned_norm(
+    op: str,
+    spec: ConditionedNorm,
+    dims: int,
+    size: int,
+    eps: float,
+    asked: Hashable,
+    batch_invariant: bool,
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """The norm of checked arguments. op: the function's name. size: of a row, which the last ``dims`` dims hold once or, of
+    one dim, several times. asked: as channel_norm's.
+    """
+    to_fp32 = x.dtype != torch.float64 and reference.autocast_to_fp32(spec.norm, x.device.type)
+    dtype = torch.float32 if to_fp32 else x.dtype
+    problem = Conditioned(spec, dims, size, eps, dtype, batch_invariant)
+    given = tensors = x, gate, weight, bias
+    if not x.numel():
+        return conditioned.composite(problem, *given)
+    tensors = x, gate, *conditioned.aligned(problem, x, weight, bias)
+    lacking = conditioned.lacking(problem, *tensors)
+    # For distributed tensors the op has no rules.
+    by_op = lacking is None and not road.are_distributed(*tensors)
+    if by_op and road.takes_op(op, *tensors, whole=spec.norm.rounded or batch_invariant):
+        return conditioned_library.norm(problem, *tensors)
+    if not road.kernels_serve(op, *tensors, lacking=lacking):
+        return conditioned.composite(problem, *tensors)
+    inputs = conditioned.read(problem, *tensors)
+    call = None
+    if asked is not None and any(now is not before for now, before in zip(inputs, given, strict=True)):
+        call = conditioned.CALLS.recall(asked, *inputs)
+    if call is None:
+        differentiated = road.is_differentiated(*inputs)
+        call = ConditionedCall(problem, road.accumulator_dtype(*inputs), differentiated=differentiated)
+        if asked is not None:
+            conditioned.CALLS.keep(asked, call, *inputs)
     return call(*inputs)
 
 

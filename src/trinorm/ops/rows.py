@@ -19,6 +19,7 @@ from ..tuning import (
     RowBackwardSplit,
     RowForward,
     RowForwardSplit,
+    Tile,
     choose_backward,
     choose_forward,
     choose_total,
@@ -153,7 +154,8 @@ def backward(
     """(dx, dw, db) for a readable dy and what the forward kept, readable too: dx where asked for, dw and db in the dtype
     asked for.
 
-    kept: x, or the sum. from_output: it is y, of which ``bias`` and ``weight``, nowhere 0, make x̂ again; no mean is needed.
+    kept: x, or the sum. from_output: it is y, of which ``bias`` and ``weight``, nowhere 0, make x̂ again; no mean is
+    needed.
     """
     device = kept.device
     dsum, dresidual, dx_dtype, alpha, branch, drop = added or AddedBackward(None, None, kept.dtype)
@@ -226,13 +228,16 @@ def add_up(
     programs: int | Count,
     most: int,
     stats: torch.dtype,
+    total: Tile | None = None,
 ) -> None:
-    """dw and db, each or not, from the partials of so many programs, as a rule at most ``most``."""
+    """dw and db, each or not, from the partials of so many programs, as a rule at most ``most``. total: the launch's tile,
+    where it is not that of the row norms.
+    """
     summed = [t for t in (dw, db) if t is not None]
     if not summed:
         return
     n, device = summed[0].numel(), summed[0].device
-    size, total = describe(device), choose_total(most)
+    size, total = describe(device), total or choose_total(most)
     options = dict(N=n, ACC=ACCUMULATOR[stats], ROWS=total.rows, CHUNK=total.chunk, **started_by(total, size))
     args = (dw, db, dw_partials, db_partials, programs)
     launch(sum_partials, (-(-n // total.chunk), len(summed)), device, args, options)

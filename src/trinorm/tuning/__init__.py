@@ -9,6 +9,12 @@ from .channel import (
     choose_whole,
     streams,
 )
+from .conditioned import (
+    choose_conditioned_backward,
+    choose_conditioned_forward,
+    choose_conditioned_total,
+    programs_of_a_set,
+)
 from .heads import Heads, choose_heads_backward, choose_heads_forward
 from .kinds import (
     ChannelCombine,
@@ -49,6 +55,9 @@ __all__ = [
     "choose_apply",
     "choose_backward",
     "choose_combine",
+    "choose_conditioned_backward",
+    "choose_conditioned_forward",
+    "choose_conditioned_total",
     "choose_forward",
     "choose_heads_backward",
     "choose_heads_forward",
@@ -58,5 +67,6 @@ __all__ = [
     "choose_total",
     "choose_whole",
     "forward_turns",
+    "programs_of_a_set",
     "streams",
 ]

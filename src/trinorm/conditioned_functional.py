@@ -1,0 +1,371 @@
+"""Conditioned norms as functions: rows with a scale and a shift of their own, heads with weights of their own, and gates
+(functional re-exports them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import checks
+from .ops import conditioned, conditioned_norm
+from .spec import GATE_ACTIVATIONS, LAYER_NORM, RMS_NORM, Cast, ConditionedNorm, GateActivation, RowNorm
+
+
+def modulated_layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    scale: Tensor,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    batch_invariant: bool | None = None,
+) -> Tensor:
+    r"""Layer normalization whose result a condition scales and shifts (adaLN, FiLM), in one pass.
+
+    .. math::
+        y = \left(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \cdot w + b\right) \cdot (1 + scale) + shift
+
+    Args:
+        input: ``(*, *normalized_shape)``; float16, bfloat16, float32 or float64, any strides.
+        normalized_shape: the sizes of the dims that share statistics.
+        scale: its last dims are ``normalized_shape``, and those before are broadcast to the input's: one for each sample
+            (``(B, 1, N)`` beside ``(B, T, N)``), for each token, or for all (``(N,)``). Any of the dtypes above, any
+            strides: a chunk of one projection is read where it lies.
+        shift: as scale; None is 0.
+        weight, bias: the norm's own, as :func:`layer_norm`'s. They are multiplied into scale and shift beforehand, by
+            torch's operators in fp32 (fp64), which costs a pass over these.
+        eps, batch_invariant: as :func:`layer_norm`.
+
+    Returns:
+        A contiguous tensor of the input's shape and dtype (fp32 where autocast makes :func:`layer_norm` return that).
+        Statistics, products and sums are fp32, fp64 as soon as one of the tensors is. Rows of more than 8192 elements (2048
+        in fp64), and distributed tensors, have torch's own operators.
+
+    Raises:
+        RuntimeError: a shape does not fit, or the tensors are on different devices.
+        NotImplementedError: a dtype other than the four.
+        TypeError: an argument of the wrong kind.
+        ValueError: eps is negative or NaN.
+
+    Sources: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450; Peebles, Xie, "Scalable Diffusion Models with
+    Transformers", arXiv:2212.09748 (adaLN); Perez, Strub, de Vries, Dumoulin, Courville, "FiLM: Visual Reasoning with a
+    General Conditioning Layer", arXiv:1709.07871.
+    """
+    tensors = input, scale, shift, weight, bias
+    if has_torch_function_variadic(*tensors):
+        how: dict[str, Any] = dict(shift=shift, weight=weight, bias=bias, eps=eps, batch_invariant=batch_invariant)
+        return handle_torch_function(modulated_layer_norm, tensors, input, normalized_shape, scale, **how)
+    return _modulated(LAYER_NORM, normalized_shape, tensors, eps, batch_invariant)
+
+
+def modulated_rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    scale: Tensor,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    batch_invariant: bool | None = None,
+) -> Tensor:
+    r"""Root mean square normalization whose result a condition scales and shifts.
+
+    .. math::
+        y = \frac{x}{\sqrt{\mathrm{E}[x^2] + \epsilon}} \cdot w \cdot (1 + scale) + shift
+
+    Args:
+        input, normalized_shape, scale, shift, weight, batch_invariant: as :func:`modulated_layer_norm`.
+        eps: as :func:`rms_norm`.
+
+    Returns:
+        As :func:`modulated_layer_norm`.
+
+    Raises:
+        RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`modulated_layer_norm`.
+
+    Sources: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467; and as :func:`modulated_layer_norm`.
+    """
+    tensors = input, scale, shift, weight
+    if has_torch_function_variadic(*tensors):
+        how: dict[str, Any] = dict(shift=shift, weight=weight, eps=eps, batch_invariant=batch_invariant)
+        return handle_torch_function(modulated_rms_norm, tensors, input, normalized_shape, scale, **how)
+    return _modulated(RMS_NORM, normalized_shape, (*tensors, None), eps, batch_invariant)
+
+
+def per_head_rms_norm(
+    input: Tensor,
+    weight: Tensor,
+    eps: float | None = None,
+    *,
+    cast: Cast = "output",
+    batch_invariant: bool | None = None,
+) -> Tensor:
+    r"""Root mean square normalization of each head, by a weight of its own.
+
+    .. math::
+        y_h = \frac{x_h}{\sqrt{\mathrm{E}[x_h^2] + \epsilon}} \cdot w_h
+
+    Args:
+        input: ``(*, H, D)``; float16, bfloat16, float32 or float64. Any strides; where the last dim is not contiguous it is
+            copied. It may be a view into a packed projection.
+        weight: ``(H, D)``, any of the dtypes above, not necessarily the input's.
+        eps: as :func:`rms_norm`.
+        cast, batch_invariant: as :func:`layer_norm`.
+
+    Returns:
+        A contiguous tensor of the input's shape and dtype; as :func:`modulated_layer_norm`.
+
+    Raises:
+        RuntimeError, NotImplementedError, TypeError: as :func:`modulated_layer_norm`.
+        ValueError: eps is negative or NaN, or ``cast`` is none of its values.
+
+    Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+    """
+    if has_torch_function_variadic(input, weight):
+        how: dict[str, Any] = dict(eps=eps, cast=cast, batch_invariant=batch_invariant)
+        return handle_torch_function(per_head_rms_norm, (input, weight), input, weight, **how)
+    op = "per_head_rms_norm"
+    asked = (op, eps, cast, batch_invariant) if _are_plain(eps, batch_invariant) else None
+    if asked is not None and (call := conditioned.CALLS.recall(asked, input, None, weight, None)) is not None:
+        return call(input, None, weight, None)
+    eps = _epsilon(RMS_NORM, input, eps)
+    _check_inputs(op, input, weight=weight)
+    if input.dim() < 2:
+        raise RuntimeError(f"{op}(): input has shape {tuple(input.shape)}; it must be (..., heads, D)")
+    if weight.shape != input.shape[-2:]:
+        raise RuntimeError(
+            f"{op}(): weight has shape {tuple(weight.shape)}; it must be {tuple(input.shape[-2:])}, the input's heads and "
+            "their elements"
+        )
+    eps = checks.epsilon(op, eps)
+    checks.casting(op, cast)
+    invariant = checks.invariance(op, batch_invariant)
+    spec = ConditionedNorm(RMS_NORM.with_cast(cast))
+    return conditioned_norm(op, spec, 1, input.shape[-1], eps, asked, invariant, input, None, weight, None)
+
+
+def gated_layer_norm(
+    input: Tensor,
+    gate: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    group_size: int | None = None,
+    activation: GateActivation = "silu",
+    norm_before_gate: bool = True,
+    cast: Cast = "output",
+    batch_invariant: bool | None = None,
+) -> Tensor:
+    r"""Layer normalization of the last dim, or of groups of it, before or behind a gate, in one pass.
+
+    .. math::
+        y = \left(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \cdot w + b\right) \cdot a(z)
+
+    or, with ``norm_before_gate=False``, the same norm of :math:`x \cdot a(z)`.
+
+    Args:
+        input: x, ``(*, N)``; float16, bfloat16, float32 or float64. Any strides; where the last dim is not contiguous it is
+            copied.
+        gate: z, of the input's shape, any of the dtypes above, any strides: a chunk of a projection is read where it lies.
+        weight: ``(N,)``, any of the dtypes above, not necessarily the input's; None is 1.
+        bias: as weight; None is 0.
+        eps: added to the variance; >= 0.
+        group_size: how many elements beside each other share statistics; it divides N. None is all of them.
+        activation: a: "silu" (z·σ(z)) or "sigmoid" (σ(z)).
+        norm_before_gate: whether the gate multiplies what the norm gives (Gated DeltaNet), or what it is given (Mamba2).
+        cast: as :func:`layer_norm`. With "llama" and the gate behind the norm, what the norm gives is rounded to the
+            input's dtype too, where the weight has that dtype, as by transformers' ``Qwen3NextRMSNormGated``.
+        batch_invariant: as :func:`layer_norm`.
+
+    Returns:
+        A contiguous tensor of the input's shape and dtype (fp32 where autocast makes :func:`layer_norm` return that).
+        Statistics, products and sums are fp32, fp64 as soon as one of the tensors is. Groups of more than 8192 elements
+        (2048 in fp64), and distributed tensors, have torch's own operators.
+
+    Raises:
+        RuntimeError: a shape does not fit, or the tensors are on different devices.
+        NotImplementedError: a dtype other than the four.
+        TypeError: an argument of the wrong kind.
+        ValueError: eps is negative or NaN, group_size does not divide N, or ``activation`` or ``cast`` is none of its
+            values.
+
+    Sources: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450; and as :func:`gated_rms_norm`.
+    """
+    tensors = input, gate, weight, bias
+    how: dict[str, Any] = dict(group_size=group_size, activation=activation, norm_before_gate=norm_before_gate, cast=cast)
+    how.update(eps=eps, batch_invariant=batch_invariant)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(gated_layer_norm, tensors, input, gate, weight=weight, bias=bias, **how)
+    return _gated(LAYER_NORM, tensors, **how)
+
+
+def gated_rms_norm(
+    input: Tensor,
+    gate: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    group_size: int | None = None,
+    activation: GateActivation = "silu",
+    norm_before_gate: bool = True,
+    cast: Cast = "output",
+    batch_invariant: bool | None = None,
+) -> Tensor:
+    r"""Root mean square normalization of the last dim, or of groups of it, before or behind a gate, in one pass.
+
+    .. math::
+        y = \left(\frac{x}{\sqrt{\mathrm{E}[x^2] + \epsilon}} \cdot w + b\right) \cdot a(z)
+
+    or, with ``norm_before_gate=False``, the same norm of :math:`x \cdot a(z)`.
+
+    Args:
+        input, gate, weight, bias, group_size, activation, norm_before_gate, cast, batch_invariant: as
+            :func:`gated_layer_norm`.
+        eps: as :func:`rms_norm`.
+
+    Returns:
+        As :func:`gated_layer_norm`.
+
+    Raises:
+        RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`gated_layer_norm`.
+
+    Sources: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467; Dao, Gu, "Transformers are SSMs",
+    arXiv:2405.21060 (Mamba2); Yang, Kautz, Hatamizadeh, "Gated Delta Networks", arXiv:2412.06464.
+    """
+    tensors = input, gate, weight, bias
+    how: dict[str, Any] = dict(group_size=group_size, activation=activation, norm_before_gate=norm_before_gate, cast=cast)
+    how.update(eps=eps, batch_invariant=batch_invariant)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(gated_rms_norm, tensors, input, gate, weight=weight, bias=bias, **how)
+    return _gated(RMS_NORM, tensors, **how)
+
+
+def _modulated(
+    norm: RowNorm,
+    normalized_shape: Sequence[int],
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
+    eps: float | None,
+    batch_invariant: bool | None,
+) -> Tensor:
+    x, scale, shift, weight, bias = tensors
+    op = f"modulated_{norm.name}"
+    plain = _are_plain(eps, batch_invariant) and isinstance(normalized_shape, tuple)
+    asked: tuple[Any, ...] | None = (
+        (op, normalized_shape, *map(type, normalized_shape), eps, batch_invariant) if plain else None
+    )
+    alone = weight is None and bias is None
+    if asked is not None and alone and (call := conditioned.CALLS.recall(asked, x, None, scale, shift)) is not None:
+        return call(x, None, scale, shift)
+    eps = _epsilon(norm, x, eps)
+    shape, eps, invariant = checks.rows(op, x, normalized_shape, weight, bias, eps, "output", batch_invariant)
+    _check_inputs(op, x, ("shift",), scale=scale, shift=shift)
+    for name, t in (("scale", scale), ("shift", shift)):
+        if t is not None and not conditioned.broadcasts(t, x, len(shape)):
+            raise RuntimeError(
+                f"{op}(): {name} has shape {tuple(t.shape)}, but input has {tuple(x.shape)} and normalized_shape is "
+                f"{tuple(shape)}; {name} must end in that, and its dims before be broadcast to the input's"
+            )
+    if not alone:
+        scale, shift = _folded(scale, shift, weight, bias)
+        asked = None if asked is None else (*asked, "folded")
+        if asked is not None and (call := conditioned.CALLS.recall(asked, x, None, scale, shift)) is not None:
+            return call(x, None, scale, shift)
+    spec = ConditionedNorm(norm, modulated=alone)
+    return conditioned_norm(op, spec, len(shape), shape.numel(), eps, asked, invariant, x, None, scale, shift)
+
+
+def _folded(
+    scale: Tensor, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """``w·(1 + scale)`` and ``b·(1 + scale) + shift``: weight and bias of the same norm."""
+    double = any(t is not None and t.dtype == torch.float64 for t in (scale, shift, weight, bias))
+    wide = torch.float64 if double else torch.float32
+    factor = 1 + scale.to(wide)
+    if bias is not None:
+        shift = bias.to(wide) * factor if shift is None else bias.to(wide) * factor + shift.to(wide)
+    return factor if weight is None else weight.to(wide) * factor, shift
+
+
+def _gated(
+    norm: RowNorm,
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    *,
+    eps: float | None,
+    group_size: int | None,
+    activation: GateActivation,
+    norm_before_gate: bool,
+    cast: Cast,
+    batch_invariant: bool | None,
+) -> Tensor:
+    op = f"gated_{norm.name}"
+    plain = _are_plain(eps, batch_invariant) and type(norm_before_gate) is bool
+    plain = plain and (group_size is None or type(group_size) is int)
+    by = op, eps, group_size, activation, norm_before_gate, cast, batch_invariant
+    asked = by if plain else None
+    if asked is not None and (call := conditioned.CALLS.recall(asked, *tensors)) is not None:
+        return call(*tensors)
+    x, gate, weight, bias = tensors
+    eps = _epsilon(norm, x, eps)
+    _check_inputs(op, x, ("weight", "bias"), gate=gate, weight=weight, bias=bias)
+    if x.dim() < 1:
+        raise RuntimeError(f"{op}(): input has no dims; it must be (..., N)")
+    if gate.shape != x.shape:
+        raise RuntimeError(f"{op}(): gate has shape {tuple(gate.shape)}; it must be the input's, {tuple(x.shape)}")
+    n = x.shape[-1]
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.shape != (n,):
+            raise RuntimeError(f"{op}(): {name} has shape {tuple(t.shape)}; it must be ({n},), the input's last dim")
+    size = _group_size(op, group_size, n)
+    eps = checks.epsilon(op, eps)
+    checks.casting(op, cast)
+    if not isinstance(activation, str) or activation not in GATE_ACTIVATIONS:
+        of = ", ".join(map(repr, GATE_ACTIVATIONS))
+        raise ValueError(f"{op}(): activation is {activation!r}; it must be one of {of}")
+    checks.flag(op, "norm_before_gate", norm_before_gate)
+    invariant = checks.invariance(op, batch_invariant)
+    spec = ConditionedNorm(norm.with_cast(cast), activation, not norm_before_gate)
+    return conditioned_norm(op, spec, 1, size, eps, asked, invariant, *tensors)
+
+
+def _group_size(op: str, group_size: int | None, n: int) -> int:
+    if group_size is None:
+        return n
+    if not isinstance(group_size, (int, torch.SymInt)) or isinstance(group_size, bool):
+        raise TypeError(f"{op}(): group_size must be an int or None, not {group_size!r}")
+    if group_size < 1 or n % group_size:
+        raise ValueError(f"{op}(): group_size is {group_size}; it must divide the input's last dim, {n}")
+    return group_size
+
+
+def _are_plain(eps: float | None, batch_invariant: bool | None) -> bool:
+    """Whether these may be a part of what a call is recalled by."""
+    return (eps is None or type(eps) is float) and (batch_invariant is None or type(batch_invariant) is bool)
+
+
+def _epsilon(norm: RowNorm, x: Tensor, eps: float | None) -> float:
+    """eps, or, None, RMSNorm's own, as rms_norm."""
+    if eps is not None or norm.center:
+        return eps  # type: ignore[return-value]
+    double = isinstance(x, Tensor) and x.dtype == torch.float64
+    return 2.220446049250313e-16 if double else 1.1920928955078125e-07
+
+
+def _check_inputs(op: str, x: Tensor, optional: tuple[str, ...] = (), **others: Any) -> None:
+    """Of the tensors: kind, layout, dtype and device. optional: which may be None."""
+    for name, t in dict(input=x, **others).items():
+        if t is None and name in optional:
+            continue
+        checks.tensor(op, name, t, required=name not in optional)
+        checks.strided(op, name, t)
+        if t.is_nested:
+            raise RuntimeError(f"{op}(): {name} is a nested tensor, which this norm does not take")
+        checks.beside(op, name, t, x)

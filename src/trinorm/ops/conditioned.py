@@ -1,0 +1,211 @@
+"""Conditioned norms under autograd."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import conditioned_reference
+from ..spec import ConditionedNorm
+from ..switches import when_set
+from . import road
+from .calls import Bounded, Known
+from .layout import readable
+from .repeated import Repeated
+from .row import _as_saved, are_plain
+
+if TYPE_CHECKING:
+    from ..replay import Function, Results
+
+# Of how many elements a row has kernels, at the most; and of float64.
+MOST_OF_ROW, MOST_OF_FP64 = 8192, 2048
+
+
+class Conditioned(NamedTuple):
+    """What is computed of the tensors: the norm of rows of ``size`` elements, of which the last ``dims`` dims hold one or,
+    of one dim, several; in y's dtype.
+    """
+
+    spec: ConditionedNorm
+    dims: int
+    size: int
+    eps: float
+    y: torch.dtype
+    batch_invariant: bool = False
+
+    def rows(self, t: Tensor) -> tuple[int, ...]:
+        """The sizes of t's rows: of its leading dims, and of how many rows the others hold."""
+        return *t.shape[: -self.dims], t.shape[-self.dims :].numel() // self.size
+
+    def steps(self, t: Tensor) -> tuple[int, ...]:
+        """Their strides."""
+        return *t.stride()[: -self.dims], self.size
+
+
+class Sets(NamedTuple):
+    """The rows as ``[outer, middle, repeat]``: those of one middle index have one weight and one bias."""
+
+    outer: int
+    middle: int
+    repeat: int
+
+
+def sets_of(rows: tuple[int, ...], own: tuple[int, ...]) -> Sets | None:
+    """How rows of these sizes share parameters of sizes that are broadcast to them; None where they are no such sets.
+
+    >>> sets_of((8, 64), (8, 1))  # a weight for each sample
+    Sets(outer=1, middle=8, repeat=64)
+    """
+    parts, part = [1, 1, 1], 0
+    for size, mine in zip(rows, (1,) * (len(rows) - len(own)) + own, strict=True):
+        if size == 1:
+            continue
+        if mine == size:
+            if part == 2:
+                return None
+            part = 1
+        elif part == 1:
+            part = 2
+        parts[part] *= size
+    return Sets(1, 1, parts[0]) if part == 0 else Sets(*parts)
+
+
+def lacking(problem: Conditioned, x: Tensor, *others: Tensor | None) -> str | None:
+    """Why there is no kernel for such a call; None where there is one. others: gate, weight and bias."""
+    most = MOST_OF_FP64 if road.accumulator_dtype(x, *others) == torch.float64 else MOST_OF_ROW
+    if problem.size > most:
+        return f"a row has over {most} elements"
+    weight, bias = others[1:]
+    of_weight, of_bias = (None if t is None else sets_of(problem.rows(x), problem.rows(t)) for t in (weight, bias))
+    apart = weight is not None and bias is not None and of_weight != of_bias
+    if apart or (weight is not None and of_weight is None) or (bias is not None and of_bias is None):
+        return "weight and bias are broadcast along dims that do not lie beside each other"
+    return None
+
+
+def broadcasts(t: Tensor, x: Tensor, dims: int) -> bool:
+    """Whether a parameter has a row for each of x's, or one for several."""
+    sizes, lead = t.shape[:-dims], x.shape[:-dims]
+    alike = t.dim() >= dims and t.shape[-dims:] == x.shape[-dims:] and len(sizes) <= len(lead)
+    return alike and all(a in (1, b) for a, b in zip(reversed(sizes), reversed(lead), strict=False))
+
+
+def aligned(
+    problem: Conditioned, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both with the same sets of rows, which the backward sums over: themselves, as a rule. Others are expanded, in what
+    sums are taken in, so that torch's own sum over what was expanded rounds as the kernels do.
+    """
+    given = [t for t in (weight, bias) if t is not None]
+    rows = problem.rows(x)
+    found = [sets_of(rows, problem.rows(t)) for t in given]
+    if all(each is not None and each == found[0] for each in found):
+        return weight, bias
+    sizes = torch.broadcast_shapes(*(t.shape for t in given))
+    shape = x.shape if sets_of(rows, (*sizes[: -problem.dims], rows[-1])) is None else sizes
+    weight, bias = (None if t is None else t.to(road.accumulator_dtype(t)).expand(shape) for t in (weight, bias))
+    return weight, bias
+
+
+def read(problem: Conditioned, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """(x, gate, weight, bias), or others, as the kernels read them: each row is one run."""
+    return tuple(None if t is None else readable(t, problem.dims) for t in tensors)
+
+
+def composite(problem: Conditioned, *tensors: Any) -> Tensor:
+    """The norm of (x, gate, weight, bias) by ATen's ops."""
+    spec, dims, size, eps, dtype, _ = problem
+    x, gate, weight, bias = tensors
+    return conditioned_reference.composite(spec, dims, size, x, gate, weight, bias, eps, dtype).contiguous()
+
+
+def composite_gradients(problem: Conditioned, wanted: tuple[bool, ...], dy: Tensor, *tensors: Any) -> Results:
+    """Those of ConditionedCall.backward, by ATen's ops."""
+    spec, dims, size, eps, dtype, _ = problem
+    x, gate, weight, bias = tensors
+    found = conditioned_reference.composite_gradients(spec, dims, size, x, gate, weight, bias, eps, dy, dtype)
+    return tuple(t if want else None for t, want in zip(found, wanted, strict=True))
+
+
+class ConditionedCall:
+    """The norm, and its gradients, of arguments that differ from those of one call in their values alone.
+
+    differentiated: a backward will ask for statistics, whose dtype ``stats`` is.
+    """
+
+    __slots__ = ("_differentiated", "_forward", "_gradients", "_problem", "_stats")
+
+    def __init__(self, problem: Conditioned, stats: torch.dtype, *, differentiated: bool) -> None:
+        self._problem, self._stats, self._differentiated = problem, stats, differentiated
+        self._forward = Repeated(functools.partial(_forward, problem, differentiated), _is_watched)
+        self._gradients: Bounded[Function] = Bounded(8)
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        """y of (x, gate, weight, bias)."""
+        if self._differentiated:
+            return _apply(*inputs, self)
+        return self.results(*inputs)[0]  # type: ignore[return-value]
+
+    def results(self, *inputs: Tensor | None) -> Results:
+        """(y, mean, rstd), the statistics where a backward will ask."""
+        return self._forward(*inputs)
+
+    def backward(self, wanted: tuple[bool, ...], dy: Tensor, *saved: Tensor | None) -> Results:
+        """The gradients of x, gate, weight and bias, those that are wanted. saved: these and both statistics, which may
+        come back in another layout or dtype, from a hook.
+        """
+        *inputs, mean, rstd = saved
+        if torch.is_grad_enabled() or not are_plain(dy, *saved) or road.observer() is not None:
+            # Someone differentiates this backward, to whom a kernel's result would silently be a constant, or maps over it.
+            return composite_gradients(self._problem, wanted, dy, *inputs)
+        mean, rstd = (None if t is None else _as_saved(t, self._stats, t.dim()) for t in (mean, rstd))
+        tensors = *read(self._problem, dy, *inputs), mean, rstd
+        key = wanted, *(None if t is None else (t.stride(), t.dtype) for t in tensors)
+        if (repeated := self._gradients.get(key)) is None:
+            function = functools.partial(_backward, self._problem, wanted)
+            repeated = self._gradients[key] = Repeated(function, _is_watched)
+        return repeated(*tensors)
+
+
+def _forward(problem: Conditioned, differentiated: bool, *inputs: Any) -> Results:
+    from . import conditioned_rows
+
+    return conditioned_rows.forward(problem, conditioned_rows.Inputs(*inputs), save=differentiated)
+
+
+def _backward(problem: Conditioned, wanted: tuple[bool, ...], *tensors: Any) -> Results:
+    from . import conditioned_rows
+
+    dy, *inputs, mean, rstd = tensors
+    return conditioned_rows.backward(problem, conditioned_rows.Inputs(*inputs), dy, mean, rstd, wanted)
+
+
+def _is_watched() -> bool:
+    from .. import launch
+    from . import conditioned_rows, rows
+
+    return not (conditioned_rows.launch is rows.launch is launch.launch)
+
+
+class _ConditionedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *inputs, call = args
+        y, *statistics = call.results(*inputs)
+        ctx.save_for_backward(*inputs, *statistics)
+        ctx.call = call
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.call.backward(ctx.needs_input_grad[:4], dy, *ctx.saved_tensors), None
+
+
+# As row._apply: without the Python part, which looks for torch.func.
+_apply = super(torch.autograd.Function, _ConditionedNorm).apply
+
+CALLS: Known[ConditionedCall] = Known(1024)
+when_set(CALLS.clear)

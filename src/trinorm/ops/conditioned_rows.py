@@ -1,0 +1,118 @@
+"""Conditioned norms' host side: shapes, outputs and scratch, and which kernels with what."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.conditioned import conditioned_forward
+from ..kernels.conditioned_backward import conditioned_backward
+from ..launch import describe, empty, launch
+from ..tuning import (
+    choose_conditioned_backward,
+    choose_conditioned_forward,
+    choose_conditioned_total,
+    programs_of_a_set,
+)
+from .conditioned import Conditioned, sets_of
+from .layout import Rows, collapse
+from .road import accumulator_dtype
+from .rows import add_up
+from .start import ACCUMULATOR, started_by, widest
+
+
+class Inputs(NamedTuple):
+    """The norm's tensors, whose rows are each one run of memory; none is empty."""
+
+    x: Tensor
+    gate: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def forward(problem: Conditioned, inputs: Inputs, *, save: bool) -> tuple[Tensor | None, ...]:
+    """(y, mean, rstd), contiguous; the statistics where a backward will ask, the mean where the norm has one."""
+    x, n, device = inputs.x, problem.size, inputs.x.device
+    stats, rows = accumulator_dtype(*inputs), problem.rows(inputs.x)
+    y, m = empty(x, problem.y, device), math.prod(rows)
+    mean = empty(rows, stats, device) if save and problem.spec.norm.center else None
+    rstd = empty(rows, stats, device) if save else None
+    size = describe(device)
+    plan = choose_conditioned_forward(m, n, widest(x.dtype, stats), size)
+    layouts = [at for t in inputs for at in _rows(problem, x, t)]
+    options = _options(problem, inputs, stats)
+    options.update(RESCUE=stats == torch.float32, ROWS=plan.tile.rows, CHUNK=plan.tile.chunk, STREAM=plan.stream)
+    options.update(started_by(plan.tile, size))
+    launch(
+        conditioned_forward, (-(-m // plan.tile.rows),), device, (y, mean, rstd, *inputs, m, *layouts, problem.eps), options
+    )
+    return y, mean, rstd
+
+
+def backward(
+    problem: Conditioned, inputs: Inputs, dy: Tensor, mean: Tensor | None, rstd: Tensor, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """(dx, dgate, dweight, dbias), those that are wanted, contiguous. dy's rows are runs too."""
+    x, n, device, stats = inputs.x, problem.size, inputs.x.device, rstd.dtype
+    found = [empty(t, t.dtype, device) if want and t is not None else None for t, want in zip(inputs, wanted, strict=True)]
+    if not any(t is not None for t in found):
+        return tuple(found)
+    rows = problem.rows(x)
+    parameter = next((t for t in inputs[2:] if t is not None), None)
+    sets = sets_of(rows, () if parameter is None else problem.rows(parameter))
+    assert sets is not None
+    size, members = describe(device), sets.outer * sets.repeat
+    plan = choose_conditioned_backward(
+        members, sets.middle, n, widest(x.dtype, stats), size, inputs.gate is not None, problem.batch_invariant
+    )
+    sums = found[2:]
+    # Without sums over rows there is nothing to be shared: each tile is a program's.
+    programs = programs_of_a_set(plan, members, sets.middle, n, size)
+    partials = (
+        sums if programs == 1 else [None if t is None else empty((programs * sets.middle, n), stats, device) for t in sums]
+    )
+    layouts = (
+        *collapse((sets.outer, sets.repeat), (sets.middle * sets.repeat, 1)),
+        *(at for t in (dy, x, inputs.gate) for at in _rows(problem, x, t)),
+        *(at for t in inputs[2:] for at in _of_sets(problem, t)),
+    )
+    options = _options(problem, inputs, stats)
+    options.update(ROWS=plan.tile.rows, CHUNK=plan.tile.chunk, STAGES=plan.stages, STREAM=plan.stream)
+    options.update(started_by(plan.tile, size))
+    tensors = *found[:2], *partials, dy, *inputs, mean, rstd
+    args = *tensors, members, sets.middle, sets.repeat, *layouts
+    launch(conditioned_backward, (programs * sets.middle,), device, args, options)
+    if programs > 1:
+        most = plan.most_partials(n, size)
+        add_up(sums[0], sums[1], partials[0], partials[1], programs, most, stats, choose_conditioned_total(programs))
+    return tuple(found)
+
+
+def _rows(problem: Conditioned, x: Tensor, t: Tensor | None) -> Rows:
+    """How t, which is broadcast to x, lies over x's rows."""
+    return Rows((), (0,)) if t is None else collapse(problem.rows(x), problem.steps(t.expand(x.shape)))
+
+
+def _of_sets(problem: Conditioned, t: Tensor | None) -> Rows:
+    """How a parameter lies over the sets: over its own rows."""
+    return Rows((), (0,)) if t is None else collapse(problem.rows(t), problem.steps(t))
+
+
+def _options(problem: Conditioned, inputs: Inputs, stats: torch.dtype) -> dict[str, Any]:
+    """What both kernels are told of the problem."""
+    spec, weight = problem.spec, inputs.weight
+    rounded = spec.norm.rounded and problem.y != stats
+    behind = spec.gate is not None and not spec.gate_first
+    return dict(
+        N=problem.size,
+        CENTER=spec.norm.center,
+        OFFSET=0.0 if weight is None else spec.offset,
+        ROUND=rounded,
+        ROUND_N=rounded and behind and (weight is None or weight.dtype == problem.y),
+        GATE=spec.gate,
+        GATE_FIRST=spec.gate_first,
+        ACC=ACCUMULATOR[stats],
+    )

@@ -1,0 +1,83 @@
+"""Which launch each problem of conditioned norms gets. So far by what was compiled, and not by what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from ..launch import Device
+from .kinds import RowBackward, RowForward, Tile, _sharing
+from .row import _STREAM_COLUMNS, _fitted, _large_from, _narrowed
+
+# (N up to, tile of rows): 8 elements of a thread, one load of 16 bits each, or chunks of as many.
+_FORWARD = (
+    (64, Tile(16, 64, 4)),
+    (128, Tile(8, 128, 4)),
+    (256, Tile(4, 256, 4)),
+    (768, Tile(4, 256, 4)),
+    (1024, Tile(1, 1024, 4)),
+    (2048, Tile(1, 2048, 8)),
+    (3072, Tile(1, 1024, 4)),
+    (4096, Tile(1, 2048, 8)),
+    (8192, Tile(1, 4096, 16)),
+)
+
+# (N up to, without a gate: tile of rows, stages, programs per multiprocessor; with one: the same). As many programs as
+# their registers leave room for: compiled for sm_90, of bf16, up to 128 of a thread; without a gate 168 at 3072 columns and
+# 246 at 8192; with one 255 above 4096, where at 8192 RMSNorm spills 56 bytes and LayerNorm 368 (by 16 warps without stages
+# 0 and 192).
+_BACKWARD: tuple[tuple[int, tuple[Tile, int, int], tuple[Tile, int, int]], ...] = (
+    (64, (Tile(32, 64, 8), 3, 2), (Tile(32, 64, 8), 3, 2)),
+    (128, (Tile(16, 128, 8), 3, 2), (Tile(16, 128, 8), 3, 2)),
+    (256, (Tile(8, 256, 8), 3, 2), (Tile(8, 256, 8), 3, 2)),
+    (1024, (Tile(1, 1024, 4), 3, 6), (Tile(1, 1024, 4), 3, 4)),
+    (2048, (Tile(1, 2048, 8), 3, 3), (Tile(1, 2048, 8), 3, 2)),
+    (3072, (Tile(1, 1024, 4), 3, 3), (Tile(1, 4096, 16), 3, 1)),
+    (4096, (Tile(1, 2048, 8), 3, 2), (Tile(1, 4096, 16), 3, 1)),
+    (8192, (Tile(1, 2048, 8), 3, 1), (Tile(1, 2048, 8), 3, 1)),
+)
+_BACKWARD_FP64 = Tile(1, 1024, 8), 1, 1
+
+# The sum over the programs of a set, which are few where sets are many.
+_TOTAL = (Tile(16, 128, 4), Tile(32, 64, 4))
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_conditioned_forward(m: int, n: int, itemsize: int, device: Device) -> RowForward:
+    """The forward's launch for m rows of n elements of ``itemsize`` bytes: of one tile, whatever m is."""
+    tile = next(tile for most, tile in _FORWARD if n <= most)
+    stream = n >= _STREAM_COLUMNS and m >= _large_from(2 * n * itemsize, device)
+    return RowForward(_narrowed(tile, n), 1, stream, preload=True, early=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_conditioned_backward(
+    members: int, sets: int, n: int, itemsize: int, device: Device, gated: bool, any_members: bool
+) -> RowBackward:
+    """The backward's launch for ``sets`` of ``members`` rows. any_members: the tile is that of many rows, so that a row's
+    bits do not depend on how many there are.
+    """
+    held = next(row[1:][gated] for row in _BACKWARD if n <= row[0])
+    tile, stages, per_sm = _BACKWARD_FP64 if itemsize == 8 else held
+    tensors = 2 + gated
+    tile = _narrowed(tile, n)
+    while not any_members and tile.rows >= 2 * members:
+        tile = Tile(tile.rows // 2, tile.chunk, max(1, tile.warps // 2))
+    stream = members * sets >= _large_from((tensors + 1) * n * itemsize, device)
+    plan = RowBackward(tile, 1, stages, per_sm, stream)
+    # A program with one turn has nothing to fetch ahead.
+    turns = -(-members // tile.rows)
+    if turns <= programs_of_a_set(plan, members, sets, n, device):
+        return dataclasses.replace(plan, stages=1)
+    return _fitted(plan, n, itemsize, device, tensors)
+
+
+def programs_of_a_set(plan: RowBackward, members: int, sets: int, n: int, device: Device) -> int:
+    """How many programs share the rows of each set."""
+    at_once = max(1, plan.most_partials(n, device) // sets)
+    return _sharing(-(-members // plan.tile.rows), at_once, device)
+
+
+def choose_conditioned_total(programs: int) -> Tile | None:
+    """The sum over so many programs of a set; None where that of the row norms is right."""
+    return next((tile for tile in _TOTAL if programs <= tile.rows), None)
