@@ -385,7 +385,7 @@ def sum_partials(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """dw (grid axis 1: 0) and db (1) from their partials. ROWS holds the P at work at once: all loads are in flight."""
+    """dw (grid axis 1: 0) and db (1) from their partials."""
     wait_for_previous(PDL)
     let_next_launch(PDL)
     if DB is None:
