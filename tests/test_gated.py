@@ -231,6 +231,26 @@ def test_in_transformers(dtype: torch.dtype, weight_dtype: torch.dtype, device: 
             assert (y - by_torch).abs().max() <= 4 * torch.finfo(dtype).eps * by_torch.abs().max()
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_in_transformers_rounded_once(dtype: torch.dtype, device: torch.device) -> None:
+    """Kimi Linear's, whose gate is a sigmoid, and Falcon-H1's, of groups and in both orders."""
+    kimi = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
+    falcon = pytest.importorskip("transformers.models.falcon_h1.modeling_falcon_h1")
+    x, gate, weight, _ = draw(2, 9, 96, dtype=dtype, device=device)
+    for module, how in (
+        (kimi.KimiLinearRMSNormGated(96, EPS), dict(activation="sigmoid")),
+        (falcon.FalconH1RMSNormGated(96, EPS, 4), dict(size=24)),
+        (falcon.FalconH1RMSNormGated(96, EPS, 3, norm_before_gate=False), dict(size=32, first=True)),
+    ):
+        module.to(device)
+        module.weight.data = weight
+        want = module(x, gate)
+        call = gated(RMS_NORM, x, gate, weight, **how)
+        by_torch = conditioned_reference.composite(*call, dtype)
+        assert ON_GPU or torch.equal(by_torch, want)
+        assert_no_worse("y", call(), conditioned_reference.oracle(*call), want)
+
+
 @pytest.mark.parametrize("cast", ["output", "llama"])
 def test_gradients_are_of_what_was_met(cast: Cast, device: torch.device) -> None:
     """Of one row, whose dw is no sum: x̂, and what the gate multiplies, as they were rounded, or were not."""
