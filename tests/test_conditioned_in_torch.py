@@ -62,8 +62,13 @@ def given(call: Call, tensors: Any) -> Call:
 
 
 @pytest.mark.filterwarnings("ignore:.*runs torch's own operator")  # a GPU says so of torch.func and forward mode
-@pytest.mark.parametrize("norm", [Call.__call__, registered], ids=["eager", "registered"])
-@KINDS
+@pytest.mark.parametrize(
+    ("norm", "kind"),
+    [
+        *((Call.__call__, kind) for kind in ("modulated", "of a token", "norm first", "gate first", "sigmoid")),
+        *((registered, kind) for kind in ("modulated", "of a head", "gate first")),
+    ],
+)
 def test_derivatives(norm: Norm, kind: str, device: torch.device) -> None:
     """Numerically, and twice; batched; by torch.func; and, by torch's operators, in forward mode."""
     call = calls(torch.float64, device, (1, 2), 4)[kind]
@@ -89,17 +94,18 @@ def test_derivatives(norm: Norm, kind: str, device: torch.device) -> None:
         torch.testing.assert_close(found[i], of_given(batch[i], *plain[1:]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @KINDS
-def test_registered(dtype: torch.dtype, kind: str, device: torch.device) -> None:
-    call = calls(dtype, device)[kind]
+def test_registered(kind: str, device: torch.device) -> None:
+    call = calls(torch.bfloat16 if kind == "modulated" else torch.float32, device)[kind]
     for t in present(call):
         t.requires_grad_()
     opcheck(getattr(torch.ops.trinorm, f"conditioned_{call.spec.norm.name}").default, arguments(call))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@KINDS
+@pytest.mark.parametrize(
+    ("dynamic", "kind"),
+    [(False, "gate first"), *((True, kind) for kind in ("modulated", "of a token", "of a head", "gate first"))],
+)
 def test_compiled(dynamic: bool, kind: str, device: torch.device) -> None:
     """One graph for any number of tokens, with an eager call's bits."""
     torch._dynamo.reset()

@@ -21,6 +21,7 @@ from trinorm.tuning import RowBackward, RowForward, Tile
 
 # At the edges of tiles, and within them.
 SIZES = (1, 2, 64, 65, 128, 200, 1000, 1025, 3073)
+EVERY_SIZE = [(n, dtype) for n in SIZES for dtype in (DTYPES if n in (2, 65, 1000) else DTYPES[::2])]
 ORDERS = pytest.mark.parametrize("first", [False, True], ids=["norm first", "gate first"])
 
 
@@ -30,8 +31,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) 
 
 
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize(("n", "dtype"), EVERY_SIZE, ids=str)
 @ORDERS
 @pytest.mark.filterwarnings("ignore:.*over 2048 elements")
 def test_every_size(norm: RowNorm, dtype: torch.dtype, n: int, first: bool, device: torch.device) -> None:
@@ -62,7 +62,7 @@ def test_groups(of: tuple[int, int], lead: tuple[int, ...], first: bool, device:
     assert_right(gated(LAYER_NORM, x, gate, weight, bias, size=size, first=first))
 
 
-@pytest.mark.parametrize("dtypes", [d for d in itertools.product(DTYPES, repeat=3) if len(set(d)) > 1], ids=str)
+@pytest.mark.parametrize("dtypes", [d for d in itertools.product(DTYPES[::-1][:3], repeat=3) if len(set(d)) > 1], ids=str)
 @ORDERS
 def test_gates_and_weights_of_other_dtypes(dtypes: tuple[torch.dtype, ...], first: bool, device: torch.device) -> None:
     x, gate, weight, _ = (t.to(dtype) for t, dtype in zip(draw(24, 24, device=device), (*dtypes, dtypes[2]), strict=True))

@@ -9,13 +9,13 @@ from ..launch import Device
 from .kinds import RowBackward, RowForward, Tile, _sharing
 from .row import _STREAM_COLUMNS, _fitted, _large_from, _narrowed
 
-# (N up to, tile of rows): 8 elements of a thread, one load of 16 bits each, or chunks of as many.
+# (N up to, tile of rows): 8 elements of a thread, one load of 16 bits each, or chunks of as many; up to 1024 a
+# row of one warp, as is best for the row norms.
 _FORWARD = (
     (64, Tile(16, 64, 4)),
     (128, Tile(8, 128, 4)),
     (256, Tile(4, 256, 4)),
-    (768, Tile(4, 256, 4)),
-    (1024, Tile(1, 1024, 4)),
+    (1024, Tile(4, 256, 4)),
     (2048, Tile(1, 2048, 8)),
     (3072, Tile(1, 1024, 4)),
     (4096, Tile(1, 2048, 8)),
