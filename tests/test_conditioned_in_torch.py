@@ -200,6 +200,23 @@ def test_under_autocast_as_the_norm(kind: str, device: torch.device) -> None:
                 assert y.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", ["modulated", "norm first", "gate first"])
+def test_a_result_in_fp32_of_16_bits(kind: str, device: torch.device) -> None:
+    """As autocast asks for it, forward and backward."""
+    call = calls(torch.bfloat16, device)[kind]
+    leaves, plain = ([t.detach().requires_grad_() for t in present(call)] for _ in range(2))
+    op, how = getattr(torch.ops.trinorm, f"conditioned_{call.spec.norm.name}"), arguments(call)[4:]
+    of = given(call, leaves)
+    y = op(*of.tensors, *(torch.float32 if value is torch.bfloat16 else value for value in how))[0]
+    by_torch = conditioned_reference.composite(*given(call, plain), torch.float32)
+    assert y.dtype == torch.float32
+    assert_no_worse("y", y.detach(), conditioned_reference.oracle(*call), by_torch.detach())
+    dy = torch.randn_like(y)
+    for got, want in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(by_torch, plain, dy), strict=True):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-3)
+
+
 @pytest.mark.parametrize("norm", [LAYER_NORM, RMS_NORM], ids=lambda norm: norm.name)
 def test_modulated_modules(norm: RowNorm, device: torch.device) -> None:
     kind, of_torch = (nn.ModulatedLayerNorm, torch.nn.LayerNorm) if norm.center else (nn.ModulatedRMSNorm, torch.nn.RMSNorm)
