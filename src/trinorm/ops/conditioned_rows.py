@@ -80,7 +80,6 @@ def backward(
         members, sets.middle, n, widest(x.dtype, stats), size, inputs.gate is not None, problem.batch_invariant
     )
     sums = found[2:]
-    # Without sums over rows there is nothing to be shared: each tile is a program's.
     programs = programs_of_a_set(plan, members, sets.middle, n, size)
     partials = (
         sums if programs == 1 else [None if t is None else empty((programs * sets.middle, n), stats, device) for t in sums]

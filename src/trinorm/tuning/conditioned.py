@@ -9,8 +9,8 @@ from ..launch import Device
 from .kinds import RowBackward, RowForward, Tile, _sharing
 from .row import _STREAM_COLUMNS, _fitted, _large_from, _narrowed
 
-# (N up to, tile of rows): 8 elements of a thread, one load of 16 bits each, or chunks of as many; up to 1024 a
-# row of one warp, as is best for the row norms.
+# (N up to, tile of rows): 8 elements of a thread, which are one load where they have 16 bits, or chunks of 8; up to 1024 a
+# row is a warp's, as is best for the row norms.
 _FORWARD = (
     (64, Tile(16, 64, 4)),
     (128, Tile(8, 128, 4)),
