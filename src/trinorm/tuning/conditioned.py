@@ -46,6 +46,7 @@ _TOTAL = (Tile(16, 128, 4), Tile(32, 64, 4))
 def choose_conditioned_forward(m: int, n: int, itemsize: int, device: Device) -> RowForward:
     """The forward's launch for m rows of n elements of ``itemsize`` bytes: of one tile, whatever m is."""
     tile = next(tile for most, tile in _FORWARD if n <= most)
+    tile = Tile(max(1, tile.rows * 4 // max(4, itemsize)), tile.chunk, tile.warps)  # fp64 has two registers
     stream = n >= _STREAM_COLUMNS and m >= _large_from(2 * n * itemsize, device)
     return RowForward(_narrowed(tile, n), 1, stream, preload=True, early=True)
 
