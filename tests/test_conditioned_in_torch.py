@@ -62,8 +62,13 @@ def given(call: Call, tensors: Any) -> Call:
 
 
 @pytest.mark.filterwarnings("ignore:.*runs torch's own operator")  # a GPU says so of torch.func and forward mode
-@pytest.mark.parametrize("norm", [Call.__call__, registered], ids=["eager", "registered"])
-@KINDS
+@pytest.mark.parametrize(
+    ("norm", "kind"),
+    [
+        *((Call.__call__, kind) for kind in ("modulated", "of a token", "norm first", "gate first", "sigmoid")),
+        *((registered, kind) for kind in ("modulated", "of a head", "gate first")),
+    ],
+)
 def test_derivatives(norm: Norm, kind: str, device: torch.device) -> None:
     """Numerically, and twice; batched; by torch.func; and, by torch's operators, in forward mode."""
     call = calls(torch.float64, device, (1, 2), 4)[kind]
@@ -89,17 +94,18 @@ def test_derivatives(norm: Norm, kind: str, device: torch.device) -> None:
         torch.testing.assert_close(found[i], of_given(batch[i], *plain[1:]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @KINDS
-def test_registered(dtype: torch.dtype, kind: str, device: torch.device) -> None:
-    call = calls(dtype, device)[kind]
+def test_registered(kind: str, device: torch.device) -> None:
+    call = calls(torch.bfloat16 if kind == "modulated" else torch.float32, device)[kind]
     for t in present(call):
         t.requires_grad_()
     opcheck(getattr(torch.ops.trinorm, f"conditioned_{call.spec.norm.name}").default, arguments(call))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@KINDS
+@pytest.mark.parametrize(
+    ("dynamic", "kind"),
+    [(False, "gate first"), *((True, kind) for kind in ("modulated", "of a token", "of a head", "gate first"))],
+)
 def test_compiled(dynamic: bool, kind: str, device: torch.device) -> None:
     """One graph for any number of tokens, with an eager call's bits."""
     torch._dynamo.reset()
@@ -183,7 +189,7 @@ def test_under_autocast_as_the_norm(kind: str, device: torch.device) -> None:
     """The result has the dtype that torch's own norm has there."""
     call = calls(torch.bfloat16, device)[kind]
     with torch.autocast(device.type, torch.bfloat16):
-        norm = torch.nn.functional.layer_norm if call.spec.norm is LAYER_NORM else torch.nn.functional.rms_norm
+        norm = torch.nn.functional.layer_norm if call.spec.norm.center else torch.nn.functional.rms_norm
         dtype = norm(call.x, (8,)).dtype
         for y in (call(), registered(call)):
             assert y.dtype == dtype
@@ -192,6 +198,23 @@ def test_under_autocast_as_the_norm(kind: str, device: torch.device) -> None:
         with options(autocast_keeps_dtype=True):
             for y in (call(), registered(call)):
                 assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["modulated", "norm first", "gate first"])
+def test_a_result_in_fp32_of_16_bits(kind: str, device: torch.device) -> None:
+    """As autocast asks for it, forward and backward."""
+    call = calls(torch.bfloat16, device)[kind]
+    leaves, plain = ([t.detach().requires_grad_() for t in present(call)] for _ in range(2))
+    op, how = getattr(torch.ops.trinorm, f"conditioned_{call.spec.norm.name}"), arguments(call)[4:]
+    of = given(call, leaves)
+    y = op(*of.tensors, *(torch.float32 if value is torch.bfloat16 else value for value in how))[0]
+    by_torch = conditioned_reference.composite(*given(call, plain), torch.float32)
+    assert y.dtype == torch.float32
+    assert_no_worse("y", y.detach(), conditioned_reference.oracle(*call), by_torch.detach())
+    dy = torch.randn_like(y)
+    for got, want in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(by_torch, plain, dy), strict=True):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-3)
 
 
 @pytest.mark.parametrize("norm", [LAYER_NORM, RMS_NORM], ids=lambda norm: norm.name)

@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trinorm import qk_reference
+from trinorm import conditioned_reference, qk_reference
 from trinorm.compare import assert_no_worse, unit_in_last_place
 from trinorm.reference import Gradients, oracle_gradients
-from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
+from trinorm.spec import GATE_ACTIVATIONS, LAYER_NORM, RMS_NORM, ConditionedNorm, GateActivation, RowNorm
 
 ROOT = Path(__file__).parents[1]
 ROWS, N, EPS = 5, 7, 0.1
@@ -139,6 +139,49 @@ def test_what_turns_the_gradient_back(problem: tuple[Tensor, ...], interleaved: 
     every_turn = torch.cat((cos, cos.new_ones(1))), torch.cat((sin, sin.new_zeros(1)))
     whole = qk_reference.oracle(RMS_NORM, x[:, None], w, EPS, *(t[:r] for t in every_turn), interleaved)
     assert_formula("y", whole[:, 0], y.detach())
+
+
+@both
+@pytest.mark.parametrize("gate_first", [False, True])
+@pytest.mark.parametrize("activation", GATE_ACTIVATIONS)
+def test_through_a_gate(problem: tuple[Tensor, ...], spec: RowNorm, gate_first: bool, activation: GateActivation) -> None:
+    """Both orders; w and b of two sets of rows."""
+    x, w, b, dy = problem
+    sets = torch.arange(x.shape[0]) % 2
+    w, b = (torch.stack((t, t.flip(0) - 0.5)).requires_grad_() for t in (w, b))
+    x, z = x.detach().requires_grad_(), torch.randn_like(x).requires_grad_()
+    s = z.sigmoid()
+    a, slope = (s, s * (1 - s)) if activation == "sigmoid" else (z * s, s + z * s * (1 - s))
+    xhat = xhat_of(spec, x * a if gate_first else x, EPS)
+    n = xhat * (w + 1)[sets] + b[sets]
+    y = n if gate_first else n * a
+    found = torch.autograd.grad(y, (x, z, w, b), dy)
+    with torch.no_grad():
+        kept = x * a if gate_first else x
+        centered = kept - kept.mean(-1, keepdim=True) if spec.center else kept
+        rstd = (centered.square().mean(-1, keepdim=True) + EPS).rsqrt()
+        dn = dy if gate_first else dy * a
+        g = dn * (w + 1)[sets]
+        c1 = (g * xhat).mean(-1, keepdim=True)
+        ds = rstd * (g - xhat * c1 - (g.mean(-1, keepdim=True) if spec.center else 0))
+        dx, dz = (ds * a, ds * x * slope) if gate_first else (ds, dy * n * slope)
+        dw, db = (torch.stack([part[sets == i].sum(0) for i in range(2)]) for part in (dn * xhat, dn))
+        for name, got, want in zip(("dx", "dz", "dw", "db"), (dx, dz, dw, db), found, strict=True):
+            assert_formula(name, got, want)
+        conditioned = ConditionedNorm(spec, activation, gate_first, modulated=True)
+        given = x, z, w[sets], b[sets]
+        exact = conditioned_reference.oracle_gradients(conditioned, 1, x.shape[-1], *given, EPS, dy)
+        for name, got, want in zip(("dx", "dz"), exact, (dx, dz), strict=False):
+            assert got is not None
+            assert_formula(name, got, want)
+
+
+def test_a_norms_own_weight_goes_into_scale_and_shift(problem: tuple[Tensor, ...]) -> None:
+    x, w, b, scale = problem
+    shift = torch.randn_like(scale)
+    xhat = xhat_of(RMS_NORM, x, EPS)
+    whole = xhat * (w * (1 + scale)) + (b * (1 + scale) + shift)
+    assert_formula("y", whole, (xhat * w + b) * (1 + scale) + shift)
 
 
 # Statistics, exactly.

@@ -22,6 +22,8 @@ from trinorm.tuning import RowBackward, RowForward, Tile, choose_conditioned_bac
 # At the edges of tiles, and within them.
 SIZES = (1, 2, 64, 65, 128, 200, 768, 1000, 1025, 3072, 3073)
 
+EVERY_SIZE = [(n, dtype) for n in SIZES for dtype in (DTYPES if n in (2, 65, 1000) else DTYPES[::2])]
+
 # The leading sizes of x, and of its scale and shift: of all rows, of a sample, of a token, of a head, and what lies
 # between.
 SHARED = (
@@ -52,8 +54,7 @@ def drawn(
 
 
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize(("n", "dtype"), EVERY_SIZE, ids=str)
 @pytest.mark.filterwarnings("ignore:.*over 2048 elements")
 def test_every_size(norm: RowNorm, dtype: torch.dtype, n: int, device: torch.device) -> None:
     assert_right(drawn(norm, (2, 5), (2, 1), n, dtype, device))
@@ -76,7 +77,7 @@ def test_scale_and_shift_of_other_sharings(
     assert [kernel.fn.__name__ for kernel in launched][:2] == ["conditioned_forward", "conditioned_backward"]
 
 
-@pytest.mark.parametrize("dtypes", [d for d in itertools.product(DTYPES, repeat=3) if len(set(d)) > 1], ids=str)
+@pytest.mark.parametrize("dtypes", [d for d in itertools.product(DTYPES[::-1][:3], repeat=3) if len(set(d)) > 1], ids=str)
 def test_scale_and_shift_of_other_dtypes(dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
     of_x, of_scale, of_shift = dtypes
     call = drawn(LAYER_NORM, (2, 4), (2, 1), 40, of_x, device)
@@ -134,8 +135,8 @@ def test_rows_of_several_dims(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("own", [(), (3, 1), (1, 9), (3, 9)], ids=str)
-@pytest.mark.parametrize("programs", [1, 2, 3])
-@pytest.mark.parametrize("tile", [Tile(2, 32, 1), Tile(4, 16, 4), Tile(1, 64, 1)], ids=str)
+@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("tile", [Tile(4, 16, 4), Tile(1, 64, 1)], ids=str)
 def test_programs_that_walk(
     own: tuple[int, ...], programs: int, tile: Tile, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,7 +134,12 @@ def test_public_names_are_there_and_documented() -> None:
         *((trinorm, name) for name in trinorm.__all__),
         *((trinorm.functional, name) for name in trinorm.functional.__all__),
         (trinorm.nn, "ChannelLayerNorm"),
+        (trinorm.nn, "GatedLayerNorm"),
+        (trinorm.nn, "GatedRMSNorm"),
         (trinorm.nn, "LayerNorm"),
+        (trinorm.nn, "ModulatedLayerNorm"),
+        (trinorm.nn, "ModulatedRMSNorm"),
+        (trinorm.nn, "PerHeadRMSNorm"),
         (trinorm.nn, "QKNorm"),
         (trinorm.nn, "RMSNorm"),
     ):

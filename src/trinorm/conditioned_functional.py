@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -200,11 +200,10 @@ def gated_layer_norm(
     Sources: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450; and as :func:`gated_rms_norm`.
     """
     tensors = input, gate, weight, bias
-    how: dict[str, Any] = dict(group_size=group_size, activation=activation, norm_before_gate=norm_before_gate, cast=cast)
-    how.update(eps=eps, batch_invariant=batch_invariant)
+    by = eps, group_size, activation, norm_before_gate, cast, batch_invariant
     if has_torch_function_variadic(*tensors):
-        return handle_torch_function(gated_layer_norm, tensors, input, gate, weight=weight, bias=bias, **how)
-    return _gated(LAYER_NORM, tensors, **how)
+        return _overridden(gated_layer_norm, tensors, by)
+    return _gated(LAYER_NORM, tensors, by)
 
 
 def gated_rms_norm(
@@ -242,11 +241,10 @@ def gated_rms_norm(
     arXiv:2405.21060 (Mamba2); Yang, Kautz, Hatamizadeh, "Gated Delta Networks", arXiv:2412.06464.
     """
     tensors = input, gate, weight, bias
-    how: dict[str, Any] = dict(group_size=group_size, activation=activation, norm_before_gate=norm_before_gate, cast=cast)
-    how.update(eps=eps, batch_invariant=batch_invariant)
+    by = eps, group_size, activation, norm_before_gate, cast, batch_invariant
     if has_torch_function_variadic(*tensors):
-        return handle_torch_function(gated_rms_norm, tensors, input, gate, weight=weight, bias=bias, **how)
-    return _gated(RMS_NORM, tensors, **how)
+        return _overridden(gated_rms_norm, tensors, by)
+    return _gated(RMS_NORM, tensors, by)
 
 
 def _modulated(
@@ -295,24 +293,27 @@ def _folded(
     return factor if weight is None else weight.to(wide) * factor, shift
 
 
-def _gated(
-    norm: RowNorm,
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    *,
-    eps: float | None,
-    group_size: int | None,
-    activation: GateActivation,
-    norm_before_gate: bool,
-    cast: Cast,
-    batch_invariant: bool | None,
-) -> Tensor:
-    op = f"gated_{norm.name}"
+# eps, group_size, activation, norm_before_gate, cast and batch_invariant, as a caller of a gated norm gave them.
+_By = tuple[float | None, int | None, GateActivation, bool, Cast, bool | None]
+
+
+def _overridden(norm: Callable[..., Tensor], tensors: tuple[Any, ...], by: _By) -> Tensor:
+    """What a tensor's or a mode's own __torch_function__ makes of the call."""
+    eps, group_size, activation, norm_before_gate, cast, batch_invariant = by
+    given: dict[str, Any] = dict(weight=tensors[2], bias=tensors[3], eps=eps, group_size=group_size, activation=activation)
+    given.update(norm_before_gate=norm_before_gate, cast=cast, batch_invariant=batch_invariant)
+    return handle_torch_function(norm, tensors, *tensors[:2], **given)
+
+
+def _gated(norm: RowNorm, tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None], by: _By) -> Tensor:
+    eps, group_size, activation, norm_before_gate, cast, batch_invariant = by
     plain = _are_plain(eps, batch_invariant) and type(norm_before_gate) is bool
     plain = plain and (group_size is None or type(group_size) is int)
-    by = op, eps, group_size, activation, norm_before_gate, cast, batch_invariant
-    asked = by if plain else None
+    # What a call is recalled by.
+    asked = ("gated", norm.name, *by) if plain else None
     if asked is not None and (call := conditioned.CALLS.recall(asked, *tensors)) is not None:
         return call(*tensors)
+    op = f"gated_{norm.name}"
     x, gate, weight, bias = tensors
     eps = _epsilon(norm, x, eps)
     _check_inputs(op, x, ("weight", "bias"), gate=gate, weight=weight, bias=bias)

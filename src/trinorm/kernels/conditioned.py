@@ -53,13 +53,19 @@ def load_rows_or(POINTER, offsets, live, N: tl.constexpr, CHUNK: tl.constexpr, a
 
 @triton.jit
 def gated(xs, zs, GATE: tl.constexpr, ACC: tl.constexpr):
-    """x·a(z), chunk by chunk, in the accumulator's dtype; without GATE x as it is stored."""
+    """x·a(z), chunk by chunk, in the accumulator's dtype; without GATE x as it is stored.
+
+    By an fma: a product could become part of one with what is subtracted next, unrounded, and s would differ from the s that
+    the mean was taken of (LayerNorm of one element: s - mean, which is 0, came out as what rounding s had left).
+    """
     if GATE is None:
         return xs
     else:
         chunks = ()
         for i in tl.static_range(len(xs)):
-            chunks = chunks + (widened(xs[i], ACC) * gate_of(widened(zs[i], ACC), GATE),)
+            chunks = chunks + (
+                tl.fma(widened(xs[i], ACC), gate_of(widened(zs[i], ACC), GATE), tl.zeros_like(xs[i].to(ACC))),
+            )
         return chunks
 
 
@@ -165,6 +171,7 @@ def conditioned_forward(
     ROUND_N: tl.constexpr,
     GATE: tl.constexpr,
     GATE_FIRST: tl.constexpr,
+    ALIKE: tl.constexpr,
     ACC: tl.constexpr,
     RESCUE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -172,7 +179,8 @@ def conditioned_forward(
     STREAM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A tile of ROWS rows, each read once and held. Those whose squares fp32 did not hold are done again, scaled, from
+    """A tile of ROWS rows, each read once and held. ALIKE: b's rows lie as w's, as chunks of one projection do. Those whose
+    squares fp32 did not hold are done again, scaled, from
     memory: apart, so that the others pay one comparison.
     """
     wait_for_previous(PDL)
@@ -181,11 +189,12 @@ def conditioned_forward(
     rows = tile_rows(first_program(), ROWS)
     live = rows_live(rows, M, ROWS)
     outs, given = (Y, MEAN, RSTD), (X, Z, W, B)
+    of_w = row_offsets(rows, w_odd_sizes, w_strides)
     offsets = (
         row_offsets(rows, x_odd_sizes, x_strides),
         row_offsets(rows, z_odd_sizes, z_strides),
-        row_offsets(rows, w_odd_sizes, w_strides),
-        row_offsets(rows, b_odd_sizes, b_strides),
+        of_w,
+        of_w if ALIKE else row_offsets(rows, b_odd_sizes, b_strides),
     )
     good = normalize_tile(
         outs,

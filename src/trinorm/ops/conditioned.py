@@ -102,7 +102,8 @@ def aligned(
     given = [t for t in (weight, bias) if t is not None]
     rows = problem.rows(x)
     found = [sets_of(rows, problem.rows(t)) for t in given]
-    if all(each is not None and each == found[0] for each in found):
+    # Not each with the first: torch 2.11's Dynamo would hold the sizes fast, of which it asks whether they are themselves.
+    if None not in found and (len(found) < 2 or found[0] == found[1]):
         return weight, bias
     sizes = torch.broadcast_shapes(*(t.shape for t in given))
     shape = x.shape if sets_of(rows, (*sizes[: -problem.dims], rows[-1])) is None else sizes

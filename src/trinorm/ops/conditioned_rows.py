@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -42,12 +43,22 @@ def forward(problem: Conditioned, inputs: Inputs, *, save: bool) -> tuple[Tensor
     rstd = empty(rows, stats, device) if save else None
     size = describe(device)
     plan = choose_conditioned_forward(m, n, widest(x.dtype, stats), size)
-    layouts = [at for t in inputs for at in _rows(problem, x, t)]
+    layouts = [_rows(problem, x, t) for t in inputs]
     options = _options(problem, inputs, stats)
-    options.update(RESCUE=stats == torch.float32, ROWS=plan.tile.rows, CHUNK=plan.tile.chunk, STREAM=plan.stream)
+    options.update(
+        ALIKE=layouts[2] == layouts[3],
+        RESCUE=stats == torch.float32,
+        ROWS=plan.tile.rows,
+        CHUNK=plan.tile.chunk,
+        STREAM=plan.stream,
+    )
     options.update(started_by(plan.tile, size))
     launch(
-        conditioned_forward, (-(-m // plan.tile.rows),), device, (y, mean, rstd, *inputs, m, *layouts, problem.eps), options
+        conditioned_forward,
+        (-(-m // plan.tile.rows),),
+        device,
+        (y, mean, rstd, *inputs, m, *itertools.chain(*layouts), problem.eps),
+        options,
     )
     return y, mean, rstd
 
@@ -69,7 +80,6 @@ def backward(
         members, sets.middle, n, widest(x.dtype, stats), size, inputs.gate is not None, problem.batch_invariant
     )
     sums = found[2:]
-    # Without sums over rows there is nothing to be shared: each tile is a program's.
     programs = programs_of_a_set(plan, members, sets.middle, n, size)
     partials = (
         sums if programs == 1 else [None if t is None else empty((programs * sets.middle, n), stats, device) for t in sums]

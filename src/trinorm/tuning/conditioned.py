@@ -9,13 +9,13 @@ from ..launch import Device
 from .kinds import RowBackward, RowForward, Tile, _sharing
 from .row import _STREAM_COLUMNS, _fitted, _large_from, _narrowed
 
-# (N up to, tile of rows): 8 elements of a thread, one load of 16 bits each, or chunks of as many.
+# (N up to, tile of rows): 8 elements of a thread, which are one load where they have 16 bits, or chunks of 8; up to 1024 a
+# row is a warp's, as is best for the row norms.
 _FORWARD = (
     (64, Tile(16, 64, 4)),
     (128, Tile(8, 128, 4)),
     (256, Tile(4, 256, 4)),
-    (768, Tile(4, 256, 4)),
-    (1024, Tile(1, 1024, 4)),
+    (1024, Tile(4, 256, 4)),
     (2048, Tile(1, 2048, 8)),
     (3072, Tile(1, 1024, 4)),
     (4096, Tile(1, 2048, 8)),
@@ -46,6 +46,7 @@ _TOTAL = (Tile(16, 128, 4), Tile(32, 64, 4))
 def choose_conditioned_forward(m: int, n: int, itemsize: int, device: Device) -> RowForward:
     """The forward's launch for m rows of n elements of ``itemsize`` bytes: of one tile, whatever m is."""
     tile = next(tile for most, tile in _FORWARD if n <= most)
+    tile = Tile(max(1, tile.rows * 4 // max(4, itemsize)), tile.chunk, tile.warps)  # fp64 has two registers
     stream = n >= _STREAM_COLUMNS and m >= _large_from(2 * n * itemsize, device)
     return RowForward(_narrowed(tile, n), 1, stream, preload=True, early=True)
 
