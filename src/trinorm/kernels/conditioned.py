@@ -55,8 +55,8 @@ def load_rows_or(POINTER, offsets, live, N: tl.constexpr, CHUNK: tl.constexpr, a
 def gated(xs, zs, GATE: tl.constexpr, ACC: tl.constexpr):
     """x·a(z), chunk by chunk, in the accumulator's dtype; without GATE x as it is stored.
 
-    By an fma: a product could become part of one with what is subtracted next, unrounded, and s would differ from the s that
-    the mean was taken of (LayerNorm of one element: s - mean, which is 0, came out as what rounding s had left).
+    By an fma: a product could become part of one with what is subtracted next, unrounded, and s would differ from the s
+    that the mean was taken of (LayerNorm of one element: s - mean, which is 0, came out as what rounding s had left).
     """
     if GATE is None:
         return xs

@@ -73,15 +73,22 @@ def sets_of(rows: tuple[int, ...], own: tuple[int, ...]) -> Sets | None:
     return Sets(1, 1, parts[0]) if part == 0 else Sets(*parts)
 
 
+def shared_sets(problem: Conditioned, x: Tensor, *parameters: Tensor | None) -> Sets | None:
+    """How x's rows share weight and bias, each there or not; None where there are no such sets, or others for each."""
+    given = [t for t in parameters if t is not None]
+    rows = problem.rows(x)
+    found = [sets_of(rows, problem.rows(t)) for t in given] or [sets_of(rows, ())]
+    # Shapes first: of two equal sets torch 2.11's Dynamo would hold the sizes fast.
+    alike = len(given) < 2 or given[0].shape == given[1].shape or found[0] == found[1]
+    return found[0] if alike else None
+
+
 def lacking(problem: Conditioned, x: Tensor, *others: Tensor | None) -> str | None:
     """Why there is no kernel for such a call; None where there is one. others: gate, weight and bias."""
     most = MOST_OF_FP64 if road.accumulator_dtype(x, *others) == torch.float64 else MOST_OF_ROW
     if problem.size > most:
         return f"a row has over {most} elements"
-    weight, bias = others[1:]
-    of_weight, of_bias = (None if t is None else sets_of(problem.rows(x), problem.rows(t)) for t in (weight, bias))
-    apart = weight is not None and bias is not None and of_weight != of_bias
-    if apart or (weight is not None and of_weight is None) or (bias is not None and of_bias is None):
+    if shared_sets(problem, x, *others[1:]) is None:
         return "weight and bias are broadcast along dims that do not lie beside each other"
     return None
 
@@ -99,12 +106,10 @@ def aligned(
     """Both with the same sets of rows, which the backward sums over: themselves, as a rule. Others are expanded, in what
     sums are taken in, so that torch's own sum over what was expanded rounds as the kernels do.
     """
+    if shared_sets(problem, x, weight, bias) is not None:
+        return weight, bias
     given = [t for t in (weight, bias) if t is not None]
     rows = problem.rows(x)
-    found = [sets_of(rows, problem.rows(t)) for t in given]
-    # Not each with the first: torch 2.11's Dynamo would hold the sizes fast, of which it asks whether they are themselves.
-    if None not in found and (len(found) < 2 or found[0] == found[1]):
-        return weight, bias
     sizes = torch.broadcast_shapes(*(t.shape for t in given))
     shape = x.shape if sets_of(rows, (*sizes[: -problem.dims], rows[-1])) is None else sizes
     weight, bias = (None if t is None else t.to(road.accumulator_dtype(t)).expand(shape) for t in (weight, bias))

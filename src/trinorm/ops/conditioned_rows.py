@@ -18,7 +18,7 @@ from ..tuning import (
     choose_conditioned_total,
     programs_of_a_set,
 )
-from .conditioned import Conditioned, sets_of
+from .conditioned import Conditioned, shared_sets
 from .layout import Rows, collapse
 from .road import accumulator_dtype
 from .rows import add_up
@@ -71,9 +71,7 @@ def backward(
     found = [empty(t, t.dtype, device) if want and t is not None else None for t, want in zip(inputs, wanted, strict=True)]
     if not any(t is not None for t in found):
         return tuple(found)
-    rows = problem.rows(x)
-    parameter = next((t for t in inputs[2:] if t is not None), None)
-    sets = sets_of(rows, () if parameter is None else problem.rows(parameter))
+    sets = shared_sets(problem, x, *inputs[2:])
     assert sets is not None
     size, members = describe(device), sets.outer * sets.repeat
     plan = choose_conditioned_backward(

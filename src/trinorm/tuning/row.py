@@ -198,10 +198,10 @@ _BACKWARD_SPLIT_OF_SUMS = (
 # Rows that no program holds and no team shares: LayerNorm 0.55 at 16384 columns, 0.53 at 65536; RMSNorm 0.56 at 65536.
 _BACKWARD_WIDE = RowBackwardWide(Tile(1, 2048, 8), 3, 4)
 
-# The last step over the partials of up to so many programs; of more, the last tile. On an H100, the whole backward's time by
-# the tile before it, of 128, 256 or 512 rows and 32 columns, over that by this one: of 4 partials (LayerNorm's 262144 columns)
-# 1.12, of 8 1.06, of 10 and 16 1.02, of 33 to 132 up to 1.01, of 264 and 396 1.00 to 1.04. A tile that is taller than there
-# are partials adds up what is masked; and wide tiles are few programs, each with a long wait.
+# The last step over the partials of up to so many programs; of more, the last tile. On an H100, the whole backward's time
+# by the tile before it, of 128, 256 or 512 rows and 32 columns, over that by this one: of 4 partials (LayerNorm's 262144
+# columns) 1.12, of 8 1.06, of 10 and 16 1.02, of 33 to 132 up to 1.01, of 264 and 396 1.00 to 1.04. A tile that is taller
+# than there are partials adds up what is masked; and wide tiles are few programs, each with a long wait.
 _TOTAL = ((8, Tile(4, 512, 4)), (16, Tile(8, 256, 4)), (32, Tile(16, 64, 2)), (128, Tile(64, 32, 4)))
 _TOTAL_OF_MANY = Tile(128, 16, 8)
 
