@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+from concurrent.futures import Executor
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trinorm.bench.cases import Case
+from trinorm.bench.sweep import compiled
 from trinorm.launch import Device
 from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
-from trinorm.targets import TARGETS
+from trinorm.targets import TARGETS, occupancy
 from trinorm.tuning import (
     RowBackward,
     RowBackwardFew,
@@ -27,9 +31,11 @@ from trinorm.tuning import (
 )
 
 H200 = TARGETS["sm_90"].device
+# As fast, but for its memory.
+H100 = replace(H200, l2=50 << 20)
 # One that has less of everything than any GPU.
 SCARCE = Device(14, 16, 48 << 10, 47 << 10, 1 << 20, dependent_launch=False, programs_wait=True)
-DEVICES = [*(target.device for target in TARGETS.values()), SCARCE]
+DEVICES = [*(target.device for target in TARGETS.values()), H100, SCARCE]
 specs = st.sampled_from([LAYER_NORM, RMS_NORM])
 row_counts = st.integers(1, 1 << 33)
 widths = st.one_of(st.integers(1, 1 << 20), st.sampled_from([1, 64, 128, 768, 4096, 8192, 12288, 16384, 16385]))
@@ -88,11 +94,37 @@ def test_backward(spec: RowNorm, m: int, n: int, itemsize: int, device: Device) 
         assert plan.stage(n)[1] >= n, "whole rows"
 
 
-@given(spec=specs, m=row_counts, n=widths.filter(lambda n: n > 2))
-def test_an_h200_gets_what_was_measured_on_it(spec: RowNorm, m: int, n: int) -> None:
+@given(spec=specs, m=row_counts, n=widths.filter(lambda n: n > 2), device=st.sampled_from([H200, H100]))
+def test_a_gpu_gets_what_was_measured_on_it(spec: RowNorm, m: int, n: int, device: Device) -> None:
     """bf16: no launch of the tables is cut to what there is room for. (Tiles of rows of 1 or 2 are mostly statistics.)"""
-    vast = replace(H200, warps=1 << 20, shared=1 << 40, shared_of_program=1 << 40)
-    assert choose_backward(spec, m, n, 2, H200) == choose_backward(spec, m, n, 2, vast)
+    vast = replace(device, warps=1 << 20, shared=1 << 40, shared_of_program=1 << 40)
+    assert choose_backward(spec, m, n, 2, device) == choose_backward(spec, m, n, 2, vast)
+
+
+@pytest.mark.parametrize(
+    ("op", "n"),
+    [
+        ("layer_norm", 768),
+        ("layer_norm", 1024),
+        ("layer_norm", 3072),
+        ("rms_norm", 3072),
+        ("layer_norm", 5120),
+        ("rms_norm", 5120),
+    ],
+)
+def test_slower_memory_has_launches_of_its_own(op: str, n: int, compiling: Executor) -> None:
+    """Whose programs have room together, and do not spill."""
+    spec = {"layer_norm": LAYER_NORM, "rms_norm": RMS_NORM}[op]
+    launch = choose_backward(spec, 1 << 16, n, 2, H100)
+    assert isinstance(launch, RowBackward)
+    assert launch != choose_backward(spec, 1 << 16, n, 2, H200)
+    case = Case(op, "backward", (1 << 16, n), torch.bfloat16, torch.bfloat16)
+    trial = compiling.submit(compiled, case, launch, "sm_90").result()
+    assert trial.why is None
+    assert trial.spills == 0
+    assert trial.registers is not None
+    there = occupancy(TARGETS["sm_90"], launch.tile.warps, trial.registers, 0, grid=1 << 20)
+    assert there.programs >= launch.per_sm
 
 
 @pytest.mark.parametrize("spec", [LAYER_NORM, RMS_NORM], ids=lambda spec: spec.name)
