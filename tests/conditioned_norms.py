@@ -46,7 +46,8 @@ class Call(NamedTuple):
             norm = getattr(functional, f"modulated_{spec.norm.name}")
             return norm(x, x.shape[x.dim() - dims :], weight, bias, eps=eps)
         if gate is None:
-            return functional.per_head_rms_norm(x, weight, eps, cast=spec.norm.cast)
+            norm = getattr(functional, f"per_head_{spec.norm.name}")
+            return norm(x, weight, *[bias] * spec.norm.center, eps, cast=spec.norm.cast)
         how: dict[str, Any] = dict(activation=spec.gate, norm_before_gate=not spec.gate_first, cast=spec.norm.cast)
         norm = getattr(functional, f"gated_{spec.norm.name}")
         return norm(x, gate, weight, bias, eps, group_size=None if size == x.shape[-1] else size, **how)
@@ -74,8 +75,10 @@ def gated(
     return Call(spec, 1, size or x.shape[-1], x, gate, weight, bias, eps)
 
 
-def of_heads(x: Tensor, weight: Tensor, cast: Cast = "output", eps: float = EPS) -> Call:
-    return Call(ConditionedNorm(RMS_NORM.with_cast(cast)), 1, x.shape[-1], x, None, weight, None, eps)
+def of_heads(
+    norm: RowNorm, x: Tensor, weight: Tensor, bias: Tensor | None = None, cast: Cast = "output", eps: float = EPS
+) -> Call:
+    return Call(ConditionedNorm(norm.with_cast(cast)), 1, x.shape[-1], x, None, weight, bias, eps)
 
 
 def assert_right(call: Call, dy: Tensor | None = None) -> None:

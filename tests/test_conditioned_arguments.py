@@ -76,7 +76,9 @@ GATED = [
 ]
 CASES = [
     *((name, *case) for name in ("modulated_layer_norm", "modulated_rms_norm") for case in MODULATED),
-    *(("per_head_rms_norm", *case) for case in HEADS),
+    *((name, *case) for name in ("per_head_layer_norm", "per_head_rms_norm") for case in HEADS),
+    ("per_head_layer_norm", (_x(), _x(2, 8), _x(8)), {}, RuntimeError, r"bias has shape \(8,\); it must be \(2, 8\)"),
+    ("per_head_layer_norm", (_x(), _x(2, 8), 3), {}, TypeError, "bias must be a Tensor or None"),
     *((name, *case) for name in ("gated_layer_norm", "gated_rms_norm") for case in GATED),
 ]
 

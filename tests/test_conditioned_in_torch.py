@@ -30,7 +30,7 @@ def calls(dtype: torch.dtype, device: torch.device, lead: tuple[int, int] = (2, 
     return {
         "modulated": modulated(LAYER_NORM, x, t(lead[0], 1, n), t(lead[0], 1, n)),
         "of a token": modulated(RMS_NORM, x, t(*lead, n), t(*lead, n)),
-        "of a head": of_heads(x, t(lead[1], n)),
+        "of a head": of_heads(RMS_NORM, x, t(lead[1], n)),
         "norm first": gated(LAYER_NORM, x, gate, weight, bias),
         "gate first": gated(RMS_NORM, x, gate, weight, size=n // 2, first=True),
         "sigmoid": gated(RMS_NORM, x, gate, weight, bias, activation="sigmoid"),
@@ -244,6 +244,14 @@ def test_per_head_module(device: torch.device) -> None:
     module.cast = "gemma"
     assert torch.equal(module(x), functional.per_head_rms_norm(x, weight, 1e-3, cast="gemma"))
     assert repr(module) == "PerHeadRMSNorm(3, 8, eps=0.001, cast='gemma')"
+    for has_bias in (True, False):
+        layer_norm = nn.PerHeadLayerNorm(3, 8, bias=has_bias, device=device)
+        assert [*layer_norm.state_dict()] == ["weight", "bias"][: 1 + has_bias]
+        assert torch.equal(layer_norm.weight, torch.ones_like(weight))
+        layer_norm.weight.data = weight
+        bias = None if layer_norm.bias is None else torch.nn.init.normal_(layer_norm.bias).detach()
+        assert torch.equal(layer_norm(x), functional.per_head_layer_norm(x, weight, bias))
+        assert repr(layer_norm) == f"PerHeadLayerNorm(3, 8, eps=1e-05{'' if has_bias else ', bias=False'})"
 
 
 def test_gated_modules(device: torch.device) -> None:

@@ -149,15 +149,34 @@ def test_programs_that_walk(
 
 
 @pytest.mark.parametrize("of", [(1, 1), (1, 4), (6, 1), (3, 7), (40, 5)], ids=str)
-@pytest.mark.parametrize("cast", CASTS)
-def test_heads(of: tuple[int, int], cast: Cast, device: torch.device) -> None:
+@pytest.mark.parametrize(("norm", "cast"), [*((RMS_NORM, cast) for cast in CASTS), (LAYER_NORM, "output")])
+def test_heads(of: tuple[int, int], norm: RowNorm, cast: Cast, device: torch.device) -> None:
     """Of a packed projection; of few tokens and of several tiles."""
     tokens, heads = of
     packed = torch.randn(2, tokens, 3 * heads, 16, device=device).bfloat16()
-    weight = torch.randn(heads, 16, device=device)
+    weight, bias = torch.randn(2, heads, 16, device=device).unbind()
     for x in (packed[..., heads : 2 * heads, :], packed[0, :, :heads], packed[0, 0, :heads]):
-        assert_right(of_heads(x, weight.to(torch.bfloat16), cast))
-        assert_right(of_heads(x, weight, cast))
+        assert_right(of_heads(norm, x, weight.to(torch.bfloat16), cast=cast))
+        assert_right(of_heads(norm, x, weight, bias if norm.center else None, cast))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_heads_in_transformers(dtype: torch.dtype, device: torch.device) -> None:
+    """Cohere's and Chameleon's LayerNorm of queries and keys. Cohere's takes all in fp32 and rounds once, as ours; the
+    other rounds x̂ and its product with the weight, so that both are compared with what is exact.
+    """
+    cohere = pytest.importorskip("transformers.models.cohere.modeling_cohere")
+    chameleon = pytest.importorskip("transformers.models.chameleon.modeling_chameleon")
+    x, weight, bias = (torch.randn(*size, device=device).to(dtype) for size in ((2, 5, 3, 16), (3, 16), (3, 16)))
+    ours = cohere.CohereLayerNorm((3, 16), eps=EPS).to(device)
+    theirs = chameleon.ChameleonLayerNorm((3, 16)).to(device)
+    assert EPS == 1e-5  # which Chameleon's always is
+    for module, b in ((ours, None), (theirs, bias)):
+        module.weight.data = weight
+        if b is not None:
+            module.bias.data = b
+        call = of_heads(LAYER_NORM, x, weight, b)
+        assert_no_worse("y", call(), conditioned_reference.oracle(*call), module(x))
 
 
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)

@@ -1,5 +1,6 @@
-"""Conditioned norms as functions: rows with a scale and a shift of their own, heads with weights of their own, and gates
-(functional re-exports them).
+"""Conditioned norms as functions: rows with a scale and a shift of their own, and gates (functional re-exports them).
+
+Heads with weights of their own are per_head_functional.py's.
 """
 
 from __future__ import annotations
@@ -97,58 +98,6 @@ def modulated_rms_norm(
         how: dict[str, Any] = dict(shift=shift, weight=weight, eps=eps, batch_invariant=batch_invariant)
         return handle_torch_function(modulated_rms_norm, tensors, input, normalized_shape, scale, **how)
     return _modulated(RMS_NORM, normalized_shape, (*tensors, None), eps, batch_invariant)
-
-
-def per_head_rms_norm(
-    input: Tensor,
-    weight: Tensor,
-    eps: float | None = None,
-    *,
-    cast: Cast = "output",
-    batch_invariant: bool | None = None,
-) -> Tensor:
-    r"""Root mean square normalization of each head, by a weight of its own.
-
-    .. math::
-        y_h = \frac{x_h}{\sqrt{\mathrm{E}[x_h^2] + \epsilon}} \cdot w_h
-
-    Args:
-        input: ``(*, H, D)``; float16, bfloat16, float32 or float64. Any strides; where the last dim is not contiguous it is
-            copied. It may be a view into a packed projection.
-        weight: ``(H, D)``, any of the dtypes above, not necessarily the input's.
-        eps: as :func:`rms_norm`.
-        cast, batch_invariant: as :func:`layer_norm`.
-
-    Returns:
-        A contiguous tensor of the input's shape and dtype; as :func:`modulated_layer_norm`.
-
-    Raises:
-        RuntimeError, NotImplementedError, TypeError: as :func:`modulated_layer_norm`.
-        ValueError: eps is negative or NaN, or ``cast`` is none of its values.
-
-    Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
-    """
-    if has_torch_function_variadic(input, weight):
-        how: dict[str, Any] = dict(eps=eps, cast=cast, batch_invariant=batch_invariant)
-        return handle_torch_function(per_head_rms_norm, (input, weight), input, weight, **how)
-    op = "per_head_rms_norm"
-    asked = (op, eps, cast, batch_invariant) if _are_plain(eps, batch_invariant) else None
-    if asked is not None and (call := conditioned.CALLS.recall(asked, input, None, weight, None)) is not None:
-        return call(input, None, weight, None)
-    eps = _epsilon(RMS_NORM, input, eps)
-    _check_inputs(op, input, weight=weight)
-    if input.dim() < 2:
-        raise RuntimeError(f"{op}(): input has shape {tuple(input.shape)}; it must be (..., heads, D)")
-    if weight.shape != input.shape[-2:]:
-        raise RuntimeError(
-            f"{op}(): weight has shape {tuple(weight.shape)}; it must be {tuple(input.shape[-2:])}, the input's heads and "
-            "their elements"
-        )
-    eps = checks.epsilon(op, eps)
-    checks.casting(op, cast)
-    invariant = checks.invariance(op, batch_invariant)
-    spec = ConditionedNorm(RMS_NORM.with_cast(cast))
-    return conditioned_norm(op, spec, 1, input.shape[-1], eps, asked, invariant, input, None, weight, None)
 
 
 def gated_layer_norm(
@@ -256,16 +205,16 @@ def _modulated(
 ) -> Tensor:
     x, scale, shift, weight, bias = tensors
     op = f"modulated_{norm.name}"
-    plain = _are_plain(eps, batch_invariant) and isinstance(normalized_shape, tuple)
+    plain = are_plain(eps, batch_invariant) and isinstance(normalized_shape, tuple)
     asked: tuple[Any, ...] | None = (
         (op, normalized_shape, *map(type, normalized_shape), eps, batch_invariant) if plain else None
     )
     alone = weight is None and bias is None
     if asked is not None and alone and (call := conditioned.CALLS.recall(asked, x, None, scale, shift)) is not None:
         return call(x, None, scale, shift)
-    eps = _epsilon(norm, x, eps)
+    eps = default_epsilon(norm, x, eps)
     shape, eps, invariant = checks.rows(op, x, normalized_shape, weight, bias, eps, "output", batch_invariant)
-    _check_inputs(op, x, ("shift",), scale=scale, shift=shift)
+    check_inputs(op, x, ("shift",), scale=scale, shift=shift)
     for name, t in (("scale", scale), ("shift", shift)):
         if t is not None and not conditioned.broadcasts(t, x, len(shape)):
             raise RuntimeError(
@@ -307,7 +256,7 @@ def _overridden(norm: Callable[..., Tensor], tensors: tuple[Any, ...], by: _By) 
 
 def _gated(norm: RowNorm, tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None], by: _By) -> Tensor:
     eps, group_size, activation, norm_before_gate, cast, batch_invariant = by
-    plain = _are_plain(eps, batch_invariant) and type(norm_before_gate) is bool
+    plain = are_plain(eps, batch_invariant) and type(norm_before_gate) is bool
     plain = plain and (group_size is None or type(group_size) is int)
     # What a call is recalled by.
     asked = ("gated", norm.name, *by) if plain else None
@@ -315,8 +264,8 @@ def _gated(norm: RowNorm, tensors: tuple[Tensor, Tensor, Tensor | None, Tensor |
         return call(*tensors)
     op = f"gated_{norm.name}"
     x, gate, weight, bias = tensors
-    eps = _epsilon(norm, x, eps)
-    _check_inputs(op, x, ("weight", "bias"), gate=gate, weight=weight, bias=bias)
+    eps = default_epsilon(norm, x, eps)
+    check_inputs(op, x, ("weight", "bias"), gate=gate, weight=weight, bias=bias)
     if x.dim() < 1:
         raise RuntimeError(f"{op}(): input has no dims; it must be (..., N)")
     if gate.shape != x.shape:
@@ -347,12 +296,12 @@ def _group_size(op: str, group_size: int | None, n: int) -> int:
     return group_size
 
 
-def _are_plain(eps: float | None, batch_invariant: bool | None) -> bool:
+def are_plain(eps: float | None, batch_invariant: bool | None) -> bool:
     """Whether these may be a part of what a call is recalled by."""
     return (eps is None or type(eps) is float) and (batch_invariant is None or type(batch_invariant) is bool)
 
 
-def _epsilon(norm: RowNorm, x: Tensor, eps: float | None) -> float:
+def default_epsilon(norm: RowNorm, x: Tensor, eps: float | None) -> float:
     """eps, or, None, RMSNorm's own, as rms_norm."""
     if eps is not None or norm.center:
         return eps  # type: ignore[return-value]
@@ -360,7 +309,7 @@ def _epsilon(norm: RowNorm, x: Tensor, eps: float | None) -> float:
     return 2.220446049250313e-16 if double else 1.1920928955078125e-07
 
 
-def _check_inputs(op: str, x: Tensor, optional: tuple[str, ...] = (), **others: Any) -> None:
+def check_inputs(op: str, x: Tensor, optional: tuple[str, ...] = (), **others: Any) -> None:
     """Of the tensors: kind, layout, dtype and device. optional: which may be None."""
     for name, t in dict(input=x, **others).items():
         if t is None and name in optional:

@@ -77,45 +77,6 @@ class ModulatedRMSNorm(torch.nn.RMSNorm):
         return super().extra_repr() + shown(self)
 
 
-class PerHeadRMSNorm(torch.nn.Module):
-    r"""Root mean square normalization of each head of ``(*, num_heads, head_dim)``, by a weight of its own; see
-    :func:`trinorm.functional.per_head_rms_norm` for the formula, shapes, dtypes and errors.
-
-    Args:
-        num_heads, head_dim: H and D. The weight is ``(H, D)``, ones at first.
-        eps: added to the mean square; >= 0. None: as :func:`trinorm.functional.rms_norm`.
-        device, dtype: of the weight.
-
-    Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
-    """
-
-    cast: functional.Cast = "output"
-    batch_invariant: bool | None = None
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_dim: int,
-        eps: float | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim, self.eps = num_heads, head_dim, eps
-        self.weight = torch.nn.Parameter(torch.empty(num_heads, head_dim, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        torch.nn.init.ones_(self.weight)
-
-    def forward(self, input: Tensor) -> Tensor:
-        how = dict(cast=self.cast, batch_invariant=self.batch_invariant)
-        return functional.per_head_rms_norm(input, self.weight, self.eps, **how)  # type: ignore[arg-type]
-
-    def extra_repr(self) -> str:
-        return f"{self.num_heads}, {self.head_dim}, eps={self.eps}" + shown(self)
-
-
 class _Gated(torch.nn.Module):
     weight: torch.nn.Parameter | None
     bias: torch.nn.Parameter | None

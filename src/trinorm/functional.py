@@ -17,9 +17,9 @@ from .conditioned_functional import (
     gated_rms_norm,
     modulated_layer_norm,
     modulated_rms_norm,
-    per_head_rms_norm,
 )
 from .ops import CALLS, channel, channel_norm, jagged, row_norm
+from .per_head_functional import per_head_layer_norm, per_head_rms_norm
 from .qk_functional import qk_norm
 from .spec import CHANNEL_LAYER_NORM, LAYER_NORM, RMS_NORM, Cast
 
@@ -35,6 +35,7 @@ __all__ = [
     "layer_norm",
     "modulated_layer_norm",
     "modulated_rms_norm",
+    "per_head_layer_norm",
     "per_head_rms_norm",
     "qk_norm",
     "rms_norm",

@@ -1,6 +1,6 @@
 """Modules: torch.nn's own norms, computed by trinorm; AddLayerNorm and AddRMSNorm, which take a residual besides, and
 ModulatedLayerNorm and ModulatedRMSNorm, which take a scale and a shift; and ChannelLayerNorm, QKNorm, GatedLayerNorm,
-GatedRMSNorm and PerHeadRMSNorm, which torch.nn has not.
+GatedRMSNorm, PerHeadLayerNorm and PerHeadRMSNorm, which torch.nn has not.
 
 Each but these five is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so
 checkpoints load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input"
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .conditioned_nn import GatedLayerNorm, GatedRMSNorm, ModulatedLayerNorm, ModulatedRMSNorm, PerHeadRMSNorm
+from .conditioned_nn import GatedLayerNorm, GatedRMSNorm, ModulatedLayerNorm, ModulatedRMSNorm
+from .heads_nn import PerHeadLayerNorm, PerHeadRMSNorm, QKNorm
 from .shown import shown
 from .spec import Activation
 
@@ -37,6 +38,7 @@ __all__ = [
     "LayerNorm",
     "ModulatedLayerNorm",
     "ModulatedRMSNorm",
+    "PerHeadLayerNorm",
     "PerHeadRMSNorm",
     "QKNorm",
     "RMSNorm",
@@ -255,56 +257,6 @@ class ChannelLayerNorm(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_channels}, eps={self.eps}, affine={self.affine}" + shown(self)
-
-
-class QKNorm(torch.nn.Module):
-    r"""RMS normalization of queries and keys, and their rotary embedding: ``q, k = norm(q, k, cos, sin)``; see
-    :func:`trinorm.functional.qk_norm` for the formula, shapes, dtypes and errors.
-
-    Args:
-        head_dim: D.
-        eps: added to the mean square; >= 0. None: as :func:`trinorm.functional.rms_norm`.
-        elementwise_affine: has a ``query_weight`` and a ``key_weight``, ones at first.
-        device, dtype: of both.
-
-    Source: Henry, Dachapally, Pawar, Chen, "Query-Key Normalization for Transformers", arXiv:2010.04245.
-    """
-
-    query_weight: torch.nn.Parameter | None
-    key_weight: torch.nn.Parameter | None
-    interleaved: bool = False
-    cast: functional.Cast = "output"
-    batch_invariant: bool | None = None
-
-    def __init__(
-        self,
-        head_dim: int,
-        eps: float | None = None,
-        elementwise_affine: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.head_dim, self.eps, self.elementwise_affine = head_dim, eps, elementwise_affine
-        for name in ("query_weight", "key_weight"):
-            weight = torch.empty(head_dim, device=device, dtype=dtype) if elementwise_affine else None
-            self.register_parameter(name, None if weight is None else torch.nn.Parameter(weight))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for weight in (self.query_weight, self.key_weight):
-            if weight is not None:
-                torch.nn.init.ones_(weight)
-
-    def forward(
-        self, query: Tensor, key: Tensor, cos: Tensor | None = None, sin: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        how = dict(interleaved=self.interleaved, cast=self.cast, batch_invariant=self.batch_invariant)
-        weights = self.query_weight, self.key_weight
-        return functional.qk_norm(query, key, *weights, self.eps, cos=cos, sin=sin, **how)  # type: ignore[arg-type]
-
-    def extra_repr(self) -> str:
-        return f"{self.head_dim}, eps={self.eps}, elementwise_affine={self.elementwise_affine}" + shown(self)
 
 
 class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
