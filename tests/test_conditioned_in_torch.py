@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -231,6 +232,7 @@ def test_modulated_modules(norm: RowNorm, device: torch.device) -> None:
     assert [*owner.state_dict()] == [*of_torch(8).state_dict()]
     owner.weight.data = torch.randn(8, device=device)
     assert torch.equal(owner(x, scale, shift), function(x, (8,), scale, shift, owner.weight, eps=owner.eps))
+    assert kind(np.int64(8)).normalized_shape == of_torch(np.int64(8)).normalized_shape
     module.batch_invariant = True
     of_torchs = of_torch(8, eps=1e-3, elementwise_affine=False).extra_repr()
     assert repr(module) == f"{kind.__name__}({of_torchs}, batch_invariant=True)"
@@ -271,9 +273,10 @@ def test_gated_modules(device: torch.device) -> None:
             how.update(cast=module.cast, batch_invariant=module.batch_invariant, group_size=4)
             assert torch.equal(module(x, gate), function(x, gate, weight, bias, 1e-3, **how))
         assert repr(module) == (
-            f"{kind.__name__}(8, eps=0.001, elementwise_affine=True, group_size=4, norm_before_gate=False, cast='llama', "
-            "batch_invariant=True, activation='sigmoid')"
+            f"{kind.__name__}(8, eps=0.001, elementwise_affine=True, bias=True, group_size=4, norm_before_gate=False, "
+            "cast='llama', batch_invariant=True, activation='sigmoid')"
         )
+        assert "bias=False" in repr(kind(8, bias=False))
         assert not kind(8, elementwise_affine=False).state_dict()
     assert [*nn.GatedRMSNorm(8).state_dict()] == ["weight"]
 

@@ -158,6 +158,12 @@ def files_name_no_host_and_no_machine(file: File) -> Breaches:
             yield number, "names a path of some machine"
 
 
+def merges_are_finished(file: File) -> Breaches:
+    for number, line in enumerate(file.text.splitlines(), 1):
+        if re.match(r"(<{7}|>{7}|\|{7}) ", line):
+            yield number, "a merge left both sides here"
+
+
 Rule = Callable[[File], Breaches]
 
 RULES: dict[Rule, tuple[list[File], list[File]]] = {
@@ -228,6 +234,10 @@ RULES: dict[Rule, tuple[list[File], list[File]]] = {
             File("README.md", "https://arxiv.org/abs/1607.06450; benchmarks/results/ and tests/tmp/x"),
             File("Makefile", "rm -rf $(BUILD)/tmp/"),
         ],
+    ),
+    merges_are_finished: (
+        [File("a.md", "one\n" + "<" * 7 + " HEAD\ntwo"), File("a.py", ">" * 7 + " other\n")],
+        [File("a.md", "Title\n=======\n\n>>> f()")],
     ),
 }
 

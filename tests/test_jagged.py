@@ -139,3 +139,17 @@ def test_strided_nested_tensors_are_refused(spec: RowNorm, device: torch.device)
     x = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], device=device)
     with pytest.raises(RuntimeError, match="input is a nested tensor"):
         norm(spec, x, (8,))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_strided_nested_weights_are_refused_after_a_call_that_is_recalled(spec: RowNorm, device: torch.device) -> None:
+    """They have no strides to be told apart by, and torch's guard ends the process that asks for them."""
+    x, weight = torch.randn(2, 8, device=device), torch.randn(8, device=device)
+    nested = torch.nested.nested_tensor([weight], device=device)
+    gated = getattr(functional, f"gated_{spec.name}")
+    for _ in range(2):
+        norm(spec, x, (8,), weight)
+        gated(x, x.clone(), weight)
+    for refused in (lambda: norm(spec, x, (8,), nested), lambda: gated(x, nested), lambda: gated(x, x.clone(), nested)):
+        with pytest.raises(RuntimeError, match=r"[Nn]ested ?[Tt]ensor"):
+            refused()

@@ -126,6 +126,23 @@ def test_the_norms_own_weight_and_bias(
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_the_norms_own_weight_and_bias_beside_an_input_in_fp64(device: torch.device) -> None:
+    """Are multiplied in fp64 too, whatever they are in."""
+    x = torch.randn(4, 33, device=device, dtype=torch.float64)
+    scale, shift, weight, bias = torch.randn(4, 33, device=device)
+    y = functional.modulated_layer_norm(x, (33,), scale, shift, weight, bias)
+    n = torch.nn.functional.layer_norm(x, (33,), weight.double(), bias.double())
+    torch.testing.assert_close(y, n * (1 + scale.double()) + shift, rtol=1e-13, atol=1e-13)
+
+
+def test_a_shift_of_other_sharings_beside_an_input_in_fp64(device: torch.device) -> None:
+    """Has its gradient summed in fp64, whatever it is in itself."""
+    x, scale, dy = torch.randn(3, 40, 3, 24, device=device, dtype=torch.float64)
+    shift = torch.randn(3, 24, device=device, requires_grad=True)
+    (found,) = torch.autograd.grad(functional.modulated_layer_norm(x, (24,), scale, shift), shift, dy)
+    assert torch.equal(found, dy.sum(0).float())
+
+
 def test_rows_of_several_dims(device: torch.device) -> None:
     x = torch.randn(2, 3, 4, 5, device=device)
     for own in ((), (2, 1), (2, 3), (3,)):

@@ -222,7 +222,7 @@ def _modulated(
                 f"{tuple(shape)}; {name} must end in that, and its dims before be broadcast to the input's"
             )
     if not alone:
-        scale, shift = _folded(scale, shift, weight, bias)
+        scale, shift = _folded(x.dtype, scale, shift, weight, bias)
         asked = None if asked is None else (*asked, "folded")
         if asked is not None and (call := conditioned.CALLS.recall(asked, x, None, scale, shift)) is not None:
             return call(x, None, scale, shift)
@@ -231,10 +231,10 @@ def _modulated(
 
 
 def _folded(
-    scale: Tensor, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    dtype: torch.dtype, scale: Tensor, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """``w·(1 + scale)`` and ``b·(1 + scale) + shift``: weight and bias of the same norm."""
-    double = any(t is not None and t.dtype == torch.float64 for t in (scale, shift, weight, bias))
+    """``w·(1 + scale)`` and ``b·(1 + scale) + shift``: weight and bias of the same norm. dtype: the input's."""
+    double = torch.float64 in (dtype, *(t.dtype for t in (scale, shift, weight, bias) if t is not None))
     wide = torch.float64 if double else torch.float32
     factor = 1 + scale.to(wide)
     if bias is not None:

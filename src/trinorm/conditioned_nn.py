@@ -33,8 +33,7 @@ class ModulatedLayerNorm(torch.nn.LayerNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        shape = normalized_shape if isinstance(normalized_shape, int) else list(normalized_shape)
-        super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
 
     def forward(self, input: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:  # type: ignore[override]
         given = input, self.normalized_shape, scale, shift
@@ -66,8 +65,7 @@ class ModulatedRMSNorm(torch.nn.RMSNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        shape = normalized_shape if isinstance(normalized_shape, int) else list(normalized_shape)
-        super().__init__(shape, eps, elementwise_affine, device, dtype)
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:  # type: ignore[override]
         given = x, self.normalized_shape, scale, shift
@@ -126,7 +124,8 @@ class _Gated(torch.nn.Module):
 
     def extra_repr(self) -> str:
         groups = "" if self.group_size is None else f", group_size={self.group_size}"
-        return f"{self.hidden_size}, eps={self.eps}, elementwise_affine={self.elementwise_affine}{groups}" + shown(self)
+        parameters = f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None}"
+        return f"{self.hidden_size}, eps={self.eps}, {parameters}{groups}" + shown(self)
 
 
 class GatedLayerNorm(_Gated):

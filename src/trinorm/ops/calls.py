@@ -67,7 +67,11 @@ class Calls(Generic[T]):
         try:
             key = op, manner, x.shape, eps, weight is None, bias is None, _grad_is_on()
             entries = self._own.get(key)
-        except (RuntimeError, TypeError):  # a nested tensor of strided layout has no shape; a wrong manner may be no key
+            # Of a nested tensor of strided layout the guard would ask the strides, which ends the process.
+            if (weight is not None and weight.is_nested) or (bias is not None and bias.is_nested):
+                return None
+        # Such an x has no shape; a wrong manner may be no key, and a wrong parameter no tensor.
+        except (RuntimeError, TypeError, AttributeError):
             return None
         tensors = _present(x, weight, bias)
         if entries is not None and (call := _of_these(entries, tensors, normalized_shape)) is not None:
@@ -128,7 +132,12 @@ class Known(Generic[T]):
         except (RuntimeError, TypeError):
             return None
         if entries is not None:
-            present = [t for t in tensors if t is not None]
+            present = []
+            for t in tensors:
+                if t is not None:
+                    if t.is_nested:  # as Calls'
+                        return None
+                    present.append(t)
             for alike, call in entries:
                 if alike(*present):
                     return call

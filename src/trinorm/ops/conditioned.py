@@ -112,7 +112,8 @@ def aligned(
     rows = problem.rows(x)
     sizes = torch.broadcast_shapes(*(t.shape for t in given))
     shape = x.shape if sets_of(rows, (*sizes[: -problem.dims], rows[-1])) is None else sizes
-    weight, bias = (None if t is None else t.to(road.accumulator_dtype(t)).expand(shape) for t in (weight, bias))
+    wide = road.accumulator_dtype(x, *given)
+    weight, bias = (None if t is None else t.to(wide).expand(shape) for t in (weight, bias))
     return weight, bias
 
 

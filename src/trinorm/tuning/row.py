@@ -138,7 +138,7 @@ _BACKWARD: tuple[tuple[int, tuple[Tile, int, int, int] | None, tuple[Tile, int, 
 )  # 12288: 0.82, 0.84
 
 # Of these rows of the table, where memory is slower. On an H100 (3.35 TB/s for an H200's 4.8) by the launch above, then by
-# this one; on an H200 these are 1 to 4% slower where they were tried. torch tells the two apart by their L2 alone.
+# this one; on an H200 these are 1 to 4% slower where they were tried. They are told apart by their L2.
 _L2_OF_FAST_MEMORY = 55 << 20
 _BACKWARD_SLOW_MEMORY = {
     (768, True): (Tile(4, 256, 8), 1, 3, 2),  #   0.86, 0.88
@@ -200,7 +200,7 @@ _BACKWARD_WIDE = RowBackwardWide(Tile(1, 2048, 8), 3, 4)
 
 # The last step over the partials of up to so many programs; of more, the last tile. On an H100, the whole backward's time
 # by the tile before it, of 128, 256 or 512 rows and 32 columns, over that by this one: of 4 partials (LayerNorm's 262144
-# columns) 1.12, of 8 1.06, of 10 and 16 1.02, of 33 to 132 up to 1.01, of 264 and 396 1.00 to 1.04. A tile that is taller
+# columns) 1.12, of 8 1.06, of 10 and 16 1.02, of 33 to 82 up to 1.01, of 264 and 396 1.00 to 1.04. A tile that is taller
 # than there are partials adds up what is masked; and wide tiles are few programs, each with a long wait.
 _TOTAL = ((8, Tile(4, 512, 4)), (16, Tile(8, 256, 4)), (32, Tile(16, 64, 2)), (128, Tile(64, 32, 4)))
 _TOTAL_OF_MANY = Tile(128, 16, 8)
