@@ -357,9 +357,9 @@ def test_a_first_call_takes_under_two_seconds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
 def test_a_new_row_count_compiles_nothing(op: str) -> None:
     """Within one launch of the tables, any number of rows and any leading shape run the same binaries."""
-    from trinorm.kernels import row, row_backward
+    from trinorm.kernels import partials, row, row_backward
 
-    kernels = [row.row_forward, row_backward.row_backward, row_backward.row_backward_few, row_backward.sum_partials]
+    kernels = [row.row_forward, row_backward.row_backward, row_backward.row_backward_few, partials.sum_partials]
 
     def binaries() -> int:
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trinorm.kernels import affine, index, row, row_backward, row_split, stats, team
+from trinorm.kernels import affine, index, partials, row, row_backward, row_split, stats, team
 
 ROWS, CHUNK, N = 4, 16, 40  # three chunks, the last one ragged
 
@@ -136,14 +136,16 @@ def test_gradients_of_rows(center: bool, device: torch.device) -> None:
 
 
 @triton.jit
-def _sum_kernel(OUT, PARTIAL, P, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    row_backward.sum_partial(OUT, PARTIAL, P, N, tl.float32, ROWS, CHUNK)
+def _sum_kernel(OUT, PARTIAL, P, sets, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    partials.sum_partial(OUT, PARTIAL, P, sets, N, tl.float32, ROWS, CHUNK)
 
 
 @pytest.mark.parametrize("p", [1, 4, 7])
-def test_partials_are_summed(p: int, device: torch.device) -> None:
-    partial, out = torch.randint(-8, 8, (p, N), device=device).float(), torch.empty(N, device=device)
-    _sum_kernel[(-(-N // CHUNK),)](out, partial, p, N=N, ROWS=ROWS, CHUNK=CHUNK)
+@pytest.mark.parametrize("sets", [None, 1, 3])
+def test_partials_are_summed(p: int, sets: int | None, device: torch.device) -> None:
+    partial = torch.randint(-8, 8, (p, sets or 1, N), device=device).float()
+    out = torch.empty(sets or 1, N, device=device)
+    _sum_kernel[(-(-N // CHUNK) * (sets or 1),)](out, partial, p, sets, N=N, ROWS=ROWS, CHUNK=CHUNK)
     assert torch.equal(out, partial.sum(0))
 
 

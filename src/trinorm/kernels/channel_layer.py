@@ -10,7 +10,7 @@ small images share a tile. UNIT divides S, as far as a wide access asks, and ROW
 - ``channel_layer_backward``          persistent programs walk held tiles, dw and db in registers
 - ``channel_layer_moments``, ``channel_layer_apply``  more channels: c1 and c2 of each position, then dx, dw and db
 
-DW and DB are ``[programs, C]`` partials (row_backward.sum_partials). DX, DW and DB may each be None: not asked for.
+DW and DB are ``[programs, C]`` partials (partials.sum_partials). DX, DW and DB may each be None: not asked for.
 """
 
 import triton

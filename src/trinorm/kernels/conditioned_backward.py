@@ -10,7 +10,7 @@ docs/mathematics.md derives them. s, x̂ and a(z) are made again of x, z and the
 repeat]: those of a set, one middle index, have one w and b. A program has rows of one set alone, so that it reads w and b
 once, and its
 sums over rows are those of one set: in a fixed order, in fp32, with no atomics. Where several programs share a set, each
-makes a partial, which row_backward.sum_partials adds up. DX, DZ, DW and DB may be None: only what is asked for is computed.
+makes a partial, which partials.sum_partials adds up. DX, DZ, DW and DB may be None: only what is asked for is computed.
 """
 
 import triton

@@ -4,7 +4,7 @@
     dx = rstd·(g - x̂·mean(g·x̂)) with g = dn·(w + OFFSET),   dw = Σ dn·x̂ over tokens and heads
 
 The sums over tokens are taken in a fixed order, in fp32, with no atomics: each program makes a partial of its share, which
-row_backward.sum_partials adds up.
+partials.sum_partials adds up.
 """
 
 import triton

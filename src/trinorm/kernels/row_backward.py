@@ -10,7 +10,8 @@ over rows are taken in a fixed order, in fp32, with no atomics: the same bits on
 
 - ``row_backward_few``       few rows: one launch, in which some programs take rows (dx) and others columns (dw, db)
 - ``row_backward``           many rows: persistent programs walk tiles of whole rows, dw and db in registers
-- ``sum_partials``           the last step where each program made a partial of dw and db: their sum
+
+Where each program made a partial of dw and db, partials.py adds them up.
 
 Rows too wide to hold are split over a team (row_split.py) or read twice (row_backward_wide.py).
 """
@@ -32,7 +33,6 @@ from .index import (
     rounded_up,
     row_offsets,
     rows_live,
-    second_program,
     tile_rows,
 )
 from .overlap import let_next_launch, wait_for_previous
@@ -358,41 +358,3 @@ def row_backward_few(
         if DB is not None:
             total = tl.sum(db, axis=0, keep_dims=True).to(DB.dtype.element_ty)
             tl.store(DB + columns, total, mask=in_row)
-
-
-@triton.jit
-def sum_partial(OUT, PARTIAL, P, N: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """The sum of ``[P, N]`` partials over P, of one chunk of columns, in the order of the programs that made them."""
-    columns = chunk_columns(first_program() * CHUNK, CHUNK)
-    in_row = columns_live(columns, rounded_up(N, CHUNK), N)
-    total = tl.zeros([ROWS, CHUNK], ACC)
-    for tile in tl.range(0, tl.cdiv(P, ROWS)):
-        rows = tile_rows(tile, ROWS)
-        total += load(PARTIAL + rows * N + columns, (rows < P) & in_row)
-    tl.store(OUT + columns, tl.sum(total, axis=0, keep_dims=True).to(OUT.dtype.element_ty), mask=in_row)
-
-
-@triton.jit(do_not_specialize=["P"])
-def sum_partials(
-    DW,
-    DB,
-    DW_PARTIAL,
-    DB_PARTIAL,
-    P,
-    N: tl.constexpr,
-    ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """dw (grid axis 1: 0) and db (1) from their partials."""
-    wait_for_previous(PDL)
-    let_next_launch(PDL)
-    if DB is None:
-        sum_partial(DW, DW_PARTIAL, P, N, ACC, ROWS, CHUNK)
-    elif DW is None:
-        sum_partial(DB, DB_PARTIAL, P, N, ACC, ROWS, CHUNK)
-    elif second_program() == 0:
-        sum_partial(DW, DW_PARTIAL, P, N, ACC, ROWS, CHUNK)
-    else:
-        sum_partial(DB, DB_PARTIAL, P, N, ACC, ROWS, CHUNK)

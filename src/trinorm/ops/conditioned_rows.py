@@ -94,8 +94,8 @@ def backward(
     args = *tensors, members, sets.middle, sets.repeat, *layouts
     launch(conditioned_backward, (programs * sets.middle,), device, args, options)
     if programs > 1:
-        most = plan.most_partials(n, size)
-        add_up(sums[0], sums[1], partials[0], partials[1], programs, most, stats, choose_conditioned_total(programs))
+        outs, most = (sums[0], sums[1], partials[0], partials[1]), plan.most_partials(n, size)
+        add_up(*outs, programs, most, stats, sets=sets.middle, total=choose_conditioned_total(programs))
     return tuple(found)
 
 

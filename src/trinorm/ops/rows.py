@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.partials import sum_partials
 from ..kernels.row import row_forward, row_forward_streamed
-from ..kernels.row_backward import row_backward, row_backward_few, sum_partials
+from ..kernels.row_backward import row_backward, row_backward_few
 from ..kernels.row_backward_wide import row_backward_apply, row_backward_moments
 from ..kernels.row_split import row_backward_split, row_forward_split
 from ..launch import Count, Leading, describe, empty, launch, of_rows
@@ -228,19 +229,22 @@ def add_up(
     programs: int | Count,
     most: int,
     stats: torch.dtype,
+    *,
+    sets: int | None = None,
     total: Tile | None = None,
 ) -> None:
-    """dw and db, each or not, from the partials of so many programs, as a rule at most ``most``. total: the launch's tile,
-    where it is not that of the row norms.
+    """dw and db, each or not, from the partials of so many programs, as a rule at most ``most``. sets: of how many sets of
+    rows they are the sums, each with so many programs, where they are not of all rows. total: the launch's tile, where it
+    is not that of the row norms.
     """
     summed = [t for t in (dw, db) if t is not None]
     if not summed:
         return
-    n, device = summed[0].numel(), summed[0].device
+    n, device = summed[0].numel() // (sets or 1), summed[0].device
     size, total = describe(device), total or choose_total(most)
     options = dict(N=n, ACC=ACCUMULATOR[stats], ROWS=total.rows, CHUNK=total.chunk, **started_by(total, size))
-    args = (dw, db, dw_partials, db_partials, programs)
-    launch(sum_partials, (-(-n // total.chunk), len(summed)), device, args, options)
+    args = (dw, db, dw_partials, db_partials, programs, sets)
+    launch(sum_partials, (-(-n // total.chunk) * (sets or 1), len(summed)), device, args, options)
 
 
 def _variant(spec: RowNorm, y: torch.dtype, weight: Tensor | None, stats: torch.dtype) -> dict[str, Any]:
