@@ -51,6 +51,7 @@ FLOW = (
     "added_functional",
     "qk_functional",
     "conditioned_functional",
+    "linear_functional",
     "channel_functional",
     "functional",
     "shown",

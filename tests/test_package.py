@@ -124,11 +124,13 @@ def test_public_names_are_there_and_documented() -> None:
         "group_norm",
         "instance_norm",
         "layer_norm",
+        "layer_norm_linear",
         "modulated_layer_norm",
         "modulated_rms_norm",
         "per_head_rms_norm",
         "qk_norm",
         "rms_norm",
+        "rms_norm_linear",
     ]
     for owner, name in (
         *((trinorm, name) for name in trinorm.__all__),
