@@ -56,6 +56,8 @@ FLOW = (
     "functional",
     "shown",
     "conditioned_nn",
+    "row_nn",
+    "linear_nn",
     "nn",
     "convert",
     "__init__",

@@ -139,10 +139,12 @@ def test_public_names_are_there_and_documented() -> None:
         (trinorm.nn, "GatedLayerNorm"),
         (trinorm.nn, "GatedRMSNorm"),
         (trinorm.nn, "LayerNorm"),
+        (trinorm.nn, "LayerNormLinear"),
         (trinorm.nn, "ModulatedLayerNorm"),
         (trinorm.nn, "ModulatedRMSNorm"),
         (trinorm.nn, "PerHeadRMSNorm"),
         (trinorm.nn, "QKNorm"),
         (trinorm.nn, "RMSNorm"),
+        (trinorm.nn, "RMSNormLinear"),
     ):
         assert getattr(owner, name).__doc__, name
