@@ -17,7 +17,7 @@ from trinorm import functional, reference
 from trinorm.compare import assert_no_worse
 from trinorm.forced import forced
 from trinorm.ops import linear, rows
-from trinorm.spec import CASTS, LAYER_NORM, RowNorm
+from trinorm.spec import CASTS, LAYER_NORM, RMS_NORM, RowNorm
 
 EPS = 1e-5
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -208,6 +208,26 @@ def test_bytes_kept(spec: RowNorm, dtype: torch.dtype, device: torch.device) -> 
     # Whoever has x of an op that does not keep it has half to keep.
     of_x = m * n * dtype.itemsize
     assert (statistics + of_x) / (statistics + 2 * of_x) == pytest.approx(0.5, rel=2e-3)
+
+
+def test_bytes_kept_of_a_transformers_layer(device: torch.device) -> None:
+    """Two norms into one linear layer each, on a residual stream: less two y."""
+    m, n, kept_bytes = 16, 64, {}
+    x = torch.randn(m, n, device=device, requires_grad=True)
+    sizes = ((n,), (3 * n, n), (n, n), (n,), (8 * n, n), (n, 4 * n))
+    w, qkv, o, w2, gate_up, down = parameters = [torch.randn(s, device=device, requires_grad=True) for s in sizes]
+    for function in (together, apart):
+
+        def layer(x: Tensor, function: Callable[..., Tensor] = function) -> Tensor:
+            q, k, v = function(RMS_NORM, x, w, None, qkv).view(m, 3, 4, 16).permute(1, 2, 0, 3)[:, None]
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + F.linear(attended[0].transpose(0, 1).reshape(m, n), o)
+            gate, up = function(RMS_NORM, x, w2, None, gate_up).chunk(2, -1)
+            return x + F.linear(F.silu(gate) * up, down)
+
+        _, kept = kept_by(layer, x)
+        kept_bytes[function] = bytes_of(kept, parameters)
+    assert kept_bytes[apart] - kept_bytes[together] == 2 * m * n * 4
 
 
 @pytest.mark.skipif(not ON_GPU, reason="no GPU whose memory could be measured")

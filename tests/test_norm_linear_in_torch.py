@@ -263,6 +263,7 @@ class _Sub(Tensor):
     pass
 
 
+@pytest.mark.filterwarnings("ignore:.*runs torch's own operator")
 def test_what_has_a_way_of_its_own_sees_one_call(spec: RowNorm, device: torch.device) -> None:
     given, name = draw(spec, (5, 40), 8, device), f"{spec.name}_linear"
 
@@ -297,6 +298,7 @@ def test_jagged(spec: RowNorm, device: torch.device) -> None:
     assert a.grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:.*runs torch's own operator")
 def test_a_mode_sees_atens_operators(spec: RowNorm, device: torch.device) -> None:
     """A FLOP counter, for one: of the backward too, in which the linear layer's two products are."""
     from torch.utils.flop_counter import FlopCounterMode
