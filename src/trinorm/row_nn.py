@@ -18,6 +18,8 @@ class LayerNorm(torch.nn.LayerNorm):
     Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
     """
 
+    __module__ = "trinorm.nn"  # where pickles and reports name it
+
     save: functional.Save = "input"
     cast: functional.Cast = "output"
     batch_invariant: bool | None = None
@@ -46,6 +48,8 @@ class RMSNorm(torch.nn.RMSNorm):
 
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
+
+    __module__ = "trinorm.nn"  # where pickles and reports name it
 
     save: functional.Save = "input"
     cast: functional.Cast = "output"
