@@ -124,12 +124,14 @@ def test_public_names_are_there_and_documented() -> None:
         "group_norm",
         "instance_norm",
         "layer_norm",
+        "layer_norm_linear",
         "modulated_layer_norm",
         "modulated_rms_norm",
         "per_head_layer_norm",
         "per_head_rms_norm",
         "qk_norm",
         "rms_norm",
+        "rms_norm_linear",
     ]
     for owner, name in (
         *((trinorm, name) for name in trinorm.__all__),
@@ -138,11 +140,13 @@ def test_public_names_are_there_and_documented() -> None:
         (trinorm.nn, "GatedLayerNorm"),
         (trinorm.nn, "GatedRMSNorm"),
         (trinorm.nn, "LayerNorm"),
+        (trinorm.nn, "LayerNormLinear"),
         (trinorm.nn, "ModulatedLayerNorm"),
         (trinorm.nn, "ModulatedRMSNorm"),
         (trinorm.nn, "PerHeadLayerNorm"),
         (trinorm.nn, "PerHeadRMSNorm"),
         (trinorm.nn, "QKNorm"),
         (trinorm.nn, "RMSNorm"),
+        (trinorm.nn, "RMSNormLinear"),
     ):
         assert getattr(owner, name).__doc__, name

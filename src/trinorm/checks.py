@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .ops.road import KERNEL_DTYPES
-from .spec import CASTS
+from .spec import CASTS, RowNorm
 from .switches import options
 
 
@@ -81,6 +81,14 @@ def epsilon(op: str, eps: float) -> float:
     return float(eps)
 
 
+def own_epsilon(norm: RowNorm, x: Tensor, eps: float | None) -> float:
+    """eps, or, None, RMSNorm's own, as functional.rms_norm has it."""
+    if eps is not None or norm.center:
+        return eps  # type: ignore[return-value]
+    double = isinstance(x, Tensor) and x.dtype == torch.float64
+    return 2.220446049250313e-16 if double else 1.1920928955078125e-07
+
+
 def casting(op: str, cast: str) -> None:
     """ValueError where it is none of CASTS."""
     if not isinstance(cast, str) or cast not in CASTS:
@@ -130,7 +138,7 @@ def rows(
             )
     dims = len(shape)
     if x.shape[-dims:] != shape:
-        refused = ValueError if op == "rms_norm" and dims > x.dim() else RuntimeError  # as torch's
+        refused = ValueError if op in ("rms_norm", "rms_norm_linear") and dims > x.dim() else RuntimeError  # as torch's
         raise refused(
             f"{op}(): normalized_shape is {tuple(shape)}, but input has shape {tuple(x.shape)}; "
             f"the input's last {dims} dim(s) must be equal to it"

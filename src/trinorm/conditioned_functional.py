@@ -212,7 +212,7 @@ def _modulated(
     alone = weight is None and bias is None
     if asked is not None and alone and (call := conditioned.CALLS.recall(asked, x, None, scale, shift)) is not None:
         return call(x, None, scale, shift)
-    eps = default_epsilon(norm, x, eps)
+    eps = checks.own_epsilon(norm, x, eps)
     shape, eps, invariant = checks.rows(op, x, normalized_shape, weight, bias, eps, "output", batch_invariant)
     check_inputs(op, x, ("shift",), scale=scale, shift=shift)
     for name, t in (("scale", scale), ("shift", shift)):
@@ -264,7 +264,7 @@ def _gated(norm: RowNorm, tensors: tuple[Tensor, Tensor, Tensor | None, Tensor |
         return call(*tensors)
     op = f"gated_{norm.name}"
     x, gate, weight, bias = tensors
-    eps = default_epsilon(norm, x, eps)
+    eps = checks.own_epsilon(norm, x, eps)
     check_inputs(op, x, ("weight", "bias"), gate=gate, weight=weight, bias=bias)
     if x.dim() < 1:
         raise RuntimeError(f"{op}(): input has no dims; it must be (..., N)")
@@ -299,14 +299,6 @@ def _group_size(op: str, group_size: int | None, n: int) -> int:
 def are_plain(eps: float | None, batch_invariant: bool | None) -> bool:
     """Whether these may be a part of what a call is recalled by."""
     return (eps is None or type(eps) is float) and (batch_invariant is None or type(batch_invariant) is bool)
-
-
-def default_epsilon(norm: RowNorm, x: Tensor, eps: float | None) -> float:
-    """eps, or, None, RMSNorm's own, as rms_norm."""
-    if eps is not None or norm.center:
-        return eps  # type: ignore[return-value]
-    double = isinstance(x, Tensor) and x.dtype == torch.float64
-    return 2.220446049250313e-16 if double else 1.1920928955078125e-07
 
 
 def check_inputs(op: str, x: Tensor, optional: tuple[str, ...] = (), **others: Any) -> None:

@@ -18,6 +18,7 @@ from .conditioned_functional import (
     modulated_layer_norm,
     modulated_rms_norm,
 )
+from .linear_functional import layer_norm_linear, rms_norm_linear
 from .ops import CALLS, channel, channel_norm, jagged, row_norm
 from .per_head_functional import per_head_layer_norm, per_head_rms_norm
 from .qk_functional import qk_norm
@@ -33,12 +34,14 @@ __all__ = [
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "layer_norm_linear",
     "modulated_layer_norm",
     "modulated_rms_norm",
     "per_head_layer_norm",
     "per_head_rms_norm",
     "qk_norm",
     "rms_norm",
+    "rms_norm_linear",
 ]
 
 # What is kept for the backward.

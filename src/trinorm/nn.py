@@ -1,8 +1,8 @@
 """Modules: torch.nn's own norms, computed by trinorm; AddLayerNorm and AddRMSNorm, which take a residual besides, and
 ModulatedLayerNorm and ModulatedRMSNorm, which take a scale and a shift; and ChannelLayerNorm, QKNorm, GatedLayerNorm,
-GatedRMSNorm, PerHeadLayerNorm and PerHeadRMSNorm, which torch.nn has not.
+GatedRMSNorm, PerHeadLayerNorm, PerHeadRMSNorm, LayerNormLinear and RMSNormLinear, which torch.nn has not.
 
-Each but these five is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so
+Each but these eight is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so
 checkpoints load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input"
 unless it is set), ``cast`` ("output"), ``batch_invariant`` (None), ``activation`` (None; "silu" of a gate),
 ``interleaved`` (False), ``norm_before_gate`` (True), ``alpha`` (1.0) and, in training, ``dropout_p`` (0.0) are the
@@ -19,6 +19,8 @@ from torch import Tensor
 from . import functional
 from .conditioned_nn import GatedLayerNorm, GatedRMSNorm, ModulatedLayerNorm, ModulatedRMSNorm
 from .heads_nn import PerHeadLayerNorm, PerHeadRMSNorm, QKNorm
+from .linear_nn import LayerNormLinear, RMSNormLinear
+from .row_nn import LayerNorm, RMSNorm
 from .shown import shown
 from .spec import Activation
 
@@ -36,70 +38,15 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "LayerNormLinear",
     "ModulatedLayerNorm",
     "ModulatedRMSNorm",
     "PerHeadLayerNorm",
     "PerHeadRMSNorm",
     "QKNorm",
     "RMSNorm",
+    "RMSNormLinear",
 ]
-
-
-class LayerNorm(torch.nn.LayerNorm):
-    r"""Layer normalization, :math:`y = (x - \mathrm{E}[x]) / \sqrt{\mathrm{Var}[x] + \epsilon} \cdot w + b`.
-
-    Constructor, parameters and ``state_dict`` are :class:`torch.nn.LayerNorm`'s; see
-    :func:`trinorm.functional.layer_norm` for shapes, dtypes and errors.
-
-    Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
-    """
-
-    save: functional.Save = "input"
-    cast: functional.Cast = "output"
-    batch_invariant: bool | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.layer_norm(
-            input,
-            self.normalized_shape,
-            self.weight,
-            self.bias,
-            self.eps,
-            save=self.save,
-            cast=self.cast,
-            batch_invariant=self.batch_invariant,
-        )
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + shown(self)
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    r"""Root mean square normalization, :math:`y = x / \sqrt{\mathrm{E}[x^2] + \epsilon} \cdot w`.
-
-    Constructor, parameters and ``state_dict`` are :class:`torch.nn.RMSNorm`'s; see
-    :func:`trinorm.functional.rms_norm` for shapes, dtypes and errors.
-
-    Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
-    """
-
-    save: functional.Save = "input"
-    cast: functional.Cast = "output"
-    batch_invariant: bool | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(
-            x,
-            self.normalized_shape,
-            self.weight,
-            self.eps,
-            save=self.save,
-            cast=self.cast,
-            batch_invariant=self.batch_invariant,
-        )
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + shown(self)
 
 
 class AddLayerNorm(torch.nn.LayerNorm):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks
-from .conditioned_functional import are_plain, check_inputs, default_epsilon
+from .conditioned_functional import are_plain, check_inputs
 from .ops import conditioned, conditioned_norm
 from .spec import LAYER_NORM, RMS_NORM, Cast, ConditionedNorm, RowNorm
 
@@ -96,7 +96,7 @@ def _per_head(
     asked = (op, eps, cast, batch_invariant) if are_plain(eps, batch_invariant) else None
     if asked is not None and (call := conditioned.CALLS.recall(asked, *tensors)) is not None:
         return call(*tensors)
-    eps = default_epsilon(norm, input, eps)
+    eps = checks.own_epsilon(norm, input, eps)
     check_inputs(op, input, ("bias",), weight=weight, bias=bias)
     if input.dim() < 2:
         raise RuntimeError(f"{op}(): input has shape {tuple(input.shape)}; it must be (..., heads, D)")

@@ -116,17 +116,17 @@ def autocast_to_fp32(spec: RowNorm, device: str) -> bool:
 
 def autocasts_to_fp32(op: str, device: str) -> bool:
     """The same of torch's op of this name."""
-    return _autocasts(device) and not options.autocast_keeps_dtype and _policy_is_fp32(op, device)
+    return autocasts(device) and not options.autocast_keeps_dtype and _policy_is_fp32(op, device)
 
 
-def _autocasts(device: str) -> bool:
+def autocasts(device: str) -> bool:
     """Whether autocast is on there. Of a meta tensor torch refuses to say."""
     return torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device)
 
 
 def keeping_dtype(device: str) -> contextlib.AbstractContextManager[Any]:
     """Where to call an op that has a policy of its own: out of autocast, if the input's dtype is to be kept."""
-    keeps = options.autocast_keeps_dtype and _autocasts(device)
+    keeps = options.autocast_keeps_dtype and autocasts(device)
     return torch.autocast(device, enabled=False) if keeps else contextlib.nullcontext()
 
 

@@ -20,7 +20,7 @@ def of_values(norm: Callable[..., Tensor], x: Any, normalized_shape: Sequence[in
     """``norm`` of x's values, jagged as x is: the ragged dim is one of those that rows are told apart by."""
     if isinstance(normalized_shape, Sequence) and len(normalized_shape) >= x.dim() - x._ragged_idx:
         # As torch's own norms raise of jagged tensors.
-        refused = RuntimeError if norm.__name__ == "layer_norm" else ValueError
+        refused = RuntimeError if norm.__name__.startswith("layer_norm") else ValueError
         raise refused(
             f"{norm.__name__}(): normalized_shape is {tuple(normalized_shape)}, but input is jagged, of shape "
             f"{tuple(x.shape)}; only dims after the ragged one can be normalized"

@@ -19,7 +19,7 @@ from .channel_problem import Problem
 from .conditioned import Conditioned, ConditionedCall
 from .layout import beside, channels_readable, dense, readable
 from .qk import QKCall, QKProblem
-from .row import prepared
+from .row import RowCall, prepared
 
 
 def row_norm(
@@ -39,8 +39,24 @@ def row_norm(
         return library.norm(spec, x, normalized_shape, weight, bias, eps, batch_invariant)
     if not road.kernels_serve(spec.name, x, weight, bias):
         return reference.composite(spec, x, normalized_shape, weight, bias, eps)
+    call, inputs = row_call(spec, x, normalized_shape, weight, bias, eps, asked, save, batch_invariant)
+    return call.norm(*inputs)
+
+
+def row_call(
+    spec: RowNorm,
+    x: Tensor,
+    normalized_shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    asked: tuple[Sequence[int], float | None, Hashable],
+    save: str,
+    batch_invariant: bool,
+) -> tuple[RowCall, tuple[Tensor, Tensor | None, Tensor | None]]:
+    """Of arguments that the kernels serve: the call, and (x, weight, bias) as it takes them. Arguments as row_norm's."""
     autocast = torch._C._is_any_autocast_enabled() and x.dtype != torch.float64
-    call, inputs = prepared(
+    return prepared(
         spec,
         len(normalized_shape),
         (x, weight, bias),
@@ -51,7 +67,6 @@ def row_norm(
         cast=autocast and reference.autocast_to_fp32(spec, x.device.type),
         differentiated=road.is_differentiated(x, weight, bias),
     )
-    return call.norm(*inputs)
 
 
 def added_norm(
