@@ -49,7 +49,7 @@ class OfConditioned(Norm):
     @property
     def of_heads(self) -> bool:
         """Whether each head has a weight of its own."""
-        return self.spec.gate is None and not self.spec.modulated
+        return not self.gated and not self.spec.modulated
 
     @property
     def axes(self) -> str:
@@ -76,10 +76,14 @@ class OfConditioned(Norm):
 
     @property
     def weighted(self) -> bool:
-        return self.spec.gate is None
+        return not self.gated
 
     @property
     def residual(self) -> bool:
+        return self.gated
+
+    @property
+    def gated(self) -> bool:
         return self.spec.gate is not None
 
     @property
@@ -156,7 +160,7 @@ class OfConditioned(Norm):
         made = getattr(namespace, kind + ("LayerNorm" if self.centers else "RMSNorm"), None)
         if made is None:
             return None
-        if self.spec.gate is None:
+        if not self.gated:
             return made(*(x.shape[-2:] if self.of_heads else x.shape[-1:]), eps=eps, device=x.device)
         module = made(x.shape[-1], eps=eps, group_size=self._size(x.shape), device=x.device)
         module.activation, module.norm_before_gate = self.spec.gate, not self.spec.gate_first

@@ -124,6 +124,11 @@ class Norm(ABC):
         return False
 
     @property
+    def gated(self) -> bool:
+        """Whether the residual is a gate."""
+        return False
+
+    @property
     def of_sum(self) -> bool:
         """Whether the residual is added before: to x, which makes a sum that is normalized, and is a result too."""
         return False
