@@ -194,6 +194,16 @@ class OfConditioned(Norm):
         dx, dgate, dw, db = conditioned_rows.backward(*self._as_launched(of), dy, mean, rstd, (True,) * 4)
         return dx, dw, db, dgate
 
+    def sets(self, shape: Shape) -> tuple[int, int, int]:
+        """(how many rows share a weight, how many such sets there are, elements of a row), as the backward sums them."""
+        from ..ops import conditioned
+
+        x, weight = (torch.empty(sizes, device="meta") for sizes in (shape, self.parameter_shape(shape)))
+        problem = conditioned.Conditioned(self.spec, 1, self._size(shape), 0.0, x.dtype)
+        found = conditioned.shared_sets(problem, x, weight)
+        assert found is not None
+        return found.outer * found.repeat, found.middle, problem.size
+
     def _size(self, shape: Shape) -> int:
         """How many elements share statistics."""
         return shape[-1] // self.groups
