@@ -127,7 +127,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, function: str, index: int, factor: fl
     monkeypatch.setattr(conditioned_rows, function, spoiled)
 
 
-@pytest.mark.parametrize("op", EVERYTHING)
+@pytest.mark.parametrize("op", ["modulated_layer_norm", "gated_layer_norm", "gated_rms_norm/groups", "per_head_rms_norm"])
 def test_a_wrong_result_is_found(op: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     assert wrong(op, device) == set()
     names = [("forward", 0, {"y"}), ("backward", 0, {"dx"}), ("backward", 1, {"dgate"})]
