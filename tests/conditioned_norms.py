@@ -93,7 +93,7 @@ def assert_right(call: Call, dy: Tensor | None = None) -> None:
     plain = [None if t is None else t.detach().requires_grad_() for t in call.tensors]
     by_torch = conditioned_reference.composite(*call.of(plain), y.dtype)
     of_y, *of_gradients = terms(call, dy)
-    assert_no_worse("y", y.detach(), conditioned_reference.oracle(*problem, eps), by_torch.detach(), of_y)
+    assert_no_worse("y", y.detach(), conditioned_reference.oracle(*problem, eps).y, by_torch.detach(), of_y)
     there = [name for name, t in zip(NAMES, leaves, strict=True) if t is not None]
     found = dict(zip(there, torch.autograd.grad(y, asked, dy), strict=True))
     torchs = iter(torch.autograd.grad(by_torch, [t for t in plain if t is not None], dy))

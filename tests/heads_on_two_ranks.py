@@ -15,7 +15,7 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distr
 from trinorm import functional, nn
 from trinorm.ops import road
 from trinorm.spec import RMS_NORM, RowNorm
-from two_ranks import assert_same, by_kernels, lay, results
+from two_ranks import assert_same, by_kernels, lay, lay_each, results
 
 # Samples × tokens × heads × elements.
 TOKENS, QUERIES, KEYS, SIZE = (2, 4), 4, 2, 8
@@ -73,10 +73,6 @@ def drawn(
     sides = [(*tokens, n, SIZE) for n in heads]
     gradients = normal(*sides[0]), normal(*sides[1])
     return gradients, [*(normal(*side) for side in sides), normal(SIZE), normal(SIZE)], [normal(*of_cos, 6) for _ in "cs"]
-
-
-def lay_each(tensors: Any, mesh: DeviceMesh, *placements: Placement) -> list[Tensor]:
-    return [lay(t, mesh, placement) for t, placement in zip(tensors, placements, strict=True)]
 
 
 def every_layout_of_heads(spec: RowNorm, mesh: DeviceMesh) -> None:

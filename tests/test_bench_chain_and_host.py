@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trinorm import cli
 from trinorm.bench import cases, host, measure, predict, providers, report, timing
-from trinorm.bench.cases import CHAIN, HOST_PASSES, LINKS, NAMED_SHAPES, Case
+from trinorm.bench.cases import CHAIN, CONDITIONED_SHAPES, HOST_PASSES, LINKS, NAMED_SHAPES, Case
 from trinorm.bench.providers import OURS, Provider
 from trinorm.bench.records import Provenance, Record
 from trinorm.cli import bench
@@ -182,7 +182,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, list[bool]]]:
 
 
 def measured(op: str, who: list[Provider], started: list[str]) -> list[Record]:
-    shape = (4, 24) if cases.OPS[op].of_rows else (3, 12, 7, 7)  # of a few numbers torch's error is chance
+    family = cases.OPS[op].norm.family
+    # Of a few numbers torch's error is chance.
+    shape = {"rows": (4, 24), "conditioned": (3, 12, 40)}.get(family, (3, 12, 7, 7))
     of = Case(op, "backward", shape, torch.float32, torch.float32)
     return host.measure_host(of, who, HERE, torch.device("cpu"), _Silent(), started.append)  # type: ignore[arg-type]
 
@@ -195,7 +197,7 @@ def test_functions_and_modules_are_measured_without_grad_with_it_and_with_the_ba
     records = measured(op, providers.load(["torch"])[0], started)
     assert tuple(started) == HOST_PASSES
     names = [OURS, f"{OURS}.nn", "torch", "torch.nn"]
-    if op in ("channel_layer_norm", "qk_norm", *SUM_OPS):  # which torch.nn has not
+    if op in ("channel_layer_norm", "qk_norm", *CONDITIONED_SHAPES, *SUM_OPS):  # which torch.nn has not
         assert [record.failure is None for record in records[:4]] == [True, True, True, False]
         return
     assert counted == [(False, [False] * 4), (True, [True] * 4), (True, [True] * 4)]

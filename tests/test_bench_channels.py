@@ -14,7 +14,7 @@ from rich.console import Console
 
 from trinorm import cli
 from trinorm.bench import cases, changes, measure, predict, providers, report, timing
-from trinorm.bench.cases import CHANNEL_SHAPES, OPS, PASSES, Case
+from trinorm.bench.cases import CHANNEL_SHAPES, CONDITIONED_SHAPES, OPS, PASSES, Case
 from trinorm.bench.providers import OURS, Provider
 from trinorm.bench.records import Provenance, Record
 from trinorm.cli import bench, inspect, main
@@ -32,7 +32,11 @@ def case(op: str, pass_: str, layout: str = "channels_last") -> Case:
 
 
 def test_every_op_is_of_rows_of_channels_or_of_heads() -> None:
-    assert {op for op in OPS if OPS[op].of_rows} == {*ROW_OPS, *SUM_OPS} == set(OPS) - set(CHANNELS) - {"qk_norm"}
+    assert (
+        {op for op in OPS if OPS[op].of_rows}
+        == {*ROW_OPS, *SUM_OPS}
+        == set(OPS) - {*CHANNELS, *CONDITIONED_SHAPES, "qk_norm"}
+    )
 
 
 def test_images_are_measured_in_both_layouts_and_rows_and_sequences_in_one() -> None:

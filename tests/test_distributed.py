@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from conditioned_on_two_ranks import CHECKS as OF_CONDITIONS
 from heads_on_two_ranks import CHECKS as OF_HEADS
 from machine import ON_GPU
 from sums_on_two_ranks import CHECKS as OF_SUMS
@@ -387,4 +388,5 @@ CHECKS: dict[Callable[[Any, DeviceMesh], None], tuple[tuple[Spec, ...], tuple[Sp
     data_parallel: (ALL, ALL),
     **OF_SUMS,
     **OF_HEADS,
+    **OF_CONDITIONS,
 }

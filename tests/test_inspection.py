@@ -96,8 +96,8 @@ def _name(record: dict[str, Any]) -> str:
 def test_every_kernel_is_compiled(target: str, compiled: Compiled) -> None:
     kernels = {record["kernel"] for record in compiled(target, *ASKED[target])}
     teams = {"forget_words", "row_forward_split", "row_backward_split"} if target.startswith("sm_") else set()
-    heads = set() if ASKED[target] else {"heads_forward", "heads_backward"}
-    assert kernels == teams | heads | {
+    others = {f"{family}_{pass_}" for family in ("heads", "conditioned") for pass_ in ("forward", "backward")}
+    assert kernels == teams | (set() if ASKED[target] else others) | {
         "row_forward",
         "row_forward_streamed",
         "row_backward",
@@ -187,8 +187,8 @@ def test_all_programs_of_a_backward_run_at_once(target: str, compiled: Compiled)
     records = compiled(target, *((PLAIN, "--pass", "backward", "--shape", shapes) if shapes else ASKED[target]))
     walking = [record for record in records if "STAGES" in record["options"]]
     wider = set() if shapes == HELD else {"row_backward_split", "row_backward_apply"}
-    heads = set() if shapes or ASKED[target] else {"heads_backward"}
-    assert {record["kernel"] for record in walking} == {"row_backward"} | wider | heads
+    others = set() if shapes or ASKED[target] else {"heads_backward", "conditioned_backward"}
+    assert {record["kernel"] for record in walking} == {"row_backward"} | wider | others
     for record in walking:
         case = target, record["op"], record["shape"][1]
         programs = -(-math.prod(record["grid"]) // TARGETS[target].multiprocessors)

@@ -17,7 +17,19 @@ from test_channels import norm as channel_norm
 from test_modules_in_torch import ChannelLayerNorm
 from trinorm import functional, nn
 from trinorm.norms import Results, as_tuple
-from trinorm.ops import CALLS, added, channel, channel_layers, channels, heads, qk, road, rows
+from trinorm.ops import (
+    CALLS,
+    added,
+    channel,
+    channel_layers,
+    channels,
+    conditioned,
+    conditioned_rows,
+    heads,
+    qk,
+    road,
+    rows,
+)
 from trinorm.spec import (
     BATCH_NORM,
     CHANNEL_LAYER_NORM,
@@ -94,6 +106,10 @@ def whole(t: Any) -> Any:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
+def lay_each(tensors: Any, mesh: DeviceMesh, *placements: Placement) -> list[Tensor]:
+    return [lay(t, mesh, placement) for t, placement in zip(tensors, placements, strict=True)]
+
+
 def assert_same(found: list[Any], expected: list[Any]) -> None:
     torch.testing.assert_close([whole(t) for t in found], [whole(t) for t in expected])
 
@@ -101,10 +117,10 @@ def assert_same(found: list[Any], expected: list[Any]) -> None:
 @contextlib.contextmanager
 def by_kernels() -> Iterator[None]:
     """That kernels of both directions are launched on this rank; or, where there are none, nothing."""
-    for calls in (CALLS, added.CALLS, channel.CALLS, qk.CALLS):
+    for calls in (CALLS, added.CALLS, channel.CALLS, qk.CALLS, conditioned.CALLS):
         calls.clear()  # what other shards had recorded would be repeated, past who looks at launches here
     names: set[str] = set()
-    hosts = rows, channels, channel_layers, heads
+    hosts = rows, channels, channel_layers, heads, conditioned_rows
     actual = rows.launch
     for host in hosts:
         host.launch = lambda kernel, *args: (names.add(kernel.__name__), actual(kernel, *args))[1]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .norms import Arguments, Norm, OfHeads, OfRows, Shape
+from .norms import Arguments, Norm, Shape
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -234,21 +234,24 @@ class Shapes:
 
 
 class Sizes(NamedTuple):
-    """The shapes of each family: rows × columns, samples × channels × positions, and what OfHeads says."""
+    """The shapes of each family: rows × columns, samples × channels × positions, and what OfHeads and OfConditioned say."""
 
     rows: Shapes
     channels: Shapes
     heads: Shapes
+    conditioned: Shapes
 
     def of(self, norm: Norm) -> Shapes:
         """Those of the norm's family."""
-        return self.rows if isinstance(norm, OfRows) else self.heads if isinstance(norm, OfHeads) else self.channels
+        found: Shapes = getattr(self, norm.family)
+        return found
 
 
 QUICK = Sizes(
     rows=Shapes(every_weight=((33, 1), (8, 129)), same_weight=(), nasty=((8, 65),)),
     channels=Shapes(every_weight=(), same_weight=((2, 6, 5, 7),), nasty=(), turns=True),
     heads=Shapes(every_weight=((5, 4, 2, 16),), same_weight=(), nasty=((5, 3, 3, 12),), turns=True, ordered=False),
+    conditioned=Shapes(every_weight=(), same_weight=((2, 5, 40),), nasty=((3, 4, 24),), turns=True, ordered=False),
 )
 
 # The interpreter takes milliseconds a program: few rows, and a shape for each of the kernels. Of channels, of which
@@ -257,6 +260,9 @@ INTERPRETED = Sizes(
     rows=Shapes(every_weight=((33, 1), (600, 5), (8, 129)), same_weight=((8, 1000), (8, 4097)), nasty=((8, 129),)),
     channels=Shapes(every_weight=((2, 6, 5, 7),), same_weight=((3, 12, 1, 1),), nasty=((1, 12, 3, 3),), turns=True),
     heads=Shapes(every_weight=((2, 9, 4, 2, 80),), same_weight=((40, 3, 1, 2),), nasty=((5, 6, 3, 20),), ordered=False),
+    conditioned=Shapes(
+        every_weight=((3, 9, 136),), same_weight=((40, 2, 8), (2, 3, 1160)), nasty=((3, 5, 72),), ordered=False
+    ),
 )
 
 # Each width compiles anew, for every dtype: a few, and rows enough for each of the kernels. Of channels: groups of 3, of
@@ -276,6 +282,12 @@ GPU = Sizes(
         every_weight=((2, 1030, 32, 8, 128), (33, 7, 7, 80)),
         same_weight=((40, 3, 1, 2), (130, 8, 2, 64), (130, 16, 8, 256), (33, 6, 1, 1000)),
         nasty=((70, 12, 4, 96), (1030, 32, 8, 128)),
+        ordered=False,
+    ),
+    conditioned=Shapes(
+        every_weight=((9, 130, 1152),),
+        same_weight=((40, 2, 8), (1030, 32, 128), (3, 70, 3072), (3, 70, 5000), (3, 70, 8192), (1, 600, 1024)),
+        nasty=((40, 9, 136), (9, 130, 1152)),
         ordered=False,
     ),
 )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .reference import Exact
 from .spec import LAYER_NORM, RMS_NORM, ConditionedNorm, GateActivation
 
 Gradients = tuple[Tensor | None, ...]
@@ -26,13 +27,14 @@ def oracle(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-) -> Tensor:
+) -> Exact:
     """The definition: ``n = x̂·(weight + offset) + bias``, times a(gate), or x is, before it is normalized."""
     lift, lower, quiet = reference.precise(x, gate, weight, bias)
     with quiet:
         x, gate, weight, bias = (None if t is None else lift(t) for t in (x, gate, weight, bias))  # type: ignore[assignment]
-        _, _, _, n = _normalized(spec, dims, size, x, gate, weight, bias, eps)
-        return lower(n if spec.gate is None or spec.gate_first else n * _activated(gate, spec.gate))
+        mean, rstd, _, n = _normalized(spec, dims, size, x, gate, weight, bias, eps)
+        y = n if spec.gate is None or spec.gate_first else n * _activated(gate, spec.gate)
+        return Exact(lower(y), lower(mean).flatten(), lower(rstd).flatten())
 
 
 def oracle_gradients(

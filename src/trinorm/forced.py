@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from .ops import CALLS, added, heads, qk, rows
+from .ops import CALLS, added, conditioned, conditioned_rows, heads, qk, rows
+
+# Where tuning's choices are asked for, by how their names start.
+_FAMILIES = {"heads": heads, "conditioned": conditioned_rows}
 
 
 @contextlib.contextmanager
 def forced(**launches: object) -> Iterator[None]:
-    """Inside, every call of the row family, or of QK-norm, takes these launches, whatever its size.
+    """Inside, every call of the row family, of QK-norm or of conditioned norms takes these launches, whatever its size.
 
-    By the names of tuning's choices: ``forced(forward=launch)`` is what ``choose_forward`` then gives, and QK-norm's are
-    ``heads_forward`` and ``heads_backward``. Remembered calls are forgotten before and after; a call captured in a graph
-    stays what it is, and a backward is its forward's.
+    By the names of tuning's choices: ``forced(forward=launch)`` is what ``choose_forward`` then gives, and QK-norm's
+    are ``heads_forward`` and ``heads_backward``, conditioned norms' ``conditioned_forward`` and so on. Remembered
+    calls are forgotten before and after; a call captured in a graph stays what it is, and a backward is its
+    forward's.
     """
-    families = {name: heads if name.startswith("heads_") else rows for name in launches}
+    families = {name: _FAMILIES.get(name.split("_")[0], rows) for name in launches}
     actual = {name: getattr(family, f"choose_{name}") for name, family in families.items()}
     for name, launch in launches.items():
         setattr(families[name], f"choose_{name}", lambda *_, launch=launch: launch)
@@ -30,5 +34,5 @@ def forced(**launches: object) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for calls in (CALLS, added.CALLS, qk.CALLS):
+    for calls in (CALLS, added.CALLS, qk.CALLS, conditioned.CALLS):
         calls.clear()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..cases import LAYOUTS, layouts
-from ..norms import NORMS, ROW_OPS, SUM_OPS, Arguments, Norm, OfHeads, OfRows, Shape
+from ..norms import NORMS, ROW_OPS, SUM_OPS, VARIANTS, Norm, OfConditioned, OfHeads, Shape
+from .inputs import Inputs
 
 # The passes of one norm. A chain is a forward many times over, each norm's y the next one's x, and its sum, where there is
 # one, the next one's residual: what decoding does.
@@ -22,6 +22,8 @@ LINKS = 32
 # sum: two that become two others (in one copy, of twice the elements); dy, the sum and its gradient that become one.
 CEILINGS = {"forward": "copy", "backward": "add", CHAIN: "copy"}
 SUM_CEILINGS = {"forward": "two copies", "backward": "addcmul", CHAIN: "two copies"}
+# With a gate: two that become one, and the bytes of three that become two, in one copy of half of these.
+GATED_CEILINGS = {"forward": "add", "backward": "2½ copies"}
 # What an eager call costs the host. The kernels' size does not enter, so these are measured at one small shape.
 HOST = "host"
 HOST_PASSES = ("host_forward", "host_forward_with_grad", "host_forward_and_backward")
@@ -68,6 +70,17 @@ HEAD_SHAPES: tuple[Shape, ...] = (
     (1, 512, 32, 8, 128),
     (64, 1, 32, 8, 128),
 )
+
+# Of conditioned norms, batch × tokens × columns: of the modulated ones what DiT-XL/2, Stable Diffusion 3 and Flux have; of
+# the gates behind the norm, Gated DeltaNet's and Qwen3-Next's heads; of those before it, Mamba2's, in one group and in
+# eight; of heads with a weight each, tokens × heads × elements. And decoding, where each sample has one token.
+CONDITIONED_SHAPES: dict[str, tuple[Shape, ...]] = {
+    "modulated_layer_norm": ((64, 256, 1152), (8, 4096, 1536), (4, 4096, 3072)),
+    "gated_rms_norm": ((16384, 32, 128), (64, 32, 128)),
+    "gated_rms_norm/first": ((8, 2048, 5120), (64, 1, 5120)),
+    "gated_rms_norm/groups": ((8, 2048, 8192), (64, 1, 8192)),
+    "per_head_rms_norm": ((4, 4096, 32, 128), (64, 1, 32, 128)),
+}
 
 # Shapes by name, for --shapes, of each op that they are for. Of rows, every width from 64 to 262144 and the row counts of
 # decoding, and four of them for the dtypes that need no more; of channels, those above.
@@ -116,24 +129,24 @@ class Op:
     @property
     def of_rows(self) -> bool:
         """Whether it is of rows × columns."""
-        return isinstance(self.norm, OfRows)
+        return self.norm.family == "rows"
 
     def layouts(self, shape: Shape) -> tuple[str, ...]:
         """In which orders of memory there is an x of this shape."""
-        return ("contiguous",) if isinstance(self.norm, OfHeads) else layouts(shape)
+        return layouts(shape) if self.norm.family == "channels" else ("contiguous",)
 
     @property
     def chained(self) -> bool:
         """Whether there are chains: what the norm returns, and nothing else, is what it takes."""
-        return not isinstance(self.norm, OfHeads)
+        return self.norm.family in ("rows", "channels")
 
     @property
     def ceilings(self) -> Mapping[str, str]:
         """Of each pass, what torch moves the same bytes with."""
-        return SUM_CEILINGS if self.norm.of_sum else CEILINGS
+        return SUM_CEILINGS if self.norm.of_sum else GATED_CEILINGS if self.norm.gated else CEILINGS
 
 
-# By the function's name: what a table calls it, and its usual eps.
+# By the function's name, or a variant's: what a table calls it, and its usual eps.
 _TITLES = {
     "layer_norm": ("LayerNorm", 1e-5),
     "rms_norm": ("RMSNorm", 1e-6),
@@ -144,12 +157,19 @@ _TITLES = {
     "add_layer_norm": ("Add and LayerNorm", 1e-5),
     "add_rms_norm": ("Add and RMSNorm", 1e-6),
     "qk_norm": ("QK-norm", 1e-6),
+    "modulated_layer_norm": ("Modulated LayerNorm", 1e-6),
+    "gated_rms_norm": ("RMSNorm and gate", 1e-6),
+    "gated_rms_norm/first": ("Gate and RMSNorm", 1e-5),
+    "gated_rms_norm/groups": ("Gate and RMSNorm of 8 groups", 1e-5),
+    "per_head_rms_norm": ("RMSNorm with a weight of each head", 1e-6),
 }
 # Those that are measured unless others are named, and those of a host's passes.
 _SHAPES = CHANNEL_SHAPES | dict.fromkeys(ROW_OPS, SHAPES) | dict.fromkeys(SUM_OPS, SUM_SHAPES) | {"qk_norm": HEAD_SHAPES}
-_HOSTS = dict.fromkeys(CHANNEL_SHAPES, (2, 64, 8, 8)) | dict.fromkeys(ROW_OPS + SUM_OPS, SEED_SHAPE)
-_HOSTS |= {"qk_norm": (128, 8, 2, 64)}
-OPS = {name: Op(title, NORMS[name], eps, _SHAPES[name], _HOSTS[name]) for name, (title, eps) in _TITLES.items()}
+_HOSTS: dict[str, Shape] = dict.fromkeys(CHANNEL_SHAPES, (2, 64, 8, 8)) | dict.fromkeys(ROW_OPS + SUM_OPS, SEED_SHAPE)
+_SHAPES |= CONDITIONED_SHAPES
+_HOSTS |= {"qk_norm": (128, 8, 2, 64)} | dict.fromkeys(CONDITIONED_SHAPES, (2, 64, 768))
+_NORMS = NORMS | VARIANTS
+OPS = {name: Op(title, _NORMS[name], eps, _SHAPES[name], _HOSTS[name]) for name, (title, eps) in _TITLES.items()}
 
 
 def shapes_of(op: str, asked: Iterable[Shape | str] | None) -> list[Shape]:
@@ -172,74 +192,6 @@ def size(shape: Shape, layout: str) -> str:
     """``8192×4096``, ``16×320×64×64``, ``16×320×64×64 NHWC``."""
     order = "" if layout == "contiguous" else f" N{'DHW'[5 - len(shape) :]}C"
     return "×".join(map(str, shape)) + order
-
-
-class Inputs(NamedTuple):
-    """The arguments of one call, and the gradients that a backward starts from: y's, and the sum's where it is of one. A
-    chain's have a row of weights a link. Of QK-norm x, weight and dy are the queries', beside the keys' own, and cos and
-    sin, which have no gradient.
-    """
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    dy: Tensor | None
-    residual: Tensor | None = None
-    dsum: Tensor | None = None
-    key: Tensor | None = None
-    key_weight: Tensor | None = None
-    dkey: Tensor | None = None
-    angles: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def arguments(self) -> tuple[Tensor, ...]:
-        """As Norm.function takes them: x, key, residual, weight, key's, bias, cos and sin, as far as there are any."""
-        return *self.leaves, *(self.angles or ())
-
-    @property
-    def leaves(self) -> tuple[Tensor, ...]:
-        """Those of the arguments that a backward makes gradients of."""
-        return (*_present(self.x, self.key, self.residual), *self.parameters)
-
-    @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        """Those of a module."""
-        return _present(self.weight, self.key_weight, self.bias)
-
-    def of(self, eps: float) -> Arguments:
-        """The same as Norm has them: queries and keys as one."""
-        if self.key is None or self.key_weight is None:
-            return Arguments(self.x, self.weight, self.bias, eps, self.residual)
-        weights = torch.stack((self.weight.detach(), self.key_weight.detach()))
-        return Arguments(self.whole, weights, None, eps, None, self.x.shape[-2], self.angles)
-
-    @property
-    def whole(self) -> Tensor:
-        """x, of QK-norm with the keys behind it."""
-        return self.x.detach() if self.key is None else torch.cat((self.x.detach(), self.key.detach()), -2)
-
-    @property
-    def gradients(self) -> tuple[Tensor, ...]:
-        """Those that a backward starts from; a forward has none."""
-        return _present(self.dy, self.dsum, self.dkey)
-
-    @property
-    def whole_gradients(self) -> tuple[Tensor, ...]:
-        """The same as Norm has them, of ``whole`` and of the sum."""
-        return self.gradients if self.dkey is None else (torch.cat(self.gradients, -2),)
-
-    def of_forward(self) -> Inputs:
-        """Without gradients."""
-        return self._replace(dy=None, dsum=None, dkey=None)
-
-    def for_a_peer(self) -> Inputs:
-        """With gradients of its own, since it may write into them."""
-        dy, dsum, dkey = (None if t is None else t.clone() for t in (self.dy, self.dsum, self.dkey))
-        return self._replace(dy=dy, dsum=dsum, dkey=dkey)
-
-
-def _present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(t for t in tensors if t is not None)
 
 
 @dataclass(frozen=True)
@@ -294,7 +246,8 @@ class Case:
 
         forward, and each link of a chain: x, weight, bias; y. backward: x, dy, weight; dx, dw, db. Of a sum, forward: the
         residual too; and the sum. backward: the sum in x's place, and its gradient; dx, which is the residual's gradient.
-        Of QK-norm both read cos and sin too. The saved statistics are not counted: they follow from x.
+        Of QK-norm both read cos and sin too; a gate is read by both, and has a gradient. The saved statistics are not
+        counted: they follow from x.
         """
         return self.bytes_read + self.bytes_written
 
@@ -313,6 +266,8 @@ class Case:
     @property
     def moved(self) -> tuple[int, int]:
         """How many tensors of x's size are read, and how many written: by the ceiling, these alone."""
+        if OPS[self.op].norm.gated:
+            return (3, 2) if self.backward else (2, 1)
         one_more = OPS[self.op].norm.of_sum
         return (2 + one_more, 1) if self.backward else (1 + one_more, 1 + one_more)
 
@@ -331,7 +286,10 @@ class Case:
             return torch.randn(shape, dtype=dtype, device=device, generator=generator)
 
         norm = OPS[self.op].norm
-        inputs = self._of_heads(norm, normal, device) if isinstance(norm, OfHeads) else self._of_one(norm, normal)
+        if isinstance(norm, OfHeads):
+            inputs = self._of_heads(norm, normal, device)
+        else:
+            inputs = self._of_condition(norm, normal) if isinstance(norm, OfConditioned) else self._of_one(norm, normal)
         for leaf in inputs.leaves:
             leaf.requires_grad_(self.backward)
         return inputs
@@ -361,3 +319,16 @@ class Case:
         dy, dkey = (normal(*x.shape, dtype=self.dtype) if self.backward else None for x in (query, key))
         angles = norm.angles(self.shape, self.dtype, device)
         return Inputs(query.detach(), weight, None, dy, key=key.detach(), key_weight=key_weight, dkey=dkey, angles=angles)
+
+    def _of_condition(self, norm: OfConditioned, normal: Callable[..., Tensor]) -> Inputs:
+        """Scale and shift are chunks of a projection of six; of others x is half of one, and the gate the other half."""
+        *of_parameter, n = norm.parameter_shape(self.shape)
+        dy = normal(*self.shape, dtype=self.dtype) if self.backward else None
+        if norm.spec.modulated:
+            shift, scale, *_ = normal(*of_parameter, 6 * n, dtype=self.weight_dtype).chunk(6, -1)
+            return Inputs(normal(*self.shape, dtype=self.dtype), scale.detach(), shift.detach(), dy)
+        packed, dim = [*self.shape], -2 if norm.of_heads else -1
+        packed[dim] *= 2
+        gate, x = normal(*packed, dtype=self.dtype).chunk(2, dim)
+        weight = 1 + normal(*of_parameter, n, dtype=self.weight_dtype) / 8
+        return Inputs(x.detach(), weight, None, dy, gate=gate.detach() if norm.gated else None)

@@ -91,9 +91,10 @@ def _module(namespace: ModuleType, case: Case, inputs: Inputs) -> _Eager:
     if module is None:
         raise NotImplementedError(f"{namespace.__name__} has no module for {case.op}")
     names = [name for name, _ in module.named_parameters()]
-    for name, parameter in zip(names, inputs.parameters, strict=True):
+    # A modulated norm's scale and shift are no parameters: they are given.
+    for name, parameter in zip(names, inputs.parameters if names else (), strict=True):
         setattr(module, name, torch.nn.Parameter(parameter.detach()))
-    tensors = inputs.leaves[: -len(names)]
+    tensors = inputs.leaves[: len(inputs.leaves) - len(names)]
     given = *tensors, *(inputs.angles or ())
     return _Eager(functools.partial(module, *given), (*tensors, *module.parameters()), inputs.gradients)
 

@@ -17,7 +17,7 @@ from .. import tuning
 from ..forced import forced
 from ..inspection import compile_call
 from ..launch import describe
-from ..norms import OfHeads, OfRows, Shape
+from ..norms import OfConditioned, OfHeads, OfRows, Shape
 from ..ops import heads
 from ..tuning import Heads, RowBackwardSplit, RowBackwardWide, RowForwardSplit, RowForwardWide, Tile
 from .cases import OPS, Case, Inputs
@@ -34,6 +34,8 @@ _CHOOSE: dict[str, Callable[..., Launch]] = {
     "backward": tuning.choose_backward,
     "heads_forward": tuning.choose_heads_forward,
     "heads_backward": tuning.choose_heads_backward,
+    "conditioned_forward": tuning.choose_conditioned_forward,
+    "conditioned_backward": tuning.choose_conditioned_backward,
 }
 
 # What each field besides the tiles may be. A new field needs a line here to be swept.
@@ -49,6 +51,9 @@ _VALUES: dict[str, Sequence[Any]] = {
     "registers": (None, 80, 96, 128, 168),
     "heads": (1, 2, 4, 8, 16),
 }
+
+# What conditioned norms' kernels know of a launch.
+_OF_CONDITIONED = ("tile", "stages", "per_sm", "stream")
 
 # Launches that go through a row in steps, and do not hold it.
 _STEPPING = (RowForwardWide, RowForwardSplit, RowBackwardWide, RowBackwardSplit)
@@ -66,7 +71,7 @@ _KEPT = 4
 
 # Rows that a launch is checked on: enough for persistent programs to take several tiles, few enough for the oracle.
 _CHECKED_ROWS, _CHECKED_ELEMENTS = 600, 1 << 22
-# Of QK-norm so many elements, whatever the tokens: a tile is of several, of one head.
+# Of QK-norm and of conditioned norms so many elements, whatever the tokens: a tile is of several, of one head or sample.
 _CHECKED_OF_HEADS = 1 << 24
 
 
@@ -104,7 +109,8 @@ class Trial:
 
 def choice(op: str, pass_: str) -> str:
     """Which of tuning's choices is an op's, by the name that ``forced`` knows."""
-    return f"heads_{pass_}" if isinstance(OPS[op].norm, OfHeads) else pass_
+    family = OPS[op].norm.family
+    return pass_ if family == "rows" else f"{family}_{pass_}"
 
 
 def kinds(op: str, pass_: str) -> dict[str, type]:
@@ -120,6 +126,11 @@ def chosen(case: Case, device: torch.device) -> Launch:
     if isinstance(norm, OfHeads):
         *tokens, queries, keys, n = case.shape
         return choose(math.prod(tokens), (queries, keys), n, itemsize, describe(device))
+    if isinstance(norm, OfConditioned):
+        members, sets, n = norm.sets(case.shape)
+        if case.backward:
+            return choose(members, sets, n, itemsize, describe(device), norm.gated, False)
+        return choose(members * sets, n, itemsize, describe(device))
     assert isinstance(norm, OfRows)
     return choose(norm.spec, *case.shape, itemsize, describe(device))
 
@@ -164,7 +175,11 @@ def _powers(least: int, most: int) -> list[int]:
 
 def variants(launch: Launch, field: str, case: Case) -> Iterator[Launch]:
     """The launch with one field changed to each value worth trying."""
-    n = case.shape[-1]
+    norm, n = OPS[case.op].norm, case.shape[-1]
+    if isinstance(norm, OfConditioned):
+        *_, n = norm.sets(case.shape)
+        if field not in _OF_CONDITIONED:
+            return
     if isinstance(launch, Heads):
         yield from _variants_of_heads(launch, field, case)
     elif field == "tile":
@@ -242,7 +257,8 @@ def direct(case: Case, inputs: Inputs) -> TimedCall:
     assert rstd is not None
 
     def backward() -> tuple[torch.Tensor, ...]:
-        return tuple(gradient for gradient in op.norm.backward(dy, of, mean, rstd) if gradient is not None)
+        dx, dw, db, *of_gate = op.norm.backward(dy, of, mean, rstd)
+        return tuple(gradient for gradient in (dx, *of_gate, dw, db) if gradient is not None)
 
     return backward
 
@@ -308,6 +324,9 @@ def _few(case: Case) -> Shape:
     if isinstance(OPS[case.op].norm, OfHeads):
         *tokens, queries, keys, n = case.shape
         return max(1, min(math.prod(tokens), _CHECKED_OF_HEADS // ((queries + keys) * n))), queries, keys, n
+    if isinstance(OPS[case.op].norm, OfConditioned):
+        samples, *rest = case.shape
+        return max(1, min(samples, _CHECKED_OF_HEADS // math.prod(rest))), *rest
     m, n = case.shape
     return max(1, min(m, _CHECKED_ROWS, _CHECKED_ELEMENTS // n)), n
 

@@ -23,6 +23,9 @@ MAX_ELEMENTS = (1 << 60) - 1
 # How qk_norm's shapes are written.
 HEADS = "(batch x) tokens x query heads x key heads x elements of a head, e.g. 4x4096x32x8x128"
 
+# How those of modulated and gated norms are; of heads with a weight each, the last two are these.
+CONDITIONED = "batch x tokens x columns, e.g. 64x256x1152"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, of ``sys.argv`` unless ``arguments`` are given; its exit status."""
@@ -51,7 +54,7 @@ def shape(text: str) -> tuple[int, ...]:
     if len(sizes) < 2 or not all(size.isdecimal() and int(size) for size in sizes):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a shape; write rows x columns, e.g. 128x768, or N x C x ..., e.g. 16x320x64x64, or, of "
-            f"qk_norm, {HEADS}"
+            f"qk_norm, {HEADS}, or, of modulated and gated norms, {CONDITIONED}"
         )
     found = tuple(map(int, sizes))
     if found[1] > MAX_COLUMNS:

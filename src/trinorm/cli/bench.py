@@ -21,7 +21,7 @@ from ..bench.records import Record, provenance, results_path
 from ..cases import DTYPES, LAYOUTS
 from ..norms import ROW_OPS, Shape
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import HEADS, names, no_folder, refuse, shapes, unwritable, wide_console
+from . import CONDITIONED, HEADS, names, no_folder, refuse, shapes, unwritable, wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,8 +49,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         description=(
             "Check each result against float64, then time it: device time by CUDA-graph replay over buffers rotated past "
             "L2, host time of an eager call, beside what torch moves the same bytes with in the same run: copy (forward) "
-            "or add (backward), of a sum two copies or addcmul. With no GPU: check through Triton's interpreter, and show "
-            "what compiling for an H200 tells."
+            "or add (backward), of a sum two copies or addcmul, with a gate add or copies of half of what moves. With no "
+            "GPU: check through Triton's interpreter, and show what compiling for an H200 tells."
         ),
         epilog=(
             "The exit status is 1 where a result of trinorm's is wrong or was not measured, or, by --compare, worse or "
@@ -68,7 +68,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         help=(
             "comma-separated: rows x columns, e.g. 128x768,8192x4096; of channel norms, which are measured in both orders "
             "of memory where torch has two, and GroupNorm with 32 groups, N x C x ..., e.g. 16x320x64x64; of qk_norm "
-            f"{HEADS}, whose queries and keys lie in a packed projection; or the name of a list: {', '.join(NAMED_SHAPES)}"
+            f"{HEADS}, whose queries and keys lie in a packed projection; of modulated and gated norms {CONDITIONED}, "
+            "whose x and gate lie in one too, and of per_head_rms_norm (batch x) tokens x heads x elements; or the name of "
+            f"a list: {', '.join(NAMED_SHAPES)}"
         ),
     )
     parser.add_argument("--dtype", type=names(DTYPES), default=["bf16"], help=f"comma-separated: {', '.join(DTYPES)}")
@@ -80,7 +82,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         help=(
             "comma-separated: forward, backward (these two if not given); chain: one of many forwards in a CUDA graph, "
             "each of what the one before wrote, below 2^22 elements; host: eager calls of functions and modules, at "
-            "128x768, 2x64x8x8 or 128x8x2x64"
+            "128x768, 2x64x8x8, 128x8x2x64 or 2x64x768"
         ),
     )
     parser.add_argument(
@@ -199,7 +201,7 @@ def _measure(args: argparse.Namespace, plan: _Plan, console: Console) -> int:
 
     device = torch.device("cuda", torch.cuda.current_device())
     here = provenance(device)
-    path = args.json and results_path(args.json, here.gpu, here.date, "-".join(args.op + args.dtype))
+    path = args.json and results_path(args.json, here.gpu, here.date, "-".join(args.op + args.dtype).replace("/", "-"))
     if path is not None and (fault := unwritable(path)):
         return refuse("bench", fault)
     if args.plot is not None and (fault := no_folder(args.plot)):

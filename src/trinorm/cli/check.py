@@ -26,7 +26,7 @@ from ..channel_reference import Given
 from ..compare import Comparison, compare
 from ..norms import NORMS, VARIANTS, Norm, as_tuple
 from ..ops import road
-from . import device, names, positive, refuse
+from . import device, names, positive, refuse, wide_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,6 +71,7 @@ def steps_of(ops: Iterable[str], dtypes: Iterable[torch.dtype], device: torch.de
         asked = sizes if op in NORMS else QUICK
         for case in asked.of(norm).cases(dtype):
             known = road.HAS_TRITON or not case.values.extreme
+            known = known and not (norm.weighted and case.weight == "absent")
             if known and norm.takes(case.shape) and (norm.follows_scale or not case.values.scaled):
                 by_width[case.shape[1:]].append(case)
         steps += [functools.partial(check_op, op, dtype, device, cases) for cases in by_width.values()]
@@ -256,10 +257,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         how = "The Triton kernels run"
 
-    from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn
 
-    console = Console(highlight=False)
+    console = wide_console()
     console.print(f"{how}, {where}.")
     sizes = QUICK if args.quick else GPU if place.type == "cuda" else INTERPRETED
     plan = args.op, [DTYPES[name] for name in args.dtype], place, sizes
@@ -325,9 +325,10 @@ def _table(results: Iterable[Result]) -> Table:
     groups: defaultdict[tuple[str, str, str, str], list[Comparison]] = defaultdict(list)
     for r in results:
         groups[r.op, _name(r.dtype), _name(r.weight_dtype), r.comparison.what].append(r.comparison)
-    # Narrow enough for 80 columns.
+    # Narrow enough for 80 columns, in which the longest names are folded.
     table = Table(box=box.SIMPLE_HEAD, padding=0)
-    for heading in ("op", "dtype", "weight", "what"):
+    table.add_column("op", overflow="fold")
+    for heading in ("dtype", "weight", "what"):
         table.add_column(heading)
     for heading in ("cases", "error", "torch's", "ratio"):
         table.add_column(heading, justify="right")

@@ -9,10 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..bench.cases import OPS, PASSES, SHAPES, Case, shapes_of
+from ..bench.cases import CONDITIONED_SHAPES, OPS, PASSES, SHAPES, Case, shapes_of
 from ..cases import DTYPES
 from ..norms import ROW_OPS, SUM_OPS, Shape
 from ..ops.road import HAS_TRITON, INTERPRETED
+from . import CONDITIONED as COLUMNS
 from . import HEADS, names, refuse, shapes, unwritable, wide_console
 
 # Rows as measured; wide ones of which there are few; and wider ones, so that every kernel is met.
@@ -21,11 +22,14 @@ ROWS = (*SHAPES, (256, 12288), (1024, 65536), (1024, 66000))
 ROWS_OF_SUMS = ((16, 4096), (8192, 4096), (1024, 65536), (1024, 66000))
 # Of QK-norm: heads that a program has several of, and, where tokens are few, one.
 HEADS_OF_TOKENS = ((4, 4096, 32, 8, 128), (64, 1, 32, 8, 128))
+# Of conditioned norms: a scale and a shift of each sample; a gate behind the norm, narrow, and one before it, wide.
+CONDITIONED = ("modulated_layer_norm", "gated_rms_norm", "gated_rms_norm/first")
 
 _SELECTED: dict[str, Sequence[Shape]] = {
     **dict.fromkeys(ROW_OPS, ROWS),
     **dict.fromkeys(SUM_OPS, ROWS_OF_SUMS),
     "qk_norm": HEADS_OF_TOKENS,
+    **{op: CONDITIONED_SHAPES[op][:1] for op in CONDITIONED},
 }
 
 
@@ -50,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         nargs="?",
         type=names(OPS),
         default=list(_SELECTED),
-        help=f"comma-separated: {', '.join(OPS)}; those of rows, of sums and of heads if not given",
+        help=f"comma-separated: {', '.join(OPS)}; a selection of all but channel norms if not given",
     )
     parser.add_argument(
         "--shape",
@@ -58,7 +62,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=shapes,
         help=(
             "comma-separated: rows x columns, e.g. 8192x4096; N x C x ..., e.g. 16x320x64x64, in both orders of memory; of "
-            f"qk_norm {HEADS}; unless given, a selection, of rows and heads one that meets every kernel"
+            f"qk_norm {HEADS}; of modulated and gated norms {COLUMNS}; unless given, a selection, of all but channel "
+            "norms one that meets every kernel"
         ),
     )
     parser.add_argument("--dtype", type=names(DTYPES), default=["bf16"], help=f"comma-separated: {', '.join(DTYPES)}")

@@ -12,7 +12,7 @@ from ..bench.cases import OPS, PASSES, Case, shapes_of
 from ..bench.counters import Kernel, Refused, profile
 from ..cases import DTYPES, LAYOUTS
 from ..ops.road import HAS_TRITON
-from . import HEADS, refuse, wide_console
+from . import CONDITIONED, HEADS, refuse, wide_console
 from . import shape as shape_of
 
 if TYPE_CHECKING:
@@ -37,7 +37,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         "--shape",
         type=shape_of,
         required=True,
-        help=f"rows x columns, e.g. 8192x4096, N x C x ..., e.g. 16x320x64x64, or, of qk_norm, {HEADS}",
+        help=(
+            f"rows x columns, e.g. 8192x4096, N x C x ..., e.g. 16x320x64x64, of qk_norm {HEADS}, of modulated and gated "
+            f"norms {CONDITIONED}"
+        ),
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the weights (bf16)")
     parser.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="of x and y in memory (contiguous)")
@@ -102,7 +105,9 @@ def table(case: Case, ceiling: Kernel, kernels: list[Kernel]) -> Table:
         found.add_column(header, justify="right", no_wrap=True)
     found.add_column("warps wait for", no_wrap=True)
     found.add_column("bound", no_wrap=True)
-    ceiling_name = f"torch.{OPS[case.op].ceilings[case.pass_]}" if case.backward else "torch.neg"
+    # A copy is counted as neg (bench/counters.py).
+    ceiling_name = OPS[case.op].ceilings[case.pass_]
+    ceiling_name = "torch.neg" if ceiling_name.endswith(("copy", "copies")) else f"torch.{ceiling_name}"
     found.add_row(*_cells(ceiling_name, ceiling, ceiling), "", style="dim")
     for kernel in kernels:
         found.add_row(*_cells(kernel.name, kernel, ceiling), kernel.verdict(ceiling), style="bold")

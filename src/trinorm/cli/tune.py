@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..bench.cases import OPS, PASSES, Case, shapes_of
+from ..bench.cases import CONDITIONED_SHAPES, OPS, PASSES, Case, shapes_of
 from ..bench.records import provenance
 from ..cases import DTYPES
 from ..norms import ROW_OPS
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import HEADS, refuse, shapes, unwritable, wide_console
+from . import CONDITIONED, HEADS, refuse, shapes, unwritable, wide_console
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 5
 
-SWEPT = (*ROW_OPS, "qk_norm")
+SWEPT = (*ROW_OPS, "qk_norm", *CONDITIONED_SHAPES)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
@@ -50,7 +50,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         "--shapes",
         type=shapes,
         required=True,
-        help=f"comma-separated: rows x columns, or, of qk_norm, {HEADS}; or a list's name",
+        help=(
+            f"comma-separated: rows x columns, or, of qk_norm, {HEADS}, or, of modulated and gated norms, {CONDITIONED}; "
+            "or a list's name"
+        ),
     )
     parser.add_argument("--pass", dest="pass_", choices=PASSES, default="forward", help="(forward)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the weights (bf16)")

@@ -5,14 +5,26 @@ What else a function takes is fixed here. ``trinorm check``, ``bench`` and ``ins
 
 from __future__ import annotations
 
-from ..spec import BATCH_NORM, CASTS, CHANNEL_NORMS, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, ROW_NORMS
+from ..spec import (
+    BATCH_NORM,
+    CASTS,
+    CHANNEL_NORMS,
+    GROUP_NORM,
+    INSTANCE_NORM,
+    LAYER_NORM,
+    RMS_NORM,
+    ROW_NORMS,
+    ConditionedNorm,
+)
 from .channels import OfChannels, num_groups
+from .conditioned import OfConditioned
 from .heads import OfHeads
 from .norm import Arguments, Norm, Results, Shape, as_tuple
 from .rows import OfRows, OverChannels
 from .sums import OfSums
 
 __all__ = [
+    "CONDITIONED_OPS",
     "NORMS",
     "ROW_OPS",
     "SUM_OPS",
@@ -20,6 +32,7 @@ __all__ = [
     "Arguments",
     "Norm",
     "OfChannels",
+    "OfConditioned",
     "OfHeads",
     "OfRows",
     "OfSums",
@@ -30,6 +43,13 @@ __all__ = [
     "num_groups",
 ]
 
+# Those of each sample, as of a condition; and of the gates, the one that transformers' models have behind the norm.
+_CONDITIONED = (
+    *(OfConditioned(ConditionedNorm(spec, modulated=True), "sample") for spec in ROW_NORMS),
+    *(OfConditioned(ConditionedNorm(spec, "silu")) for spec in ROW_NORMS),
+    OfConditioned(ConditionedNorm(RMS_NORM)),
+)
+
 # By the function's name.
 NORMS: dict[str, Norm] = {
     **{spec.name: OfRows(spec) for spec in ROW_NORMS},
@@ -37,12 +57,15 @@ NORMS: dict[str, Norm] = {
     "channel_layer_norm": OverChannels(),
     **{norm.name: norm for norm in map(OfSums, ROW_NORMS)},
     "qk_norm": OfHeads(),
+    **{norm.name: norm for norm in _CONDITIONED},
 }
 ROW_OPS = tuple(spec.name for spec in ROW_NORMS)
 SUM_OPS = tuple(name for name, norm in NORMS.items() if norm.of_sum)
+CONDITIONED_OPS = tuple(norm.name for norm in _CONDITIONED)
 
 # With other arguments: casting modes; a residual stream of fp32 that has a factor, a sum that goes nowhere; activations, a
-# scale and a shift of each sample, running statistics, a residual; heads that are turned otherwise.
+# scale and a shift of each sample, running statistics, a residual; heads that are turned otherwise; a scale and a shift of
+# each token or of all; gates that come first, as Mamba2 has them, of groups too, and other ones.
 VARIANTS: dict[str, Norm] = {
     **{f"{spec.name}/{cast}": OfRows(spec.with_cast(cast)) for cast in CASTS if cast != "output" for spec in ROW_NORMS},
     "add_layer_norm/post": OfSums(LAYER_NORM, post=True),
@@ -57,4 +80,14 @@ VARIANTS: dict[str, Norm] = {
     "qk_norm/alone": OfHeads(turned="none"),
     "qk_norm/llama": OfHeads(RMS_NORM.with_cast("llama")),
     "qk_norm/gemma": OfHeads(RMS_NORM.with_cast("gemma")),
+    "modulated_layer_norm/token": OfConditioned(ConditionedNorm(LAYER_NORM, modulated=True), "token"),
+    "modulated_rms_norm/all": OfConditioned(ConditionedNorm(RMS_NORM, modulated=True)),
+    "gated_layer_norm/first": OfConditioned(ConditionedNorm(LAYER_NORM, "sigmoid", gate_first=True)),
+    "gated_rms_norm/first": OfConditioned(ConditionedNorm(RMS_NORM, "silu", gate_first=True)),
+    "gated_rms_norm/groups": OfConditioned(ConditionedNorm(RMS_NORM, "silu", gate_first=True), groups=8),
+    "gated_rms_norm/sigmoid": OfConditioned(ConditionedNorm(RMS_NORM, "sigmoid")),
+    "gated_rms_norm/llama": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("llama"), "silu")),
+    "gated_rms_norm/gemma": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("gemma"), "silu")),
+    "per_head_rms_norm/llama": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("llama"))),
+    "per_head_rms_norm/gemma": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("gemma"))),
 }

@@ -16,7 +16,7 @@ from ..channel_reference import ChannelGradients as Gradients
 from ..channel_reference import Given
 from ..reference import Exact
 from ..spec import RMS_NORM, RowNorm
-from .norm import Arguments, Norm, Normalized, Results, Shape, as_tuple
+from .norm import Arguments, Norm, Normalized, Results, Shape, as_tuple, casting
 from .rows import OfRows
 
 # What a result of both is called, of each.
@@ -43,6 +43,10 @@ class OfHeads(Norm):
     @property
     def name(self) -> str:
         return "qk_norm"
+
+    @property
+    def family(self) -> Literal["heads"]:
+        return "heads"
 
     @property
     def axes(self) -> str:
@@ -170,8 +174,7 @@ class OfHeads(Norm):
     @property
     def _how(self) -> dict[str, Any]:
         """What the function is told besides, where it is not the default."""
-        how: dict[str, Any] = {} if self.spec.cast == "output" else dict(cast=self.spec.cast)
-        return how | (dict(interleaved=True) if self.interleaved else {})
+        return casting(self.spec) | (dict(interleaved=True) if self.interleaved else {})
 
     def _problems(self, of: Arguments) -> list[Any]:
         """What qk_reference takes, of the queries and of the keys."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from .. import reference
 from ..channel_reference import ChannelGradients as Gradients
 from ..channel_reference import Given
 from ..reference import Exact
+from ..spec import RowNorm
 
 Shape = tuple[int, ...]
 
@@ -28,8 +29,8 @@ _DIFFERENTIABLE = dict(dx="x", dr="residual", dw="weight", db="bias")
 
 
 class Arguments(NamedTuple):
-    """What every norm takes; a residual, of which OfChannels and OfSums know; and what OfHeads does: how many of x's heads
-    are queries', and cos and sin.
+    """What every norm takes; a residual, of which OfChannels and OfSums know, or OfConditioned's gate; and what OfHeads
+    does: how many of x's heads are queries', and cos and sin.
     """
 
     x: Tensor
@@ -83,6 +84,11 @@ class Norm(ABC):
         """The function's."""
 
     @property
+    def family(self) -> Literal["rows", "channels", "heads", "conditioned"]:
+        """Whose shapes it has."""
+        return "channels"
+
+    @property
     def axes(self) -> str:
         """What a shape counts."""
         return "N × C × ..."
@@ -108,8 +114,18 @@ class Norm(ABC):
         return True
 
     @property
+    def weighted(self) -> bool:
+        """Whether there must be a weight, and a bias where there may be one."""
+        return False
+
+    @property
     def residual(self) -> bool:
-        """Whether there is one."""
+        """Whether there is one, or a gate in its place."""
+        return False
+
+    @property
+    def gated(self) -> bool:
+        """Whether the residual is a gate."""
         return False
 
     @property
@@ -248,6 +264,11 @@ class Norm(ABC):
         self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor, dsum: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         """(dx, dw, db, and of OfChannels dr), all that there are, by the kernels alone. Of OfSums dx is dr."""
+
+
+def casting(spec: RowNorm) -> dict[str, Any]:
+    """What a function is told of its casting mode, where that is not the default."""
+    return {} if spec.cast == "output" else dict(cast=spec.cast)
 
 
 def as_tuple(results: Results) -> tuple[Tensor, ...]:

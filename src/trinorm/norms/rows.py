@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ..channel_reference import ChannelGradients as Gradients
 from ..channel_reference import Given
 from ..reference import Exact
 from ..spec import LAYER_NORM, RowNorm
-from .norm import Arguments, Norm, Normalized, Results, Shape, all_gradients
+from .norm import Arguments, Norm, Normalized, Results, Shape, all_gradients, casting
 
 _MODULES = {
     "layer_norm": "LayerNorm",
@@ -35,6 +35,10 @@ class OfRows(Norm):
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def family(self) -> Literal["rows"]:
+        return "rows"
 
     @property
     def axes(self) -> str:
@@ -107,7 +111,7 @@ class OfRows(Norm):
     @property
     def _how(self) -> dict[str, Any]:
         """What the function is told besides, where it is not the default."""
-        return {} if self.spec.cast == "output" else dict(cast=self.spec.cast)
+        return casting(self.spec)
 
 
 @dataclass(frozen=True)

@@ -163,9 +163,7 @@ def conditioned_norm(
         return conditioned.composite(problem, *given)
     tensors = x, gate, *conditioned.aligned(problem, x, weight, bias)
     lacking = conditioned.lacking(problem, *tensors)
-    # For distributed tensors the op has no rules.
-    by_op = lacking is None and not road.are_distributed(*tensors)
-    if by_op and road.takes_op(op, *tensors, whole=spec.norm.rounded or batch_invariant):
+    if lacking is None and road.takes_op(op, *tensors, whole=spec.norm.rounded or batch_invariant):
         return conditioned_library.norm(problem, *tensors)
     if not road.kernels_serve(op, *tensors, lacking=lacking):
         return conditioned.composite(problem, *tensors)

@@ -1,12 +1,13 @@
 """How the registered ops are shared out over a device mesh: the rules that DTensor asks for.
 
-What statistics run over stays together. So these stay where they are, and so do their results: rows, those of a sum too, by
-any leading dim; samples of GroupNorm; samples and positions of LayerNorm over channels; channels of BatchNorm. weight and
-bias are whole on every device, whose sums dw and db are, or lie as the channels or samples do that they belong to. Of
+What statistics run over stays together. So these stay where they are, and so do their results: rows, those of a sum too,
+by any leading dim; samples of GroupNorm; samples and positions of LayerNorm over channels; channels of BatchNorm. weight
+and bias are whole on every device, whose sums dw and db are, or lie as the channels or samples do that they belong to. Of
 QK-norm tokens stay, with cos and sin beside them, and heads: those of the queries and the keys, or, where keys are fewer
-than devices and so whole on each, of the queries alone. What lies otherwise, as by a normalized dim or as a sum not yet
-taken, is redistributed first, in the way that DTensor finds cheapest. registering.know_distributed imports this when the
-first distributed tensor comes.
+than devices and so whole on each, of the queries alone. Of conditioned norms all leading dims stay, heads that have
+weights among them, and scale, shift and weight lie as those do, or are whole where they are broadcast along them. What
+lies otherwise, as by a normalized dim or as a sum not yet taken, is redistributed first, in the way that DTensor finds
+cheapest. registering.know_distributed imports this when the first distributed tensor comes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 
 from ..spec import BATCH_NORM, CHANNEL_LAYER_NORM, GROUP_NORM, ROW_NORMS
+from .conditioned_library import NAMES as CONDITIONED_NORMS
 from .qk import NAME as QK_NORM
 
 
@@ -76,7 +78,7 @@ def _rule(op: OpOverload, *args: Any, ways: Callable[[_Call], list[_Way]]) -> li
 
     What is no tensor, and what is not given or not wanted, has None.
     """
-    call = {argument.name: value for argument, value in zip(op._schema.arguments, args, strict=True)}
+    call = _named(op, args)
     found: list[tuple[Placements, Placements]] = []
     for way in (_Way(*[Replicate()] * 4), *ways(call)):
         laid: dict[str, Placement] = dict.fromkeys(("input", "residual", "sum", "dy", "dsum"), way.input)
@@ -88,16 +90,24 @@ def _rule(op: OpOverload, *args: Any, ways: Callable[[_Call], list[_Way]]) -> li
         if "dy" in call:
             wanted = {"dx": way.input, "dresidual": way.input, "dw": way.sums, "db": way.sums, "dr": way.input}
             results = [p if call[name] not in (False, None) else None for name, p in wanted.items() if name in call]
-        found.append((results, [None if value is None else laid.get(name) for name, value in call.items()]))
+        found.append((results, _of_arguments(call, laid)))
     return found
+
+
+def _named(op: OpOverload, args: tuple[Any, ...]) -> _Call:
+    return {argument.name: value for argument, value in zip(op._schema.arguments, args, strict=True)}
+
+
+def _of_arguments(call: _Call, laid: dict[str, Placement]) -> Placements:
+    return [None if value is None else laid.get(name) for name, value in call.items()]
 
 
 def _rule_of_heads(op: OpOverload, *args: Any) -> list[tuple[Placements, Placements]]:
     """The same of QK-norm."""
-    call = {argument.name: value for argument, value in zip(op._schema.arguments, args, strict=True)}
+    call = _named(op, args)
     of_heads, whole = call["query"].ndim - 2, Replicate()
     ways: list[tuple[Placement, Placement, Placement]] = [(whole, whole, whole)]
-    ways += [(Shard(dim), Shard(dim), _beside_tokens(call, dim)) for dim in range(of_heads)]
+    ways += [(Shard(dim), Shard(dim), _beside(call["cos"], dim, of_heads + 1)) for dim in range(of_heads)]
     ways += [(Shard(of_heads), Shard(of_heads), whole), (Shard(of_heads), whole, whole)]
     found: list[tuple[Placements, Placements]] = []
     for of_query, of_key, of_angles in ways:
@@ -109,15 +119,35 @@ def _rule_of_heads(op: OpOverload, *args: Any) -> list[tuple[Placements, Placeme
             sums = (side if side == whole else Partial("sum") for side in (of_query, of_key))
             wanted = zip(("dquery", "dkey", "dquery_weight", "dkey_weight"), (of_query, of_key, *sums), strict=True)
             results = [p if call[name] else None for name, p in wanted]
-        found.append((results, [None if value is None else laid.get(name) for name, value in call.items()]))
+        found.append((results, _of_arguments(call, laid)))
     return found
 
 
-def _beside_tokens(call: _Call, dim: int) -> Placement:
-    """How cos lies where tokens are sharded by a dim: alike, or whole where it is broadcast to that."""
-    cos = call["cos"]
-    own = -1 if cos is None else dim - (call["query"].ndim - 2) + cos.ndim - 1
-    return Shard(own) if own >= 0 and cos.shape[own] > 1 else Replicate()
+def _rule_of_conditions(op: OpOverload, *args: Any) -> list[tuple[Placements, Placements]]:
+    """The same of conditioned norms."""
+    call = _named(op, args)
+    dims = call["input"].ndim
+    found: list[tuple[Placements, Placements]] = []
+    for dim in (None, *range(dims - call["dims"])):
+        of_x: Placement = Replicate() if dim is None else Shard(dim)
+        laid = dict.fromkeys(("input", "gate", "dy", "mean", "rstd"), of_x)
+        of_parameters = [Replicate() if dim is None else _beside(call[name], dim, dims) for name in ("weight", "bias")]
+        laid |= zip(("weight", "bias"), of_parameters, strict=True)
+        results: Placements = [of_x] * len(op._schema.returns)
+        if "dy" in call:
+            sums = (Partial("sum") if dim is not None and p.is_replicate() else p for p in of_parameters)
+            wanted = zip(("dinput", "dgate", "dweight", "dbias"), (of_x, of_x, *sums), strict=True)
+            results = [p if call[name] else None for name, p in wanted]
+        found.append((results, _of_arguments(call, laid)))
+    return found
+
+
+def _beside(t: Any, dim: int, dims: int) -> Placement:
+    """How a tensor lies that is broadcast to one of ``dims`` dims, which is sharded by a dim: alike, or whole where it is
+    broadcast along that.
+    """
+    own = -1 if t is None else dim - dims + t.ndim
+    return Shard(own) if own >= 0 and t.shape[own] > 1 else Replicate()
 
 
 _WAYS = dict.fromkeys((name for spec in ROW_NORMS for name in (spec.name, f"add_{spec.name}")), _of_rows) | {
@@ -130,6 +160,7 @@ _RULES: dict[str, Callable[..., list[tuple[Placements, Placements]]]] = {
     name: functools.partial(_rule, ways=ways) for name, ways in _WAYS.items()
 }
 _RULES[QK_NORM] = _rule_of_heads
+_RULES |= dict.fromkeys(CONDITIONED_NORMS.values(), _rule_of_conditions)
 
 for _norm, _of_norm in _RULES.items():
     for _name in (_norm, f"{_norm}_backward"):
