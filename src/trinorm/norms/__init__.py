@@ -47,7 +47,7 @@ __all__ = [
 _CONDITIONED = (
     *(OfConditioned(ConditionedNorm(spec, modulated=True), "sample") for spec in ROW_NORMS),
     *(OfConditioned(ConditionedNorm(spec, "silu")) for spec in ROW_NORMS),
-    OfConditioned(ConditionedNorm(RMS_NORM)),
+    *(OfConditioned(ConditionedNorm(spec)) for spec in ROW_NORMS),
 )
 
 # By the function's name.

@@ -128,7 +128,7 @@ class OfConditioned(Norm):
         if self.spec.modulated:
             return lambda x, scale, shift: norm(x, over, scale, shift, eps=eps)
         if self.of_heads:
-            return lambda x, weight: norm(x, weight, eps, **how)
+            return lambda x, weight: norm(x, weight, eps=eps, **how)
         how |= dict(group_size=self._size(shape)) if self.groups > 1 else {}
         how |= dict(activation=self.spec.gate, norm_before_gate=not self.spec.gate_first)
         if self.biased:
