@@ -73,7 +73,10 @@ def test_first_calls_are_not_compared_and_older_lines_have_none() -> None:
 def test_what_the_copy_went_is_noise() -> None:
     assert found([line(100.0)], [line(104.9, ceiling_us=31.5)]) == []
     assert found([line(100.0)], [line(105.1, ceiling_us=31.5)]) == ["+trinorm"]
-    assert found([line(100.0)], [line(95.1, ceiling_us=31.5)]) == []
+    assert found([line(100.0)], [line(95.1, ceiling_us=28.5)]) == []
+    # Not the other way: a copy that got faster is no reason to be slower.
+    assert found([line(100.0)], [line(104.9, ceiling_us=28.5)]) == ["+trinorm"]
+    assert found([line(100.0)], [line(95.1, ceiling_us=31.5)]) == ["-trinorm"]
 
 
 def test_lines_of_one_file_that_differ_are_noise() -> None:
@@ -205,7 +208,10 @@ def test_noise_that_hides_is_said() -> None:
     ]
 
 
-@pytest.mark.parametrize("figure", [{"device_us": -1.0}, {"device_us": 0.0}, {"ceiling_us": -30.0}, {"replays": 0}])
+@pytest.mark.parametrize(
+    "figure",
+    [{"device_us": -1.0}, {"device_us": 0.0}, {"ceiling_us": -30.0}, {"replays": 0}, {"device_us_std": -1.0}],
+)
 def test_what_cannot_be_a_time_is_refused(figure: Line) -> None:
     with pytest.raises(ValueError, match="no such figure"):
         changes.compare_lines([line(1.0)], [line(1.0) | figure])

@@ -32,9 +32,9 @@ from trinorm.tuning import (
 
 H200 = TARGETS["sm_90"].device
 # As fast, but for its memory.
-H100 = replace(H200, l2=50 << 20)
+H100 = replace(H200, l2=50 << 20, memory=3.35e12)
 # One that has less of everything than any GPU.
-SCARCE = Device(14, 16, 48 << 10, 47 << 10, 1 << 20, dependent_launch=False, programs_wait=True)
+SCARCE = Device(14, 16, 48 << 10, 47 << 10, 1 << 20, 1e11, dependent_launch=False, programs_wait=True)
 DEVICES = [*(target.device for target in TARGETS.values()), H100, SCARCE]
 specs = st.sampled_from([LAYER_NORM, RMS_NORM])
 row_counts = st.integers(1, 1 << 33)

@@ -129,8 +129,9 @@ class Device:
     """What a launch is sized by.
 
     warps: how many a multiprocessor keeps at once. shared: its bytes of shared memory. shared_of_program: what one program
-    may have of them. l2: bytes of L2. dependent_launch: programmatic dependent launch exists (sm_90). programs_wait:
-    programs run side by side, so that one may wait for another.
+    may have of them. l2: bytes of L2. memory: bytes a second that its memory's clock and bus allow.
+    dependent_launch: programmatic dependent launch exists (sm_90). programs_wait: programs run side by side, so that one
+    may wait for another.
     """
 
     multiprocessors: int
@@ -138,6 +139,7 @@ class Device:
     shared: int
     shared_of_program: int
     l2: int
+    memory: float
     dependent_launch: bool
     programs_wait: bool
 
@@ -152,7 +154,7 @@ def describe(device: torch.device) -> Device:
     """The device's own figures; an H200's where there is no GPU (the interpreter, and compiling for a target)."""
     if device.type != "cuda":
         real = device.type == "meta"
-        return Device(132, 64, 228 << 10, 227 << 10, 60 << 20, dependent_launch=real, programs_wait=real)
+        return Device(132, 64, 228 << 10, 227 << 10, 60 << 20, 4.9e12, dependent_launch=real, programs_wait=real)
     if not INTERPRETED:
         _prepare_triton()
     properties = torch.cuda.get_device_properties(device)
@@ -162,6 +164,8 @@ def describe(device: torch.device) -> Device:
         properties.shared_memory_per_multiprocessor,
         properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         properties.L2_cache_size,
+        # In kHz, of which each moves two bits a line; in bits.
+        2e3 * properties.memory_clock_rate * properties.memory_bus_width / 8,
         dependent_launch=torch.version.hip is None and properties.major >= 9,
         programs_wait=torch.version.hip is None and not INTERPRETED,
     )

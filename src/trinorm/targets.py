@@ -31,8 +31,8 @@ class Speed:
 class Target:
     """One GPU.
 
-    warps, programs: how many a multiprocessor keeps at once. shared, shared_of_program, l2: as of its Device. speed: None
-    where nobody has measured it.
+    warps, programs: how many a multiprocessor keeps at once. shared, shared_of_program, l2, memory: as of its Device.
+    speed: None where nobody has measured it.
     """
 
     gpu: GPUTarget
@@ -42,6 +42,7 @@ class Target:
     shared: int
     shared_of_program: int
     l2: int
+    memory: float
     speed: Speed | None = None
 
     @property
@@ -49,7 +50,7 @@ class Target:
         """What a launch is sized by."""
         nvidia = self.gpu.backend == "cuda"
         early = nvidia and self.gpu.arch >= 90
-        memory = self.shared, self.shared_of_program, self.l2
+        memory = self.shared, self.shared_of_program, self.l2, self.memory
         return Device(self.multiprocessors, self.warps, *memory, dependent_launch=early, programs_wait=nvidia)
 
 
@@ -62,18 +63,21 @@ class Occupancy:
     limit: str
 
 
-# NVIDIA: the CUDA programming guide's table of compute capabilities; AMD: the CDNA3 instruction set's. Multiprocessors and
-# L2, as torch reports it, are those of A100, RTX 3090, RTX 4090, H200, B200, RTX 5090 and MI300X (L2 of one of its 8 dies).
+# NVIDIA: the CUDA programming guide's table of compute capabilities; AMD: the CDNA3 instruction set's. Multiprocessors, L2,
+# as torch reports it, and memory are those of A100, RTX 3090, RTX 4090, H200, B200, RTX 5090 and MI300X (L2 of one of its 8
+# dies).
 # The speed of an H200: torch's copy and add of 8192 × 8192 bf16 reach 4.2 to 4.3 TB/s; the clock that Nsight Compute finds
 # under norms (1.92 to 1.97 GHz); the copy of 128 × 768 in a CUDA graph, for most of which nothing moves (1.5 µs).
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 108, 64, 32, 164 << 10, 163 << 10, 40 << 20),
-    "sm_86": Target(GPUTarget("cuda", 86, 32), 82, 48, 16, 100 << 10, 99 << 10, 6 << 20),
-    "sm_89": Target(GPUTarget("cuda", 89, 32), 128, 48, 24, 100 << 10, 99 << 10, 72 << 20),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 132, 64, 32, 228 << 10, 227 << 10, 60 << 20, Speed(4.3e12, 1.95e9, 1.5e-6)),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 148, 64, 32, 228 << 10, 227 << 10, 126 << 20),
-    "sm_120": Target(GPUTarget("cuda", 120, 32), 170, 48, 24, 100 << 10, 99 << 10, 96 << 20),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 304, 32, 32, 64 << 10, 64 << 10, 4 << 20),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 108, 64, 32, 164 << 10, 163 << 10, 40 << 20, 1.6e12),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), 82, 48, 16, 100 << 10, 99 << 10, 6 << 20, 0.94e12),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), 128, 48, 24, 100 << 10, 99 << 10, 72 << 20, 1.0e12),
+    "sm_90": Target(
+        GPUTarget("cuda", 90, 32), 132, 64, 32, 228 << 10, 227 << 10, 60 << 20, 4.9e12, Speed(4.3e12, 1.95e9, 1.5e-6)
+    ),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 148, 64, 32, 228 << 10, 227 << 10, 126 << 20, 8.0e12),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), 170, 48, 24, 100 << 10, 99 << 10, 96 << 20, 1.8e12),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 304, 32, 32, 64 << 10, 64 << 10, 4 << 20, 5.3e12),
 }
 
 

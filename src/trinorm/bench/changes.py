@@ -328,8 +328,9 @@ def _time_changes(subject: Subject, before: list[Line], after: list[Line]) -> It
     if new is None:
         yield Change(subject, "µs", old.median, math.inf, 0)
         return
-    drift = abs(new.ceiling / old.ceiling - 1) if new.ceiling and old.ceiling else 0.0
-    noise = max(NOISE, drift, old.spread, new.spread, _STANDARD_ERRORS * math.hypot(old.error, new.error))
+    drift = new.ceiling / old.ceiling - 1 if new.ceiling and old.ceiling else 0.0
+    same_way = drift * (new.median - old.median) > 0  # a copy that got faster is no reason for us to be slower
+    noise = max(NOISE, abs(drift) * same_way, old.spread, new.spread, _STANDARD_ERRORS * math.hypot(old.error, new.error))
     yield Change(subject, "µs", old.median, new.median, noise * old.median)
 
 
@@ -346,6 +347,8 @@ def _time(lines: list[Line]) -> _Time | None:
         for what in ("device_us", "ceiling_us", "replays"):
             if line[what] is not None and line[what] <= 0:
                 raise ValueError(f"{line[what]} as {what} is no such figure")
+        if line["device_us_std"] < 0:
+            raise ValueError(f"{line['device_us_std']} as device_us_std is no such figure")
     median = statistics.median(times)
     errors = [math.sqrt(math.pi / 2 / line["replays"]) * line["device_us_std"] / median for line in timed]
     ceilings = [line["ceiling_us"] for line in timed if line["ceiling_us"]]

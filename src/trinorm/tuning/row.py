@@ -137,9 +137,9 @@ _BACKWARD: tuple[tuple[int, tuple[Tile, int, int, int] | None, tuple[Tile, int, 
     (16384, None, (Tile(1, 4096, 16), 1, 3, 1)),  #                                0.47 (so: split or wide), 0.71
 )  # 12288: 0.82, 0.84
 
-# Of these rows of the table, where memory is slower. On an H100 (3.35 TB/s for an H200's 4.8) by the launch above, then by
-# this one; on an H200 these are 1 to 4% slower where they were tried. They are told apart by their L2.
-_L2_OF_FAST_MEMORY = 55 << 20
+# Of these rows of the table, where memory is slower than this. On an H100 (3.35 TB/s, an H200 has 4.9) by the launch above,
+# then by this one; on an H200 those of 768, 1024 and 3072 columns were 1 to 5% slower (2026-11-22).
+_SLOW_MEMORY = 4e12
 _BACKWARD_SLOW_MEMORY = {
     (768, True): (Tile(4, 256, 8), 1, 3, 2),  #   0.86, 0.88
     (1024, True): (Tile(8, 256, 8), 1, 3, 1),  #  0.87, 0.92
@@ -239,7 +239,7 @@ def _choose_backward(
         return RowBackwardFew(tile, sums=Tile(_FEW_ROWS[few] // (2 if itemsize == 8 else 1), 32, tile.warps))
     if of_sums:
         held = _BACKWARD_OF_SUMS.get((n, spec.center), held)
-    elif device.l2 < _L2_OF_FAST_MEMORY:
+    elif device.memory < _SLOW_MEMORY:
         held = _BACKWARD_SLOW_MEMORY.get((most, spec.center), held)
     tile, tiles, stages, per_sm = _BACKWARD_FP64 if itemsize == 8 else held
     return _fitted(RowBackward(_narrowed(tile, n), tiles, stages, per_sm, stream), n, itemsize, device, tensors)
