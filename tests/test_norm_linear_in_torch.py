@@ -145,8 +145,7 @@ def test_a_backward_under_autocast_is_its_forwards(spec: RowNorm, device: torch.
     ("spec", "backend", "by_torch"),
     [
         (LAYER_NORM, "aot_eager_decomp_partition", False),
-        (LAYER_NORM, "aot_eager_decomp_partition", True),
-        (RMS_NORM, "aot_eager_decomp_partition", False),
+        (RMS_NORM, "aot_eager_decomp_partition", True),
         pytest.param(RMS_NORM, "inductor", True, marks=COMPILER),
     ],
 )
