@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -177,10 +176,7 @@ def rms_norm(
         given = dict(weight=weight, eps=eps, save=save, cast=cast, batch_invariant=batch_invariant)
         return jagged.of_values(rms_norm, input, normalized_shape, **given)
     asked = normalized_shape, eps, manner
-    if eps is None:
-        # torch's documentation says finfo(x.dtype).eps; its code, CPU and CUDA, uses the dtype it computes in (2.11, 2.13).
-        double = isinstance(input, Tensor) and input.dtype == torch.float64
-        eps = 2.220446049250313e-16 if double else 1.1920928955078125e-07
+    eps = checks.own_epsilon(RMS_NORM, input, eps)
     shape, eps, invariant = checks.rows("rms_norm", input, normalized_shape, weight, None, eps, cast, batch_invariant, save)
     return row_norm(RMS_NORM.with_cast(cast), input, shape, weight, None, eps, asked, save, invariant)
 

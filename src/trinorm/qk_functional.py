@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -81,9 +80,7 @@ def qk_norm(
     asked = (eps, interleaved, cast, batch_invariant) if plain else None
     if asked is not None and (call := qk.CALLS.recall(asked, *tensors)) is not None:
         return call(*tensors)
-    if eps is None:  # as rms_norm
-        double = isinstance(query, Tensor) and query.dtype == torch.float64
-        eps = 2.220446049250313e-16 if double else 1.1920928955078125e-07
+    eps = checks.own_epsilon(RMS_NORM, query, eps)
     _check_inputs(query, key, query_weight=query_weight, key_weight=key_weight, cos=cos, sin=sin)
     eps = checks.epsilon(_OP, eps)
     checks.casting(_OP, cast)
