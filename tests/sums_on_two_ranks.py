@@ -75,6 +75,10 @@ def gradients_of_sums_wanted_in_any_order(spec: RowNorm, mesh: DeviceMesh) -> No
         if any(wanted):
             found = results(norm(spec), gradients_there[:count], there, wanted)
             assert_same(found, results(norm(spec), gradients[:count], inputs, wanted))
+        if wanted[0] or wanted[1]:  # the sum alone is used
+            some = tuple(want and i < 2 for i, want in enumerate(wanted))
+            found = results(lambda *given: norm(spec)(*given)[1:], gradients_there[1:], there, some)
+            assert_same(found, results(lambda *given: norm(spec)(*given)[1:], gradients[1:], inputs, some))
 
 
 def compiled_sums(spec: RowNorm, mesh: DeviceMesh) -> None:

@@ -178,6 +178,9 @@ if not ON_GPU:
 # 160 bytes of local memory. And where a sum's gradient takes 70 of a thread of 8 warps, for 3 programs and not 4.
 CROWDED = {("sm_120", "layer_norm", 768), ("sm_90", "add_layer_norm", 66000)}
 SPILLING = {("sm_100", "layer_norm", 12288), ("sm_120", "layer_norm", 12288)}
+# Where one turn of an A100's programs, which has fewer multiprocessors than an H200, would sum too many rows each
+# (kinds._sharing).
+TWO_TURNS = {("sm_80", "gated_rms_norm", 32), ("sm_80", "gated_rms_norm/first", 2048)}
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -191,7 +194,7 @@ def test_all_programs_of_a_backward_run_at_once(target: str, compiled: Compiled)
     assert {record["kernel"] for record in walking} == {"row_backward"} | wider | others
     for record in walking:
         case = target, record["op"], record["shape"][1]
-        programs = -(-math.prod(record["grid"]) // TARGETS[target].multiprocessors)
+        programs = -(-math.prod(record["grid"]) // TARGETS[target].multiprocessors) // (1 + (case in TWO_TURNS))
         assert record["shared"] <= TARGETS[target].shared_of_program, _name(record)
         assert record["occupancy"]["programs"] == programs or case in CROWDED, _name(record)
         assert record["spills"] <= SPILLED_VALUE or case in SPILLING, _name(record)

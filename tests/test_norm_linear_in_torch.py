@@ -149,6 +149,8 @@ def test_a_backward_under_autocast_is_its_forwards(spec: RowNorm, device: torch.
         pytest.param(RMS_NORM, "inductor", True, marks=COMPILER),
     ],
 )
+# Inductor's advice of each product in fp32, given once to a process, on a GPU that has TF32.
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 def test_compiled_keeps_as_little(spec: RowNorm, backend: str, by_torch: bool, device: torch.device) -> None:
     """One graph, with an eager call's numbers; and of the two functions the partitioner would keep y."""
     given, dz = draw(spec, (16, 64), 24, device), torch.randn(16, 24, device=device)

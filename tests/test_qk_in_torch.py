@@ -333,9 +333,9 @@ def test_the_registered_op_refuses_what_does_not_fit(device: torch.device) -> No
         (None, (True, True, False, False), "a gradient is asked for"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            backward(dy, x, *given, *rstds, EPS, False, *wanted, False, "output")
+            backward(*given, *rstds, dy, x, EPS, False, *wanted, False, "output")
     with pytest.raises(RuntimeError, match="a gradient is asked for"):
-        backward(x, x, x, x, None, w, turn, turn, *rstds, EPS, False, True, True, True, True, False, "output")
+        backward(x, x, None, w, turn, turn, *rstds, x, x, EPS, False, True, True, True, True, False, "output")
 
 
 @pytest.mark.skipif(not ON_GPU, reason="a CPU without the interpreter has no kernels to fall back from")

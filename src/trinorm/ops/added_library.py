@@ -5,11 +5,12 @@
     ) -> (y, sum, mean, rstd)
     add_rms_norm(the same) -> (y, sum, rstd)
     <norm>_backward(
-        dy?, dsum?, sum, normalized_shape, weight?, mean?, rstd, seed?, row_scale?, eps, alpha, drop,
+        sum, dy?, dsum?, normalized_shape, weight?, mean?, rstd, seed?, row_scale?, eps, alpha, drop,
         dtypes of dx and dresidual or None, dw, db?, batch_invariant, cast
     ) -> (dx, dresidual, dw, db)
 
-dtype is y's. The statistics are as library.py's. The sum has a gradient of its own, dsum.
+dtype is y's. The statistics are as library.py's. The sum has a gradient of its own, dsum. What is always there comes
+first, as in qk_library.py.
 """
 
 from __future__ import annotations
@@ -104,8 +105,8 @@ class _Forward(Op):
         if dy is None:  # nobody uses y, in which weight and bias have their part
             dw = db = False
         wanted = of_x if dx else None, of_residual if dresidual and not one else None, dw, of_bias if db else None
-        saved = total, ctx.shape, weight, mean[0] if mean else None, rstd, seed, row_scale
-        dx, dresidual, dw, db = self._backward(dy, dsum, *saved, *ctx.by, *wanted, *ctx.how)
+        saved = ctx.shape, weight, mean[0] if mean else None, rstd, seed, row_scale
+        dx, dresidual, dw, db = self._backward(total, dy, dsum, *saved, *ctx.by, *wanted, *ctx.how)
         return dx, dx if one else dresidual, None, dw, db, *(None,) * 8
 
     def composite(self, *args: Any) -> Results:
@@ -152,7 +153,7 @@ class _Forward(Op):
 
 class _Backward(Op):
     schema = (
-        "(Tensor? dy, Tensor? dsum, Tensor sum, SymInt[] normalized_shape, Tensor? weight, Tensor? mean, Tensor rstd, "
+        "(Tensor sum, Tensor? dy, Tensor? dsum, SymInt[] normalized_shape, Tensor? weight, Tensor? mean, Tensor rstd, "
         "Tensor? seed, Tensor? row_scale, float eps, float alpha, float drop, ScalarType? dx, ScalarType? dresidual, "
         "bool dw, ScalarType? db, bool batch_invariant, str cast) -> (Tensor, Tensor, Tensor, Tensor)"
     )
@@ -162,7 +163,7 @@ class _Backward(Op):
         self.name = f"{NAMES[spec.name]}_backward"
 
     def vmap(self, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Results, Sequence[int | None]]:
-        dy, dsum, total, shape, weight, mean, rstd, *rest = args
+        total, dy, dsum, shape, weight, mean, rstd, *rest = args
         *_, dw, db, _, _ = rest
         if (
             any(isinstance(dims[i], int) for i in (4, 7, 8))
@@ -172,12 +173,12 @@ class _Backward(Op):
             or db is not None
         ):
             return one_by_one(self, info, dims, *args)  # each has a weight, a mask or sums over rows of its own
-        rows = (dy, dims[0]), (dsum, dims[1]), (total, dims[2]), (mean, dims[5]), (rstd, dims[6])
-        dy, dsum, total, mean, rstd = (None if t is None else _mapped(t, dim, info.batch_size) for t, dim in rows)
-        return batched(self(dy, dsum, total, shape, weight, mean, rstd, *rest))
+        rows = (total, dims[0]), (dy, dims[1]), (dsum, dims[2]), (mean, dims[5]), (rstd, dims[6])
+        total, dy, dsum, mean, rstd = (None if t is None else _mapped(t, dim, info.batch_size) for t, dim in rows)
+        return batched(self(total, dy, dsum, shape, weight, mean, rstd, *rest))
 
     def composite(self, *args: Any) -> Results:
-        dy, dsum, total, shape, weight, _, _, seed, row_scale, eps, alpha, drop, *wanted, _, cast = args
+        total, dy, dsum, shape, weight, _, _, seed, row_scale, eps, alpha, drop, *wanted, _, cast = args
         how: Any = (len(shape), weight, eps, alpha, dy, dsum, *wanted, total.dtype if dy is None else dy.dtype)
         branch: Any = dict(seed=seed, row_scale=row_scale, drop=drop)
         found = added_reference.composite_gradients(self._spec.with_cast(cast), total, *how, **branch)
@@ -185,7 +186,7 @@ class _Backward(Op):
         return tuple(None if t is None else t.clone(memory_format=torch.contiguous_format) for t in found)
 
     def compute(self, *args: Any) -> Results:
-        dy, dsum, total, shape, weight, mean, rstd, seed, row_scale, *how = args
+        total, dy, dsum, shape, weight, mean, rstd, seed, row_scale, *how = args
         eps, alpha, drop, dx, dresidual, dw, db, batch_invariant, cast = how
         alike = all(t is None or t.shape == total.shape for t in (dy, dsum))
         alike = alike and all(t is None or t.shape == total.shape[: -len(shape)] for t in (mean, rstd))
@@ -216,7 +217,7 @@ class _Backward(Op):
         return of_x, of_residual, *sums
 
     def fake(self, *args: Any) -> Results:
-        dy, _, total, shape, weight, *_, dx, dresidual, dw, db, _, _ = args
+        total, dy, _, shape, weight, *_, dx, dresidual, dw, db, _, _ = args
         dw, db = (dw, db) if dy is not None else (False, None)
         of_x, of_residual = (
             None if dtype is None else total.new_empty(total.shape, dtype=dtype) for dtype in (dx, dresidual)

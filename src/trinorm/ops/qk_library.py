@@ -4,11 +4,12 @@
         query, key, query_weight?, key_weight?, cos?, sin?, eps, interleaved, batch_invariant, cast
     ) -> (query, key, query's rstd, key's rstd)
     qk_norm_backward(
-        dy of query?, dy of key?, query, key, query_weight?, key_weight?, cos?, sin?, query's rstd, key's rstd, eps,
+        query, key, query_weight?, key_weight?, cos?, sin?, query's rstd, key's rstd, dy of query?, dy of key?, eps,
         interleaved, whether dquery, dkey, dquery_weight and dkey_weight are wanted, batch_invariant, cast
     ) -> (dquery, dkey, dquery_weight, dkey_weight)
 
-The statistics are as library.py's. Where cos or sin requires a gradient, the composite is differentiated.
+The statistics are as library.py's. A tensor that is always there comes first: DTensor looks for its mesh at the first
+argument alone (torch 2.11). Where cos or sin requires a gradient, the composite is differentiated.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class _Forward(Op):
         wanted = ctx.needs_input_grad[3:7]
         given = gradients[0] is not None, gradients[1] is not None
         wanted = tuple(want and of for want, of in zip(wanted, (*given, *given), strict=True))
-        found = self._backward(*gradients[:2], *ctx.saved_tensors, *ctx.by, *wanted, *ctx.how)
+        found = self._backward(*ctx.saved_tensors, *gradients[:2], *ctx.by, *wanted, *ctx.how)
         return *found, *(None,) * 6
 
     def composite(self, *args: Any) -> Results:
@@ -104,21 +105,21 @@ class _Forward(Op):
 class _Backward(Op):
     name = f"{NAME}_backward"
     schema = (
-        "(Tensor? query_dy, Tensor? key_dy, Tensor query, Tensor key, Tensor? query_weight, Tensor? key_weight, "
-        "Tensor? cos, Tensor? sin, Tensor query_rstd, Tensor key_rstd, float eps, bool interleaved, bool dquery, "
+        "(Tensor query, Tensor key, Tensor? query_weight, Tensor? key_weight, Tensor? cos, Tensor? sin, "
+        "Tensor query_rstd, Tensor key_rstd, Tensor? query_dy, Tensor? key_dy, float eps, bool interleaved, bool dquery, "
         "bool dkey, bool dquery_weight, bool dkey_weight, bool batch_invariant, str cast) "
         "-> (Tensor, Tensor, Tensor, Tensor)"
     )
 
     def composite(self, *args: Any) -> Results:
-        query_dy, key_dy, *inputs = args[:8]
+        *inputs, _, _, query_dy, key_dy = args[:10]
         eps, interleaved, *wanted, _, cast = args[10:]
         problem = QKProblem(RMS_NORM.with_cast(cast), eps, interleaved)
         found = composite_gradients(problem, tuple(wanted), query_dy, key_dy, *inputs)
         return tuple(None if t is None else t.contiguous() for t in found)
 
     def compute(self, *args: Any) -> Results:
-        query_dy, key_dy, *inputs, query_rstd, key_rstd = args[:10]
+        *inputs, query_rstd, key_rstd, query_dy, key_dy = args[:10]
         eps, interleaved, *wanted, _, cast = args[10:]
         query, key, *weights = inputs[:4]
         _check(self.name, cast, *inputs)
@@ -144,7 +145,7 @@ class _Backward(Op):
             return call.backward(tuple(wanted), query_dy, key_dy, *inputs, query_rstd, key_rstd)
 
     def fake(self, *args: Any) -> Results:
-        wanted, inputs = args[12:16], args[2:6]
+        wanted, inputs = args[12:16], args[:4]
         return tuple(t.new_empty(t.shape) if want else None for t, want in zip(inputs, wanted, strict=True))
 
 
