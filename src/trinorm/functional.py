@@ -21,9 +21,11 @@ from .linear_functional import layer_norm_linear, rms_norm_linear
 from .ops import CALLS, channel, channel_norm, jagged, row_norm
 from .per_head_functional import per_head_layer_norm, per_head_rms_norm
 from .qk_functional import qk_norm
+from .quantized_functional import Quantized, quantized_layer_norm, quantized_rms_norm
 from .spec import CHANNEL_LAYER_NORM, LAYER_NORM, RMS_NORM, Cast
 
 __all__ = [
+    "Quantized",
     "add_layer_norm",
     "add_rms_norm",
     "batch_norm",
@@ -39,6 +41,8 @@ __all__ = [
     "per_head_layer_norm",
     "per_head_rms_norm",
     "qk_norm",
+    "quantized_layer_norm",
+    "quantized_rms_norm",
     "rms_norm",
     "rms_norm_linear",
 ]

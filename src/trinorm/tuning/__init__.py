@@ -32,6 +32,7 @@ from .kinds import (
     RowForwardWide,
     Tile,
 )
+from .quantized import choose_quantized
 from .row import FORGET, backward_turns, choose_backward, choose_forward, choose_total, forward_turns
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "choose_heads_forward",
     "choose_layer_backward",
     "choose_layer_forward",
+    "choose_quantized",
     "choose_sums",
     "choose_total",
     "choose_whole",

@@ -1,0 +1,61 @@
+"""The formats that a quantized norm writes. A format is a value; the kernels and the plain reference read it off."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+# What an element is stored as: a float of 4 bits of exponent and 3 of mantissa, of 2 and 1, or an integer.
+Element = Literal["e4m3", "e2m1", "int8"]
+
+# What scales its elements: a number of the whole tensor that is given; one that is taken of each row or block, in fp32, as
+# a power of two of 8 bits, or, over a given one of the whole tensor, as an e4m3.
+Scaling = Literal["tensor", "fp32", "e8m0", "e4m3"]
+
+FormatName = Literal["fp8", "fp8_token", "fp8_block", "int8_token", "mxfp8", "nvfp4"]
+FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
+
+
+class Format(NamedTuple):
+    """block: how many elements have one scale; 0: all of a row. largest: the element's largest number."""
+
+    element: Element
+    scaling: Scaling
+    block: int
+    largest: float
+
+    @property
+    def given(self) -> bool:
+        """Whether the caller gives a number of the whole tensor."""
+        return self.scaling in ("tensor", "e4m3")
+
+    @property
+    def packed(self) -> int:
+        """How many elements one of the data's holds."""
+        return 2 if self.element == "e2m1" else 1
+
+    @property
+    def data_dtype(self) -> torch.dtype:
+        return _DATA[self.element]
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return _SCALE[self.scaling]
+
+    def scales(self, n: int) -> int:
+        """How many scales a row of n elements has."""
+        return -(-n // self.block) if self.block else 1
+
+
+_DATA = {"e4m3": torch.float8_e4m3fn, "e2m1": torch.float4_e2m1fn_x2, "int8": torch.int8}
+_SCALE = {"tensor": torch.float32, "fp32": torch.float32, "e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
+
+FORMATS: dict[FormatName, Format] = {
+    "fp8": Format("e4m3", "tensor", 0, 448.0),
+    "fp8_token": Format("e4m3", "fp32", 0, 448.0),
+    "fp8_block": Format("e4m3", "fp32", 128, 448.0),
+    "int8_token": Format("int8", "fp32", 0, 127.0),
+    "mxfp8": Format("e4m3", "e8m0", 32, 448.0),
+    "nvfp4": Format("e2m1", "e4m3", 16, 6.0),
+}

@@ -1,0 +1,229 @@
+"""Row norms whose result is stored in a small format: row.py's y = x̂·(w + OFFSET) + b, in fp32, as quantize.py stores it.
+
+What is normalized is x; with X_SCALE an e4m3 of x's codes times the scale of its row, or of all (X_SCALE's stride is 0);
+with RESIDUAL the sum, stored in SUM (added.py). A scale is that of BLOCK elements, of a whole row where BLOCK is 0, and with
+SCALING "tensor" the one GIVEN; scale_strides: from a row's scales to the next row's, and from a block's to the next.
+W, B, MEAN, RSTD, SUM, RESIDUAL and X_SCALE may be None. With ROUND x̂, and y, are rounded to DTYPE first (LLaMA).
+"""
+
+import triton
+import triton.language as tl
+
+from .added import add_row
+from .affine import NO_BIAS, NO_WEIGHT
+from .conditioned import held_stats, weighted
+from .index import (
+    chunk_columns,
+    columns_live,
+    first_program,
+    load_row,
+    load_row_or,
+    row_offsets,
+    rows_live,
+    store_once,
+    tile_rows,
+    widened,
+)
+from .overlap import let_next_launch, wait_for_previous
+from .quantize import element_of, from_e4m3, scale_of, size_of
+from .row import store_stats
+
+
+@triton.jit
+def scaled_up(xs, X_SCALE, rows, live, stride, ACC: tl.constexpr):
+    """x of its codes and scales, as chunks; x as it is without scales. By an fma, as conditioned.gated says, with -0.0."""
+    if X_SCALE is None:
+        return xs
+    else:
+        scale = tl.load(X_SCALE + rows * stride, mask=live, other=0.0).to(ACC)
+        chunks = ()
+        for i in tl.static_range(len(xs)):
+            x = from_e4m3(xs[i]).to(ACC)
+            nothing = tl.full(x.shape, NO_BIAS, tl.int32).to(tl.float32, bitcast=True).to(ACC)
+            chunks = chunks + (tl.fma(x, tl.broadcast_to(scale, x.shape), nothing),)
+        return chunks
+
+
+@triton.jit
+def store_codes(DATA, codes, rows, start, live, N: tl.constexpr, END: tl.constexpr, ELEMENT: tl.constexpr, STREAM: tl.constexpr):
+    """The codes of some columns from ``start``, of a chunk that ends before column END; e2m1 two to a byte, the first of
+    them in its low bits.
+    """
+    if ELEMENT == "e2m1":
+        ROWS: tl.constexpr = codes.shape[0]
+        CHUNK: tl.constexpr = codes.shape[1]
+        low, high = tl.split(tl.reshape(codes, [ROWS, CHUNK // 2, 2]))
+        columns = chunk_columns(start // 2, CHUNK // 2)
+        store_once(DATA + rows * (N // 2) + columns, low | (high << 4), live & columns_live(columns, END // 2, N // 2), STREAM)
+    else:
+        columns = chunk_columns(start, codes.shape[1])
+        store_once(DATA + rows * N + columns, codes, live & columns_live(columns, END, N), STREAM)
+
+
+@triton.jit
+def quantize_tile(
+    outs,
+    given,
+    at,
+    rows,
+    live,
+    eps,
+    N: tl.constexpr,
+    CENTER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    SCALING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
+    ACC: tl.constexpr,
+    RESCUE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STREAM: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """Data, scales and statistics of the ``live`` rows of a tile, stored where fp32 held the squares; returns where it did.
+    outs: (DATA, SCALE, SUM, MEAN, RSTD); given: (X, X_SCALE, RESIDUAL, W, B, GIVEN); at: where x's rows begin, X_SCALE's
+    stride, scale_strides.
+    """
+    DATA, SCALE, SUM, MEAN, RSTD = outs
+    X, X_SCALE, RESIDUAL, W, B, GIVEN = given
+    of_x, of_x_scale, scale_strides = at
+    ROWS: tl.constexpr = rows.shape[0]
+    xs = scaled_up(load_row(X + of_x, live, N, CHUNK, STREAM), X_SCALE, rows, live, of_x_scale, ACC)
+    ws = load_row_or(W, live, N, CHUNK, NO_WEIGHT)
+    bs = load_row_or(B, live, N, CHUNK, NO_BIAS)
+    xs = add_row((SUM, RESIDUAL, None, None), xs, rows, 0, live, N, N, 1.0, 0.0, ACC, STREAM)
+    mean, rstd, good = held_stats(xs, eps, N, CENTER, ACC, SCALED)
+    if not RESCUE:
+        good = rows >= 0
+    live = live & good
+    store_stats(MEAN, RSTD, rows, mean, rstd, live, CENTER)
+    whole = tl.full([1, 1], 1.0, tl.float32)
+    if GIVEN is not None:
+        whole = whole * tl.load(GIVEN)
+
+    ys = ()
+    largest = tl.zeros([ROWS, CHUNK], tl.float32)
+    for i in tl.static_range(len(xs)):
+        xhat = (widened(xs[i], ACC) - mean) * rstd
+        y = weighted(xhat, ws[i], bs[i], DTYPE, OFFSET, ROUND, ROUND).to(tl.float32)
+        y = tl.broadcast_to(y, [ROWS, CHUNK])
+        ys = ys + (y,)
+        if SCALING != "tensor" and BLOCK == 0:
+            exists = columns_live(chunk_columns(i * CHUNK, CHUNK), (i + 1) * CHUNK, N)
+            largest = tl.maximum(largest, tl.where(exists, size_of(y), 0.0))
+    if BLOCK == 0:
+        if SCALING == "tensor":
+            inverse = tl.div_rn(tl.full([1, 1], 1.0, tl.float32), whole)
+        else:
+            scale, inverse = scale_of(tl.max(largest, axis=1, keep_dims=True), whole, SCALING, LARGEST)
+            tl.store(SCALE + rows * scale_strides[0], scale, mask=live)
+    for i in tl.static_range(len(xs)):
+        if BLOCK == 0:
+            v = ys[i] * inverse
+        else:
+            OF_ONE: tl.constexpr = BLOCK if BLOCK < CHUNK else CHUNK
+            EACH: tl.constexpr = CHUNK // OF_ONE
+            exists = columns_live(chunk_columns(i * CHUNK, CHUNK), (i + 1) * CHUNK, N)
+            sizes = tl.reshape(tl.where(exists, size_of(ys[i]), 0.0), [ROWS, EACH, OF_ONE])
+            scale, inverse = scale_of(tl.max(sizes, axis=2), whole, SCALING, LARGEST)
+            block = chunk_columns(i * EACH, EACH)
+            fits = live & columns_live(block, (i + 1) * EACH, (N + OF_ONE - 1) // OF_ONE)
+            tl.store(SCALE + rows * scale_strides[0] + block * scale_strides[1], scale, mask=fits)
+            v = tl.reshape(tl.reshape(ys[i], [ROWS, EACH, OF_ONE]) * inverse[:, :, None], [ROWS, CHUNK])
+        store_codes(DATA, element_of(v, ELEMENT, LARGEST), rows, i * CHUNK, live, N, (i + 1) * CHUNK, ELEMENT, STREAM)
+    return good
+
+
+@triton.jit(do_not_specialize=["M"])
+def quantized_forward(
+    DATA,
+    SCALE,
+    SUM,
+    MEAN,
+    RSTD,
+    X,
+    X_SCALE,
+    RESIDUAL,
+    W,
+    B,
+    GIVEN,
+    M: tl.int64,
+    x_odd_sizes,
+    x_strides,
+    x_scale_stride,
+    scale_strides,
+    eps: tl.float64,
+    N: tl.constexpr,
+    CENTER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    SCALING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
+    ACC: tl.constexpr,
+    RESCUE: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STREAM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A tile of ROWS rows, each read once and held. Those whose squares fp32 did not hold are done again, scaled, apart."""
+    wait_for_previous(PDL)
+    let_next_launch(PDL)
+    eps = tl.full([1, 1], eps, ACC)
+    rows = tile_rows(first_program(), ROWS)
+    live = rows_live(rows, M, ROWS)
+    outs, given = (DATA, SCALE, SUM, MEAN, RSTD), (X, X_SCALE, RESIDUAL, W, B, GIVEN)
+    at = row_offsets(rows, x_odd_sizes, x_strides), x_scale_stride, scale_strides
+    good = quantize_tile(
+        outs,
+        given,
+        at,
+        rows,
+        live,
+        eps,
+        N,
+        CENTER,
+        OFFSET,
+        ROUND,
+        DTYPE,
+        ELEMENT,
+        SCALING,
+        BLOCK,
+        LARGEST,
+        ACC,
+        RESCUE,
+        CHUNK,
+        STREAM,
+        False,
+    )
+    if RESCUE:
+        bad = live & (good == 0)
+        if tl.max(bad.to(tl.int32)) == 1:
+            quantize_tile(
+                outs,
+                given,
+                at,
+                rows,
+                bad,
+                eps,
+                N,
+                CENTER,
+                OFFSET,
+                ROUND,
+                DTYPE,
+                ELEMENT,
+                SCALING,
+                BLOCK,
+                LARGEST,
+                ACC,
+                RESCUE,
+                CHUNK,
+                STREAM,
+                True,
+            )

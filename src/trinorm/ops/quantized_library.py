@@ -1,0 +1,118 @@
+"""Norms with a quantized result as registered ops. For each spec::
+
+    quantized_layer_norm(
+        input, input_scale?, residual?, weight?, bias?, scale?, dims, eps, format, column_major, save, cast
+    ) -> (data, scale, sum, mean, rstd)
+    quantized_rms_norm(the same) -> (the same, whose mean is None)
+
+scale is a number of the whole result, where the format asks for one; "fp8" has no other, and returns None for it. A sum
+there is with a residual, statistics with ``save``. The results are no functions to be differentiated: functional's gradient passes by them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..formats import FORMATS
+from ..spec import CASTS, ROW_NORMS, RowNorm
+from . import road
+from .quantized import CALLS, CODES, Given, QuantizedCall, Quantizing, composite, lacking, read
+from .registering import Op, register
+
+if TYPE_CHECKING:
+    from ..replay import Results
+
+# The registered ops' names, by the norms'.
+NAMES = {spec.name: f"quantized_{spec.name}" for spec in ROW_NORMS}
+
+
+def norm(problem: Quantizing, given: Given) -> Results:
+    """By the registered op."""
+    spec, *by, save = problem
+    return getattr(torch.ops.trinorm, NAMES[spec.name])(*given, *by, save, spec.cast)  # type: ignore[no-any-return]
+
+
+class _Forward(Op):
+    schema = (
+        "(Tensor input, Tensor? input_scale, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? scale, int dims, "
+        "float eps, str format, bool column_major, bool save, str cast) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+
+    def __init__(self, spec: RowNorm) -> None:
+        self._spec = spec
+        self.name = NAMES[spec.name]
+
+    def composite(self, *args: Any) -> Results:
+        problem, given = self._problem(args)
+        _check(self.name, problem, given)
+        return composite(problem, given)
+
+    def compute(self, *args: Any) -> Results:
+        manner = _REGISTERED, self.name, *args[6:]
+        call = CALLS.recall(manner, *args[:6])
+        if call is not None:
+            return call(*args[:6])
+        problem, given = self._problem(args)
+        _check(self.name, problem, given)
+        if not given.x.numel() or lacking(problem, given) or not road.has_kernels(given.x):
+            return composite(problem, given)
+        inputs, call = read(problem, given), QuantizedCall(problem)
+        if all(now is before for now, before in zip(inputs, given, strict=True)):
+            CALLS.keep(manner, call, *inputs)
+        return call(*inputs)
+
+    def fake(self, *args: Any) -> Results:
+        problem, given = self._problem(args)
+        _check(self.name, problem, given)
+        x, form = given.x, problem.form
+        sizes = problem.scale_shape(x)
+        if form.scaling == "tensor":
+            scale = None
+        elif problem.column_major:
+            # As the kernels' host lays it: rows side by side, then blocks.
+            scale = x.new_empty((sizes[-1], *sizes[:-1]), dtype=form.scale_dtype).movedim(0, -1)
+        else:
+            scale = x.new_empty(sizes, dtype=form.scale_dtype)
+        leading = x.shape[: -problem.dims]
+        mean, rstd = (x.new_empty(leading, dtype=given.stats) if problem.save else None for _ in range(2))
+        return (
+            x.new_empty(problem.data_shape(x), dtype=form.data_dtype),
+            scale,
+            None if given.residual is None else x.new_empty(x.shape, dtype=given.sum_dtype),
+            mean if self._spec.center else None,
+            rstd,
+        )
+
+    def _problem(self, args: Any) -> tuple[Quantizing, Given]:
+        *tensors, dims, eps, form, column_major, save, cast = args
+        return Quantizing(self._spec.with_cast(cast), dims, eps, form, column_major, save), Given(*tensors)
+
+
+def _check(op: str, problem: Quantizing, given: Given) -> None:
+    """That the kernel reads nothing but these tensors, in a way that there is."""
+    x, x_scale, residual, weight, bias, scale = given
+    torch._check(problem.name in FORMATS, lambda: f"trinorm::{op}: format is {problem.name!r}; it must be one of {FORMATS}")
+    torch._check(problem.spec.cast in CASTS, lambda: f"trinorm::{op}: cast must be one of {', '.join(CASTS)}")
+    fits = 0 < problem.dims <= x.dim() and x.shape[-1] % problem.form.packed == 0
+    torch._check(fits, lambda: f"trinorm::{op}: dims or format does not fit the input")
+    shape, leading = x.shape[-problem.dims :], x.shape[: -problem.dims]
+    fits = all(t is None or t.shape == shape for t in (weight, bias)) and (residual is None or residual.shape == x.shape)
+    torch._check(fits, lambda: f"trinorm::{op}: weight, bias or residual does not fit the input")
+    fits = (x_scale is not None) == (x.dtype == CODES) and (scale is not None) == problem.form.given
+    torch._check(fits, lambda: f"trinorm::{op}: a scale is missing, or there is one that nothing asks for")
+    fits = all(t is None or t.dtype == torch.float32 for t in (x_scale, scale)) and (scale is None or scale.numel() == 1)
+    fits = fits and (x_scale is None or x_scale.numel() == 1 or x_scale.shape == (*leading, 1))
+    torch._check(fits, lambda: f"trinorm::{op}: input_scale or scale is not of the shape or dtype that it must have")
+    torch._check(all(t is None or t.device == x.device for t in given), lambda: f"trinorm::{op}: tensors on two devices")
+    known = all(t is None or t.dtype in road.KERNEL_DTYPES for t in (residual, weight, bias))
+    known = known and x.dtype in (*road.KERNEL_DTYPES, CODES)
+    torch._check_not_implemented(known, lambda: f"trinorm::{op}: a dtype other than {road.KERNEL_DTYPES}")
+
+
+# The manner of a registered op's calls, which no caller of functional can name.
+_REGISTERED = object()
+
+for _spec in ROW_NORMS:
+    register(_Forward(_spec))
