@@ -69,7 +69,7 @@ def element_of(v, ELEMENT: tl.constexpr, LARGEST: tl.constexpr):
         code = (held + _NEAREST).to(tl.int32, bitcast=True)
         return tl.where(v == v, code, 0).to(tl.uint8)
     elif ELEMENT == "e4m3" and has_e4m3():
-        return tl.where(v == v, held, v).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        return v.to(tl.float8e4nv).to(tl.uint8, bitcast=True)  # the instruction cuts off at 448 itself, and keeps NaN
     else:
         sign = (v.to(tl.int32, bitcast=True) >> 31) & 1
         if ELEMENT == "e4m3":
@@ -82,9 +82,15 @@ def element_of(v, ELEMENT: tl.constexpr, LARGEST: tl.constexpr):
 
 @triton.jit
 def size_of(y):
-    """|y|, infinite where y is not a number."""
-    size = tl.abs(y)
-    return tl.where(size < float("inf"), size, float("inf"))
+    """|y| as its bits, which are in the order of the numbers, Inf and NaN behind them."""
+    return y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def largest_of(sizes, axis: tl.constexpr):
+    """The largest along an axis, infinite where one is not a number, as ``[..., 1]`` or without the axis if it is the third."""
+    largest = tl.max(sizes, axis=axis, keep_dims=axis == 1)
+    return tl.minimum(largest, 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from .index import (
     widened,
 )
 from .overlap import let_next_launch, wait_for_previous
-from .quantize import element_of, from_e4m3, scale_of, size_of
+from .quantize import element_of, from_e4m3, largest_of, scale_of, size_of
 from .row import store_stats
 
 
@@ -91,6 +91,9 @@ def quantize_tile(
     X, X_SCALE, RESIDUAL, W, B, GIVEN = given
     of_x, of_x_scale, scale_strides = at
     ROWS: tl.constexpr = rows.shape[0]
+    # A row of one chunk that is shorter than a block has one block.
+    OF_ONE: tl.constexpr = BLOCK if BLOCK > 0 and BLOCK < CHUNK else CHUNK
+    EACH: tl.constexpr = CHUNK // OF_ONE
     xs = scaled_up(load_row(X + of_x, live, N, CHUNK, STREAM), X_SCALE, rows, live, of_x_scale, ACC)
     ws = load_row_or(W, live, N, CHUNK, NO_WEIGHT)
     bs = load_row_or(B, live, N, CHUNK, NO_BIAS)
@@ -105,7 +108,7 @@ def quantize_tile(
         whole = whole * tl.load(GIVEN)
 
     ys = ()
-    largest = tl.zeros([ROWS, CHUNK], tl.float32)
+    largest = tl.zeros([ROWS, CHUNK], tl.int32)
     for i in tl.static_range(len(xs)):
         xhat = (widened(xs[i], ACC) - mean) * rstd
         y = weighted(xhat, ws[i], bs[i], DTYPE, OFFSET, ROUND, ROUND).to(tl.float32)
@@ -113,22 +116,20 @@ def quantize_tile(
         ys = ys + (y,)
         if SCALING != "tensor" and BLOCK == 0:
             exists = columns_live(chunk_columns(i * CHUNK, CHUNK), (i + 1) * CHUNK, N)
-            largest = tl.maximum(largest, tl.where(exists, size_of(y), 0.0))
+            largest = tl.maximum(largest, tl.where(exists, size_of(y), 0))
     if BLOCK == 0:
         if SCALING == "tensor":
             inverse = tl.div_rn(tl.full([1, 1], 1.0, tl.float32), whole)
         else:
-            scale, inverse = scale_of(tl.max(largest, axis=1, keep_dims=True), whole, SCALING, LARGEST)
+            scale, inverse = scale_of(largest_of(largest, 1), whole, SCALING, LARGEST)
             tl.store(SCALE + rows * scale_strides[0], scale, mask=live)
     for i in tl.static_range(len(xs)):
         if BLOCK == 0:
             v = ys[i] * inverse
         else:
-            OF_ONE: tl.constexpr = BLOCK if BLOCK < CHUNK else CHUNK
-            EACH: tl.constexpr = CHUNK // OF_ONE
             exists = columns_live(chunk_columns(i * CHUNK, CHUNK), (i + 1) * CHUNK, N)
-            sizes = tl.reshape(tl.where(exists, size_of(ys[i]), 0.0), [ROWS, EACH, OF_ONE])
-            scale, inverse = scale_of(tl.max(sizes, axis=2), whole, SCALING, LARGEST)
+            sizes = tl.reshape(tl.where(exists, size_of(ys[i]), 0), [ROWS, EACH, OF_ONE])
+            scale, inverse = scale_of(largest_of(sizes, 2), whole, SCALING, LARGEST)
             block = chunk_columns(i * EACH, EACH)
             fits = live & columns_live(block, (i + 1) * EACH, (N + OF_ONE - 1) // OF_ONE)
             tl.store(SCALE + rows * scale_strides[0] + block * scale_strides[1], scale, mask=fits)
