@@ -63,6 +63,7 @@ FLOW = (
     "heads_nn",
     "row_nn",
     "linear_nn",
+    "quantized_nn",
     "nn",
     "convert",
     "__init__",

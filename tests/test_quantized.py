@@ -14,7 +14,7 @@ from trinorm.compare import assert_no_worse
 from trinorm.formats import FORMAT_NAMES, FORMATS, FormatName
 from trinorm.functional import Quantized
 from trinorm.ops import quantized, quantized_rows
-from trinorm.spec import CASTS, LAYER_NORM, RMS_NORM, ROW_NORMS, Cast, RowNorm
+from trinorm.spec import CASTS, RMS_NORM, ROW_NORMS, Cast, RowNorm
 from trinorm.tuning import RowForward, Tile
 
 EPS = 1e-5

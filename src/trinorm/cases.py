@@ -40,7 +40,8 @@ class Values:
 
     draw: from standard normal values (float64, but of float32's precision, so that an oracle in float64 has digits to
     spare) and the finfo of the dtype they will have. exponents: row i is then multiplied by the power of two
-    ``2**exponents[i % len(exponents)]``. Rows of unequal exponents need NO_EPS: see Inputs.unscaled.
+    ``2**exponents[i % len(exponents)]``. Rows of unequal exponents need NO_EPS: see Inputs.unscaled. numbers: whether all
+    elements are.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Values:
     exponents: tuple[int, ...] = (0,)
     eps: float = EPS
     zero_weight: bool = False
+    numbers: bool = True
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether the dtype can hold the exponents."""
@@ -90,8 +92,8 @@ NASTY = (
     Values("zeros", lambda z, info: torch.zeros_like(z)),
     Values("denormals", lambda z, info: z.clamp(-4, 4) * (info.tiny / 8)),
     Values("zero weight", _as_drawn, zero_weight=True),
-    Values("one NaN", _with_one(math.nan)),
-    Values("one Inf", _with_one(math.inf)),
+    Values("one NaN", _with_one(math.nan), numbers=False),
+    Values("one Inf", _with_one(math.inf), numbers=False),
     Values("small and large rows", _as_drawn, exponents=(6, 0, -6), eps=NO_EPS),
     # Squares of these leave float32's range: 2^100 is 1.3e30.
     Values("1e30", _as_drawn, exponents=(100,)),

@@ -1,6 +1,7 @@
 """Modules: torch.nn's own norms, computed by trinorm; AddLayerNorm and AddRMSNorm, which take a residual besides, and
-ModulatedLayerNorm and ModulatedRMSNorm, which take a scale and a shift; and ChannelLayerNorm, QKNorm, GatedLayerNorm,
-GatedRMSNorm, PerHeadLayerNorm, PerHeadRMSNorm, LayerNormLinear and RMSNormLinear, which torch.nn has not.
+ModulatedLayerNorm and ModulatedRMSNorm, which take a scale and a shift; QuantizedLayerNorm and QuantizedRMSNorm, which are
+told a format of 8 bits or 4; and ChannelLayerNorm, QKNorm, GatedLayerNorm, GatedRMSNorm, PerHeadLayerNorm, PerHeadRMSNorm,
+LayerNormLinear and RMSNormLinear, which torch.nn has not.
 
 Each but these eight is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so
 checkpoints load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input"
@@ -20,6 +21,7 @@ from . import functional
 from .conditioned_nn import GatedLayerNorm, GatedRMSNorm, ModulatedLayerNorm, ModulatedRMSNorm
 from .heads_nn import PerHeadLayerNorm, PerHeadRMSNorm, QKNorm
 from .linear_nn import LayerNormLinear, RMSNormLinear
+from .quantized_nn import QuantizedLayerNorm, QuantizedRMSNorm
 from .row_nn import LayerNorm, RMSNorm
 from .shown import shown
 from .spec import Activation
@@ -44,6 +46,8 @@ __all__ = [
     "PerHeadLayerNorm",
     "PerHeadRMSNorm",
     "QKNorm",
+    "QuantizedLayerNorm",
+    "QuantizedRMSNorm",
     "RMSNorm",
     "RMSNormLinear",
 ]

@@ -11,7 +11,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks, quantized_reference
 from .formats import FORMAT_NAMES, FORMATS, FormatName
-from .ops.quantized import CALLS, CODES, Given, Quantizing, quantized_norm
+from .ops import quantized_norm
+from .ops.quantized import CALLS, CODES, Given, Quantizing
 from .spec import LAYER_NORM, RMS_NORM, Cast, RowNorm
 
 
@@ -23,9 +24,9 @@ class Quantized(NamedTuple):
     format: the name of the format.
     tensor_scale: of nvfp4 the scale of the whole tensor, which was given; else None.
     residual: with a residual the sum that was normalized, as the next residual; else None.
-    straight: where a gradient of y comes in: a tensor of y's shape and the input's dtype that takes no memory. Its gradient,
-        which an autograd.Function of one's own gives it where it uses data and scale, is the norm's dy: rounding counts as
-        the identity (Bengio, Léonard, Courville, arXiv:1308.3432). None where no gradient is asked for.
+    straight: where a gradient of y comes in: zeros of y's shape and the input's dtype that take no memory. Its gradient, as
+        an autograd.Function of one's own gives it that uses data and scale, is the norm's dy: rounding counts as identity
+        (Bengio, Léonard, Courville, arXiv:1308.3432). None where no gradient is asked for.
     """
 
     data: Tensor
@@ -79,8 +80,8 @@ def quantized_layer_norm(
     "nvfp4"      e2m1        16 elements, times ``scale``     max|y| / 6 / ``scale``, e4m3
     ============ =========== ================================ ==========================================
 
-    A scale in fp32 is at least 2^-126. A row (or block) with an element that is no finite number has the scale inf, NaN where
-    the dtype has no inf.
+    A scale in fp32 is at least 2^-126. A row (or block) with an element that is no finite number has the scale inf, or NaN
+    where the dtype has no inf.
 
     Args:
         input: x, ``(*, *normalized_shape)``; float16, bfloat16, float32 or float64, or float8_e4m3fn with ``input_scale``.

@@ -6,6 +6,8 @@ q·s (q·s·t of nvfp4). All is fp32, each operation rounded on its own.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -34,9 +36,7 @@ def quantize(form: Format, y: Tensor, tensor_scale: Tensor | None = None) -> tup
 
 
 def dequantize(form: Format, data: Tensor, scale: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
-    """What the data stands for, in fp32: ``(*, N)``, where the scales are ``(*, scales(N))``; or, of an N of several dims, of
-    these.
-    """
+    """What the data stands for, in fp32: ``(*, N)``, where the scales are ``(*, scales(N))``; N may be several dims."""
     shape = (*data.shape[:-1], data.shape[-1] * form.packed)
     if form.scaling != "tensor":
         data = data.flatten(scale.dim() - 1)
@@ -66,7 +66,9 @@ def normalized(
     dtype: torch.dtype,
 ) -> Tensor:
     """y of the last ``dims`` dims, in fp32: rounded to ``dtype`` by "llama" alone."""
-    wide = torch.float64 if torch.float64 in (x.dtype, *(t.dtype for t in (weight, bias) if t is not None)) else torch.float32
+    wide = (
+        torch.float64 if torch.float64 in (x.dtype, *(t.dtype for t in (weight, bias) if t is not None)) else torch.float32
+    )
     if not spec.rounded:
         x, dtype = x.to(wide), wide
     return reference.composite(spec, x, x.shape[-dims:], weight, bias, eps, dtype).float()
@@ -107,13 +109,13 @@ def _codes(form: Format, v: Tensor) -> Tensor:
     size = held.abs()
     # How many of the midpoints between e2m1's numbers are passed; at one itself, the even of both.
     code = sum((size > m if even else size >= m).to(torch.uint8) for m, even in _MIDPOINTS)
-    code = torch.where(v == v, code + 8 * v.signbit().to(torch.uint8), 0).to(torch.uint8)  # type: ignore[operator]
+    code = torch.where(v == v, code + 8 * v.signbit().to(torch.uint8), 0).to(torch.uint8)
     low, high = code.unflatten(-1, (-1, 2)).unbind(-1)
     return (low | (high << 4)).view(torch.float4_e2m1fn_x2)
 
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_MIDPOINTS = tuple(((a + b) / 2, i % 2 == 0) for i, (a, b) in enumerate(zip(_E2M1, _E2M1[1:], strict=False)))
+_MIDPOINTS = tuple(((a + b) / 2, i % 2 == 0) for i, (a, b) in enumerate(itertools.pairwise(_E2M1)))
 
 
 def _e2m1(code: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ _NAMES = (
     "dropout_p",
     "interleaved",
     "norm_before_gate",
+    "column_major",
     "cast",
     "batch_invariant",
     "activation",

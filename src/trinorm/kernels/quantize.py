@@ -87,8 +87,8 @@ def size_of(y):
 
 
 @triton.jit
-def largest_of(sizes, axis: tl.constexpr):
-    """The largest along an axis, infinite where one is not a number, as ``[..., 1]`` or without the axis if it is the third."""
+def largest_size(sizes, axis: tl.constexpr):
+    """The largest along an axis, infinite where one is not a number; the axis stays, as one, if it is not the third."""
     largest = tl.max(sizes, axis=axis, keep_dims=axis == 1)
     return tl.minimum(largest, 0x7F800000).to(tl.float32, bitcast=True)
 

@@ -1,7 +1,7 @@
 """Row norms whose result is stored in a small format: row.py's y = x̂·(w + OFFSET) + b, in fp32, as quantize.py stores it.
 
-What is normalized is x; with X_SCALE an e4m3 of x's codes times the scale of its row, or of all (X_SCALE's stride is 0);
-with RESIDUAL the sum, stored in SUM (added.py). A scale is that of BLOCK elements, of a whole row where BLOCK is 0, and with
+What is normalized is x; with X_SCALE an e4m3 of x's codes times the scale of its row, or of all (whose stride is 0); with
+RESIDUAL the sum, stored in SUM (added.py). A scale is that of BLOCK elements, of a whole row where BLOCK is 0, and with
 SCALING "tensor" the one GIVEN; scale_strides: from a row's scales to the next row's, and from a block's to the next.
 W, B, MEAN, RSTD, SUM, RESIDUAL and X_SCALE may be None. With ROUND x̂, and y, are rounded to DTYPE first (LLaMA).
 """
@@ -25,7 +25,7 @@ from .index import (
     widened,
 )
 from .overlap import let_next_launch, wait_for_previous
-from .quantize import element_of, from_e4m3, largest_of, scale_of, size_of
+from .quantize import element_of, from_e4m3, largest_size, scale_of, size_of
 from .row import store_stats
 
 
@@ -45,7 +45,9 @@ def scaled_up(xs, X_SCALE, rows, live, stride, ACC: tl.constexpr):
 
 
 @triton.jit
-def store_codes(DATA, codes, rows, start, live, N: tl.constexpr, END: tl.constexpr, ELEMENT: tl.constexpr, STREAM: tl.constexpr):
+def store_codes(
+    DATA, codes, rows, start, live, N: tl.constexpr, END: tl.constexpr, ELEMENT: tl.constexpr, STREAM: tl.constexpr
+):
     """The codes of some columns from ``start``, of a chunk that ends before column END; e2m1 two to a byte, the first of
     them in its low bits.
     """
@@ -54,7 +56,9 @@ def store_codes(DATA, codes, rows, start, live, N: tl.constexpr, END: tl.constex
         CHUNK: tl.constexpr = codes.shape[1]
         low, high = tl.split(tl.reshape(codes, [ROWS, CHUNK // 2, 2]))
         columns = chunk_columns(start // 2, CHUNK // 2)
-        store_once(DATA + rows * (N // 2) + columns, low | (high << 4), live & columns_live(columns, END // 2, N // 2), STREAM)
+        store_once(
+            DATA + rows * (N // 2) + columns, low | (high << 4), live & columns_live(columns, END // 2, N // 2), STREAM
+        )
     else:
         columns = chunk_columns(start, codes.shape[1])
         store_once(DATA + rows * N + columns, codes, live & columns_live(columns, END, N), STREAM)
@@ -121,7 +125,7 @@ def quantize_tile(
         if SCALING == "tensor":
             inverse = tl.div_rn(tl.full([1, 1], 1.0, tl.float32), whole)
         else:
-            scale, inverse = scale_of(largest_of(largest, 1), whole, SCALING, LARGEST)
+            scale, inverse = scale_of(largest_size(largest, 1), whole, SCALING, LARGEST)
             tl.store(SCALE + rows * scale_strides[0], scale, mask=live)
     for i in tl.static_range(len(xs)):
         if BLOCK == 0:
@@ -129,7 +133,7 @@ def quantize_tile(
         else:
             exists = columns_live(chunk_columns(i * CHUNK, CHUNK), (i + 1) * CHUNK, N)
             sizes = tl.reshape(tl.where(exists, size_of(ys[i]), 0), [ROWS, EACH, OF_ONE])
-            scale, inverse = scale_of(largest_of(sizes, 2), whole, SCALING, LARGEST)
+            scale, inverse = scale_of(largest_size(sizes, 2), whole, SCALING, LARGEST)
             block = chunk_columns(i * EACH, EACH)
             fits = live & columns_live(block, (i + 1) * EACH, (N + OF_ONE - 1) // OF_ONE)
             tl.store(SCALE + rows * scale_strides[0] + block * scale_strides[1], scale, mask=fits)

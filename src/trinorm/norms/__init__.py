@@ -5,6 +5,7 @@ What else a function takes is fixed here. ``trinorm check``, ``bench`` and ``ins
 
 from __future__ import annotations
 
+from ..formats import FORMATS
 from ..spec import (
     BATCH_NORM,
     CASTS,
@@ -20,6 +21,7 @@ from .channels import OfChannels, num_groups
 from .conditioned import OfConditioned
 from .heads import OfHeads
 from .norm import Arguments, Norm, Results, Shape, as_tuple
+from .quantized import OfQuantized
 from .rows import OfRows, OverChannels
 from .sums import OfSums
 
@@ -34,6 +36,7 @@ __all__ = [
     "OfChannels",
     "OfConditioned",
     "OfHeads",
+    "OfQuantized",
     "OfRows",
     "OfSums",
     "OverChannels",
@@ -58,6 +61,7 @@ NORMS: dict[str, Norm] = {
     **{norm.name: norm for norm in map(OfSums, ROW_NORMS)},
     "qk_norm": OfHeads(),
     **{norm.name: norm for norm in _CONDITIONED},
+    **{norm.name: norm for norm in map(OfQuantized, ROW_NORMS)},
 }
 ROW_OPS = tuple(spec.name for spec in ROW_NORMS)
 SUM_OPS = tuple(name for name, norm in NORMS.items() if norm.of_sum)
@@ -65,7 +69,7 @@ CONDITIONED_OPS = tuple(norm.name for norm in _CONDITIONED)
 
 # With other arguments: casting modes; a residual stream of fp32 that has a factor, a sum that goes nowhere; activations, a
 # scale and a shift of each sample, running statistics, a residual; heads that are turned otherwise; a scale and a shift of
-# each token or of all; gates that come first, as Mamba2 has them, of groups too, and other ones.
+# each token or of all; gates that come first, as Mamba2 has them, of groups too, and other ones; other formats.
 VARIANTS: dict[str, Norm] = {
     **{f"{spec.name}/{cast}": OfRows(spec.with_cast(cast)) for cast in CASTS if cast != "output" for spec in ROW_NORMS},
     "add_layer_norm/post": OfSums(LAYER_NORM, post=True),
@@ -88,6 +92,7 @@ VARIANTS: dict[str, Norm] = {
     "gated_rms_norm/sigmoid": OfConditioned(ConditionedNorm(RMS_NORM, "sigmoid")),
     "gated_rms_norm/llama": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("llama"), "silu")),
     "gated_rms_norm/gemma": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("gemma"), "silu")),
+    **{f"quantized_rms_norm/{name}": OfQuantized(RMS_NORM, name) for name in FORMATS if name != "fp8_token"},
     "per_head_rms_norm/llama": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("llama"))),
     "per_head_rms_norm/gemma": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("gemma"))),
 }

@@ -148,6 +148,13 @@ class Norm(ABC):
         """Whether a power of two in a row of x leaves y, dw and db as they are, given eps times its square."""
         return True
 
+    @property
+    def smooth(self) -> bool:
+        """Whether a result changes as little as x does. Otherwise there is nothing for finite differences; and what is no
+        number leaves none in its row.
+        """
+        return True
+
     def takes(self, shape: Shape) -> bool:
         """Whether there is such a norm of an x of this shape."""
         return len(shape) >= 2

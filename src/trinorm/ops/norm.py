@@ -7,18 +7,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import added_reference, channel_reference, reference
 from ..channel_reference import Averages, Given
 from ..reference import autocasts_to_fp32, in_fp32
 from ..spec import Activation, ChannelNorm, ConditionedNorm, RowNorm
-from . import added, added_library, channel_library, conditioned, conditioned_library, library, qk, qk_library, road
+from . import (
+    added,
+    added_library,
+    channel_library,
+    conditioned,
+    conditioned_library,
+    library,
+    qk,
+    qk_library,
+    quantized,
+    quantized_library,
+    road,
+)
 from .added import AddedCall, AddedProblem
 from .channel import CALLS, ChannelCall
 from .channel_problem import Problem
 from .conditioned import Conditioned, ConditionedCall
 from .layout import beside, channels_readable, dense, readable
 from .qk import QKCall, QKProblem
+from .quantized import Given as Quantizable
+from .quantized import QuantizedCall, Quantizing
+from .registering import any_requires_grad
 from .row import RowCall, prepared
 
 
@@ -225,3 +241,24 @@ def channel_norm(
             if t is not now and now is not None:
                 t.copy_(now)
     return y
+
+
+def quantized_norm(problem: Quantizing, given: Quantizable, asked: Hashable) -> tuple[Any, ...]:
+    """(data, scale, sum, straight) of checked arguments. asked: as channel_norm's."""
+    op, of = quantized_library.NAMES[problem.spec.name], (given.x, given.residual, given.weight, given.bias)
+    # Of inference mode Dynamo may not be asked.
+    compiling = torch.compiler.is_compiling()
+    differentiated = torch.is_grad_enabled() and any_requires_grad(*of) if compiling else road.is_differentiated(*of)
+    if differentiated or forward_ad._current_level >= 0:
+        data, scale, total, _, _, straight = quantized_library.norm(problem._replace(save=True), given)
+        return data, scale, total, straight
+    why = quantized.lacking(problem, given)
+    if why is None and road.takes_op(op, *given, whole=True):
+        return *quantized_library.norm(problem, given)[:3], None
+    if not given.x.numel() or not road.kernels_serve(op, *given, lacking=why):
+        return *quantized.composite(problem, given)[:3], None
+    inputs = quantized.read(problem, given)
+    call = QuantizedCall(problem)
+    if asked is not None and all(now is before for now, before in zip(inputs, given, strict=True)):
+        quantized.CALLS.keep(asked, call, *inputs)
+    return *call(*inputs)[:3], None

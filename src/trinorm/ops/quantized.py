@@ -1,9 +1,8 @@
-"""Norms with a quantized result: the problem, its calls, and the gradient that passes straight through the rounding."""
+"""Norms with a quantized result: the problem, and its calls."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from .. import quantized_reference, reference
 from ..formats import FORMATS, Format, FormatName
 from ..spec import RowNorm
 from ..switches import when_set
-from . import added_library, road
+from . import road
 from .calls import Known
 from .layout import dense, readable
 from .repeated import Repeated
@@ -109,13 +108,20 @@ def normalized(given: Given) -> tuple[Tensor, Tensor | None]:
     return total, total
 
 
-def composite(problem: Quantizing, given: Given) -> Results:
-    """(data, scale, sum, mean, rstd) by ATen's ops; no scale where one is given."""
+def straight(problem: Quantizing, given: Given) -> Tensor | None:
+    """Where a gradient of y comes in, once autograd makes it a result."""
+    return given.x.new_zeros((), dtype=given.y_dtype).expand(given.x.shape) if problem.save else None
+
+
+def composite(problem: Quantizing, given: Given, *, traced: bool = False) -> Results:
+    """(data, scale, sum, mean, rstd, straight) by ATen's ops; no scale where one is given. traced: straight is made of y,
+    and has all of y's derivatives.
+    """
     spec, dims, eps = problem.spec, problem.dims, problem.eps
     x, total = normalized(given)
     y = quantized_reference.normalized(spec, x, dims, given.weight, given.bias, eps, given.y_dtype)
     scale: Tensor | None
-    data, scale = quantized_reference.quantize(problem.form, y.flatten(-dims), given.scale)
+    data, scale = quantized_reference.quantize(problem.form, y.detach().flatten(-dims), given.scale)
     data = data.reshape(problem.data_shape(x))
     if problem.form.scaling == "tensor":
         scale = None
@@ -123,24 +129,25 @@ def composite(problem: Quantizing, given: Given) -> Results:
         scale = scale.movedim(-1, 0).contiguous().movedim(0, -1)
     mean = rstd = None
     if problem.save:
-        mean, rstd = (t.to(given.stats) for t in reference.statistics(spec, x, dims, eps))
-    return data, scale, total, mean if spec.center else None, rstd
+        mean, rstd = (t.detach().to(given.stats) for t in reference.statistics(spec, x, dims, eps))
+    at = (y - y.detach()).to(given.y_dtype) if traced and problem.save else straight(problem, given)
+    return data, scale, total, mean if spec.center else None, rstd, at
 
 
 class QuantizedCall:
     """The norm of arguments that differ from those of one call in their values alone."""
 
-    __slots__ = ("_forward", "_problem")
+    __slots__ = ("_forward", "problem")
 
     def __init__(self, problem: Quantizing) -> None:
-        self._problem = problem
+        self.problem = problem
         self._forward = Repeated(functools.partial(_forward, problem), _is_watched)
 
     def __call__(self, x: Tensor, *others: Tensor | None) -> Results:
         """(data, scale, sum, mean, rstd) of Given's tensors, as ``read`` has them. What Triton has no type for passes the
         launch as bytes.
         """
-        problem, form = self._problem, self._problem.form
+        problem, form = self.problem, self.problem.form
         data, scale, *more = self._forward(x.view(torch.uint8) if x.dtype == CODES else x, *others)
         assert data is not None
         if scale is not None:
@@ -152,29 +159,9 @@ class QuantizedCall:
 def read(problem: Quantizing, given: Given) -> Given:
     """The tensors, or others, as the kernel reads them."""
     x, x_scale, residual, weight, bias, scale = given
-    parameters = (None if t is None else readable(t, problem.dims) for t in (weight, bias))
-    others = (None if t is None else dense(t) for t in (x_scale, residual))
-    return Given(readable(x, problem.dims), *others, *parameters, scale)
-
-
-def quantized_norm(problem: Quantizing, given: Given, asked: Hashable) -> tuple[Any, ...]:
-    """(data, scale, sum, straight) of checked arguments. asked: by what the call is recalled, None where by nothing."""
-    from . import quantized_library
-
-    op = quantized_library.NAMES[problem.spec.name]
-    if road.is_differentiated(given.x, given.residual, given.weight, given.bias):
-        data, scale, total, straight, *_ = _StraightThrough.apply(*given, problem._replace(save=True))
-        return data, scale, total, straight
-    why = lacking(problem, given)
-    if why is None and road.takes_op(op, *given, whole=True):
-        return *quantized_library.norm(problem, given)[:3], None
-    if not given.x.numel() or not road.kernels_serve(op, *given, lacking=why):
-        return *composite(problem, given)[:3], None
-    inputs = read(problem, given)
-    call = QuantizedCall(problem)
-    if asked is not None and all(now is before for now, before in zip(inputs, given, strict=True)):
-        CALLS.keep(asked, call, *inputs)
-    return *call(*inputs)[:3], None
+    weight, bias = (None if t is None else readable(t, problem.dims) for t in (weight, bias))
+    x_scale, residual = (None if t is None else dense(t) for t in (x_scale, residual))
+    return Given(readable(x, problem.dims), x_scale, residual, weight, bias, scale)
 
 
 def _forward(problem: Quantizing, *given: Any) -> Results:
@@ -188,58 +175,6 @@ def _is_watched() -> bool:
     from . import quantized_rows
 
     return quantized_rows.launch is not launch.launch
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The norm, whose rounding to the format has the derivative 1. ``straight`` is where that gradient comes in: it has y's
-    shape and dtype, zeros, and no memory but one element's.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        from . import quantized_library
-
-        *given, problem = args
-        x, results = Given(*given), quantized_library.norm(problem, Given(*given))
-        straight = x.x.new_zeros((), dtype=x.y_dtype).expand(x.x.shape)
-        return *results[:3], straight, *results[3:]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        *tensors, problem = inputs
-        data, scale, total, _, mean, rstd = output
-        ctx.mark_non_differentiable(*(t for t in (data, scale, mean, rstd) if t is not None))
-        ctx.set_materialize_grads(False)
-        given, ctx.problem = Given(*tensors), problem
-        # Of a sum all that is asked for is the sum.
-        kept = given.x if total is None else total
-        ctx.save_for_backward(kept, given.x_scale if total is None else None, given.weight, mean, rstd)
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in given)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        (_, _, dsum, dy, *_), problem = gradients, ctx.problem
-        x, x_scale, weight, mean, rstd = ctx.saved_tensors
-        of_x, _, of_residual, _, of_bias, _ = ctx.dtypes
-        wants_x, _, wants_residual, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        if x_scale is not None:
-            x = x.float() * x_scale
-        name, shape = problem.spec.name, x.shape[-problem.dims :]
-        how = False, problem.spec.cast
-        dx = dresidual = dw = db = None
-        if of_residual is not None and (dy is not None or dsum is not None):
-            op = getattr(torch.ops.trinorm, f"{added_library.NAMES[name]}_backward")
-            parts = wants_weight and dy is not None, of_bias if wants_bias and dy is not None else None
-            wanted = of_x if wants_x else None, of_residual if wants_residual else None, *parts
-            given = x, dy, dsum, shape, weight, mean, rstd, None, None, problem.eps, 1.0, 0.0
-            dx, dresidual, dw, db = op(*given, *wanted, *how)
-        elif dy is not None:
-            op = getattr(torch.ops.trinorm, f"{name}_backward")
-            wanted = wants_x, wants_weight, of_bias if wants_bias else None
-            dx, dw, db = op(dy, x, shape, weight, mean, rstd, problem.eps, *wanted, *how)
-        return dx, None, dresidual, dw, db, None, None
 
 
 CALLS: Known[QuantizedCall] = Known(1024)

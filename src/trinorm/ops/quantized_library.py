@@ -2,11 +2,12 @@
 
     quantized_layer_norm(
         input, input_scale?, residual?, weight?, bias?, scale?, dims, eps, format, column_major, save, cast
-    ) -> (data, scale, sum, mean, rstd)
+    ) -> (data, scale, sum, mean, rstd, straight)
     quantized_rms_norm(the same) -> (the same, whose mean is None)
 
 scale is a number of the whole result, where the format asks for one; "fp8" has no other, and returns None for it. A sum
-there is with a residual, statistics with ``save``. The results are no functions to be differentiated: functional's gradient passes by them.
+there is with a residual; statistics and ``straight`` with ``save``. Data and scales are no functions to be differentiated.
+straight is y's place for that: zeros of y's shape and dtype, in one element's memory, whose gradient is the norm's dy.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..formats import FORMATS
 from ..spec import CASTS, ROW_NORMS, RowNorm
-from . import road
-from .quantized import CALLS, CODES, Given, QuantizedCall, Quantizing, composite, lacking, read
+from . import added_library, road
+from .quantized import CALLS, CODES, Given, QuantizedCall, Quantizing, composite, lacking, read, straight
 from .registering import Op, register
 
 if TYPE_CHECKING:
@@ -31,29 +33,60 @@ NAMES = {spec.name: f"quantized_{spec.name}" for spec in ROW_NORMS}
 def norm(problem: Quantizing, given: Given) -> Results:
     """By the registered op."""
     spec, *by, save = problem
-    return getattr(torch.ops.trinorm, NAMES[spec.name])(*given, *by, save, spec.cast)  # type: ignore[no-any-return]
+    return getattr(torch.ops.trinorm, NAMES[spec.name])(*given, *by, save, spec.cast)
 
 
 class _Forward(Op):
+    differentiable = True
     schema = (
         "(Tensor input, Tensor? input_scale, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? scale, int dims, "
-        "float eps, str format, bool column_major, bool save, str cast) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "float eps, str format, bool column_major, bool save, str cast) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
 
     def __init__(self, spec: RowNorm) -> None:
         self._spec = spec
         self.name = NAMES[spec.name]
 
+    def save(self, ctx: Any, results: Results, *args: Any) -> None:
+        ctx.problem, given = self._problem(args)
+        data, scale, total, mean, rstd, _ = results
+        ctx.mark_non_differentiable(*(t for t in (data, scale, mean, rstd) if t is not None))
+        # Of a sum all that is asked for is the sum.
+        kept = (given.x, given.x_scale) if total is None else (total, None)
+        ctx.save_for_backward(*kept, given.weight, mean, rstd)
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (given.x, given.residual, given.bias))
+
+    def differentiate(self, ctx: Any, *gradients: Tensor | None) -> Results:
+        """The row norms' own, or those of a sum."""
+        (_, _, dsum, _, _, dy), problem, name = gradients, ctx.problem, self._spec.name
+        x, x_scale, weight, mean, rstd = ctx.saved_tensors
+        of_x, of_residual, of_bias = ctx.dtypes
+        _, _, _, wants_x, _, wants_residual, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        if x_scale is not None:
+            x = x.float() * x_scale
+        shape, how = x.shape[-problem.dims :], (False, problem.spec.cast)
+        wants_weight, of_bias = (wants_weight, of_bias if wants_bias else None) if dy is not None else (False, None)
+        if of_residual is None:
+            op, dresidual = getattr(torch.ops.trinorm, f"{name}_backward"), None
+            dx, dw, db = op(dy, x, shape, weight, mean, rstd, problem.eps, wants_x, wants_weight, of_bias, *how)
+        else:
+            op = getattr(torch.ops.trinorm, f"{added_library.NAMES[name]}_backward")
+            wanted = of_x if wants_x else None, of_residual if wants_residual else None, wants_weight, of_bias
+            given = x, dy, dsum, shape, weight, mean, rstd, None, None, problem.eps, 1.0, 0.0
+            dx, dresidual, dw, db = op(*given, *wanted, *how)
+        return dx, None, dresidual, dw, db, *(None,) * 7
+
     def composite(self, *args: Any) -> Results:
         problem, given = self._problem(args)
         _check(self.name, problem, given)
-        return composite(problem, given)
+        return composite(problem, given, traced=True)
 
     def compute(self, *args: Any) -> Results:
         manner = _REGISTERED, self.name, *args[6:]
         call = CALLS.recall(manner, *args[:6])
         if call is not None:
-            return call(*args[:6])
+            return *call(*args[:6]), straight(call.problem, Given(*args[:6]))
         problem, given = self._problem(args)
         _check(self.name, problem, given)
         if not given.x.numel() or lacking(problem, given) or not road.has_kernels(given.x):
@@ -61,7 +94,7 @@ class _Forward(Op):
         inputs, call = read(problem, given), QuantizedCall(problem)
         if all(now is before for now, before in zip(inputs, given, strict=True)):
             CALLS.keep(manner, call, *inputs)
-        return call(*inputs)
+        return *call(*inputs), straight(problem, given)
 
     def fake(self, *args: Any) -> Results:
         problem, given = self._problem(args)
@@ -83,6 +116,7 @@ class _Forward(Op):
             None if given.residual is None else x.new_empty(x.shape, dtype=given.sum_dtype),
             mean if self._spec.center else None,
             rstd,
+            straight(problem, given),
         )
 
     def _problem(self, args: Any) -> tuple[Quantizing, Given]:
