@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from trinorm.forced import forced
-from trinorm.ops import channel_layers, channels, conditioned_rows, heads, rows
+from trinorm.formats import FORMATS
+from trinorm.ops import channel_layers, channels, conditioned_rows, heads, quantized_rows, rows
 from trinorm.ops.conditioned import Conditioned
+from trinorm.ops.quantized import Given, Quantizing
 from trinorm.spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, ConditionedNorm, RowNorm
 from trinorm.tuning import (
     RowBackward,
@@ -76,8 +78,13 @@ CONDITIONED = (
 )
 
 
+# Norms with a quantized result: (rows, columns), ragged tiles and blocks, a row of several chunks.
+QUANTIZED = ((37, 130), (300, 1000), (70, 8192))
+
+
 def main() -> None:
     conditioned_norms()
+    quantized_norms()
     heads_norms()
     row_norms()
     channel_norms()
@@ -120,6 +127,24 @@ def conditioned_norms() -> None:
                 conditioned_rows.backward(problem, inputs, dy, mean, rstd, wanted)
             torch.cuda.synchronize()
             print("conditioned", spec.norm.name, spec.gate, *sizes, own, size, flush=True)
+
+
+def quantized_norms() -> None:
+    for m, n in QUANTIZED:
+        x, residual, weight = (torch.randn(s, device="cuda").bfloat16() for s in ((m, n), (m, n), (n,)))
+        x[::5] *= 1e30
+        codes, each = (
+            torch.randn(m, n, device="cuda").to(torch.float8_e4m3fn).view(torch.uint8),
+            torch.rand(m, 1, device="cuda"),
+        )
+        for name, form in FORMATS.items():
+            for spec in (LAYER_NORM, RMS_NORM.with_cast("llama")):
+                given = torch.full((1,), 0.02, device="cuda") if form.given else None
+                problem = Quantizing(spec, 1, 1e-5, name, spec.center, True)
+                quantized_rows.forward(problem, Given(x, None, residual, weight, None, given))
+                quantized_rows.forward(problem, Given(codes, each, None, weight, weight, given))
+            torch.cuda.synchronize()
+            print("quantized", m, n, name, flush=True)
 
 
 def channel_layer_norms() -> None:

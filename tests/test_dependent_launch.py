@@ -12,8 +12,10 @@ import torch
 import every_kernel
 from trinorm import inspection
 from trinorm.forced import forced
-from trinorm.ops import channel_layers, channels, conditioned_rows, heads, rows
+from trinorm.formats import FORMATS
+from trinorm.ops import channel_layers, channels, conditioned_rows, heads, quantized_rows, rows
 from trinorm.ops.conditioned import Conditioned
+from trinorm.ops.quantized import Given, Quantizing
 from trinorm.spec import LAYER_NORM, RMS_NORM, ConditionedNorm
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@\S+ )?(\S+)(?: (.*?))?\s*;", re.MULTILINE)
@@ -110,6 +112,15 @@ def conditioned_calls() -> list[inspection.Call]:
     return calls
 
 
+def quantized_calls() -> list[inspection.Call]:
+    x, w, one = meta(700, 1000), meta(1000), torch.empty(1, device="meta")
+    with inspection.recorded() as calls:
+        for name in ("fp8", "int8_token", "nvfp4"):
+            problem = Quantizing(RMS_NORM, 1, 1e-6, name, False, True)
+            quantized_rows.forward(problem, Given(x, None, x, w, None, one if FORMATS[name].given else None))
+    return calls
+
+
 def late(calls_of: Callable[[], list[inspection.Call]]) -> list[str]:
     """The kernels that may be launched early and do not wait first."""
     binaries = early(calls_of())
@@ -122,7 +133,7 @@ def is_late_without_the_wait() -> bool:
     return not waits_first(inspection.compile_call(call.kernel, call.args, call.options | {"PDL": False}, "sm_90"))
 
 
-@pytest.mark.parametrize("calls_of", [row_calls, channel_calls, head_calls, conditioned_calls])
+@pytest.mark.parametrize("calls_of", [row_calls, channel_calls, head_calls, conditioned_calls, quantized_calls])
 def test_waits_before_any_access(calls_of: Callable[[], list[inspection.Call]], compiling: Executor) -> None:
     assert compiling.submit(late, calls_of).result() == []
 

@@ -115,6 +115,7 @@ def test_types_are_published() -> None:
 def test_public_names_are_there_and_documented() -> None:
     assert trinorm.__all__ == ["Report", "functional", "nn", "options", "replace"]
     assert trinorm.functional.__all__ == [
+        "Quantized",
         "add_layer_norm",
         "add_rms_norm",
         "batch_norm",
@@ -130,6 +131,8 @@ def test_public_names_are_there_and_documented() -> None:
         "per_head_layer_norm",
         "per_head_rms_norm",
         "qk_norm",
+        "quantized_layer_norm",
+        "quantized_rms_norm",
         "rms_norm",
         "rms_norm_linear",
     ]
@@ -146,6 +149,8 @@ def test_public_names_are_there_and_documented() -> None:
         (trinorm.nn, "PerHeadLayerNorm"),
         (trinorm.nn, "PerHeadRMSNorm"),
         (trinorm.nn, "QKNorm"),
+        (trinorm.nn, "QuantizedLayerNorm"),
+        (trinorm.nn, "QuantizedRMSNorm"),
         (trinorm.nn, "RMSNorm"),
         (trinorm.nn, "RMSNormLinear"),
     ):

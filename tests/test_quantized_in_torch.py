@@ -121,6 +121,23 @@ def test_transforms(device: torch.device) -> None:
     assert torch.equal(torch.func.vmap(data)(x), data(x))
 
 
+@NORMS
+def test_forward_mode(norm: RowNorm, device: torch.device) -> None:
+    """The norm's own, whether or not a gradient is asked for."""
+    (x, residual, weight), tangents = (draw(3, 16, device=device) for _ in range(2))
+    add = getattr(functional, f"add_{norm.name}")
+
+    def quantized_sum(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        found = ours(norm, x, (16,), weight, format="fp8_token", residual=residual)
+        assert found.residual is not None
+        return found.dequantize(), found.residual
+
+    _, got = torch.func.jvp(quantized_sum, (x, residual, weight), tuple(tangents))
+    _, want = torch.func.jvp(lambda *given: add(*given, eps=EPS), (x, residual, weight), tuple(tangents))
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_function_of_ones_own_hands_in_the_gradient(device: torch.device) -> None:
     """A product in fp8 takes data and scale, and gives ``straight`` the gradient of y."""
 

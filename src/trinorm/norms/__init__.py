@@ -5,7 +5,6 @@ What else a function takes is fixed here. ``trinorm check``, ``bench`` and ``ins
 
 from __future__ import annotations
 
-from ..formats import FORMATS
 from ..spec import (
     BATCH_NORM,
     CASTS,
@@ -61,7 +60,8 @@ NORMS: dict[str, Norm] = {
     **{norm.name: norm for norm in map(OfSums, ROW_NORMS)},
     "qk_norm": OfHeads(),
     **{norm.name: norm for norm in _CONDITIONED},
-    **{norm.name: norm for norm in map(OfQuantized, ROW_NORMS)},
+    "quantized_layer_norm": OfQuantized(LAYER_NORM, "fp8_block"),
+    "quantized_rms_norm": OfQuantized(RMS_NORM, "fp8_token"),
 }
 ROW_OPS = tuple(spec.name for spec in ROW_NORMS)
 SUM_OPS = tuple(name for name, norm in NORMS.items() if norm.of_sum)
@@ -92,7 +92,9 @@ VARIANTS: dict[str, Norm] = {
     "gated_rms_norm/sigmoid": OfConditioned(ConditionedNorm(RMS_NORM, "sigmoid")),
     "gated_rms_norm/llama": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("llama"), "silu")),
     "gated_rms_norm/gemma": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("gemma"), "silu")),
-    **{f"quantized_rms_norm/{name}": OfQuantized(RMS_NORM, name) for name in FORMATS if name != "fp8_token"},
+    "quantized_rms_norm/int8_token": OfQuantized(RMS_NORM, "int8_token"),
+    "quantized_rms_norm/mxfp8": OfQuantized(RMS_NORM, "mxfp8"),
+    "quantized_rms_norm/nvfp4": OfQuantized(RMS_NORM, "nvfp4"),
     "per_head_rms_norm/llama": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("llama"))),
     "per_head_rms_norm/gemma": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("gemma"))),
 }

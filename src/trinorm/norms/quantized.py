@@ -23,7 +23,7 @@ _WHOLE = 0.02
 class OfQuantized(OfRows):
     """The same, rows × columns, as it comes back from the format, in x's dtype."""
 
-    format: FormatName = "fp8_token"
+    format: FormatName
 
     @property
     def name(self) -> str:
