@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import opcheck
 
-from machine import ON_GPU
+from machine import JACOBIAN, ON_GPU
 from paths import SPECS
 from test_added import EPS, STREAMS, draw, public
 from trinorm import functional, nn, reference
@@ -51,9 +51,9 @@ def test_derivatives(spec: RowNorm, device: torch.device) -> None:
         return op(x, residual, (5,), w, b, None, None, EPS, 0.7, 0.0, torch.float64, False, "output")[:2]
 
     for norm in (eager, registered):
-        torch.autograd.gradcheck(norm, given, check_batched_grad=True)
-        torch.autograd.gradgradcheck(norm, given)
-    torch.autograd.gradcheck(eager, given, check_forward_ad=True, check_backward_ad=False)
+        torch.autograd.gradcheck(norm, given, check_batched_grad=True, **JACOBIAN)
+        torch.autograd.gradgradcheck(norm, given, **JACOBIAN)
+    torch.autograd.gradcheck(eager, given, check_forward_ad=True, check_backward_ad=False, **JACOBIAN)
     plain = [t.detach() for t in given]
 
     def expected(x: Tensor, residual: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

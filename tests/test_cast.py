@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import trinorm
-from machine import ON_GPU
+from machine import JACOBIAN, ON_GPU
 from paths import PATHS, SPLIT, WIDE
 from trinorm import functional, nn, reference
 from trinorm.compare import assert_no_worse
@@ -280,8 +280,8 @@ def test_side_roads_have_the_mode(spec: RowNorm, device: torch.device) -> None:
 def test_derivatives(spec: RowNorm, device: torch.device) -> None:
     given, _ = inputs(spec, (2, 3), (torch.float64, torch.float64), device)
     for f in (norm, registered):
-        torch.autograd.gradcheck(lambda *t, f=f: f(spec, *t), given, check_forward_ad=f is norm)
-        torch.autograd.gradgradcheck(lambda *t, f=f: f(spec, *t), given)
+        torch.autograd.gradcheck(lambda *t, f=f: f(spec, *t), given, check_forward_ad=f is norm, **JACOBIAN)
+        torch.autograd.gradgradcheck(lambda *t, f=f: f(spec, *t), given, **JACOBIAN)
     by_func = torch.func.grad(lambda x, *p: norm(spec, x, *p).sin().sum())(*given)
     (expected,) = torch.autograd.grad(norm(spec, *given).sin().sum(), given[0])
     torch.testing.assert_close(by_func, expected)

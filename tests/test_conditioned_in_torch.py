@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from conditioned_norms import EPS, Call, gated, modulated, of_heads
-from machine import ON_GPU
+from machine import JACOBIAN, ON_GPU
 from trinorm import conditioned_reference, functional, nn, options
 from trinorm.compare import assert_no_worse
 from trinorm.ops import conditioned
@@ -78,10 +78,10 @@ def test_derivatives(norm: Norm, kind: str, device: torch.device) -> None:
     def of_given(*tensors: Tensor) -> Tensor:
         return norm(given(call, tensors))
 
-    torch.autograd.gradcheck(of_given, leaves, check_batched_grad=True)
-    torch.autograd.gradgradcheck(of_given, leaves)
+    torch.autograd.gradcheck(of_given, leaves, check_batched_grad=True, **JACOBIAN)
+    torch.autograd.gradgradcheck(of_given, leaves, **JACOBIAN)
     if norm is not registered:
-        torch.autograd.gradcheck(of_given, leaves, check_forward_ad=True, check_backward_ad=False)
+        torch.autograd.gradcheck(of_given, leaves, check_forward_ad=True, check_backward_ad=False, **JACOBIAN)
     plain = [t.detach() for t in leaves]
 
     def expected(x: Tensor) -> Tensor:

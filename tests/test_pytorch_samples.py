@@ -292,6 +292,8 @@ def assert_no_worse_together(found: Iterable[Found]) -> None:
 @pytest.mark.parametrize("requires_grad", [True, False], ids=["with gradients", "without"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_function(spec: Spec, dtype: torch.dtype, requires_grad: bool, by: Road, launched: list[Any]) -> None:
+    if not (ON_GPU or requires_grad or dtype in (torch.float32, torch.bfloat16)):
+        pytest.skip("y is what it is with gradients: two dtypes show that on a CPU")
     found: list[Found] = []
     for i in range(DRAWS):
         drawn = problems(spec, by.device, dtype, requires_grad)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from machine import ON_GPU
+from machine import JACOBIAN, ON_GPU
 from test_qk import DTYPES, EPS, draw
 from trinorm import functional, nn, options, qk_reference
 from trinorm.compare import assert_no_worse
@@ -44,10 +44,10 @@ def test_derivatives(norm: Callable[..., Any], interleaved: bool, device: torch.
     def of_given(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         return norm(*tensors, cos, sin, interleaved=interleaved)
 
-    torch.autograd.gradcheck(of_given, given, check_batched_grad=True)
-    torch.autograd.gradgradcheck(of_given, given)
+    torch.autograd.gradcheck(of_given, given, check_batched_grad=True, **JACOBIAN)
+    torch.autograd.gradgradcheck(of_given, given, **JACOBIAN)
     if norm is eager:
-        torch.autograd.gradcheck(of_given, given, check_forward_ad=True, check_backward_ad=False)
+        torch.autograd.gradcheck(of_given, given, check_forward_ad=True, check_backward_ad=False, **JACOBIAN)
     plain = [t.detach() for t in given]
 
     def expected(x: Tensor) -> Tensor:
@@ -66,8 +66,8 @@ def test_derivatives(norm: Callable[..., Any], interleaved: bool, device: torch.
 def test_angles_may_require_gradients(norm: Callable[..., Any], device: torch.device) -> None:
     """Which the kernels have not, and torch's operators do; nothing is dropped silently."""
     given = [t.detach().requires_grad_() for t in doubles(device)]
-    torch.autograd.gradcheck(norm, given)
-    torch.autograd.gradgradcheck(norm, given)
+    torch.autograd.gradcheck(norm, given, **JACOBIAN)
+    torch.autograd.gradgradcheck(norm, given, **JACOBIAN)
     with torch.no_grad():
         norm(*given)
 
