@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from conditioned_on_two_ranks import CHECKS as OF_CONDITIONS
 from heads_on_two_ranks import CHECKS as OF_HEADS
 from machine import ON_GPU
+from quantized_on_two_ranks import CHECKS as OF_FORMATS
 from sums_on_two_ranks import CHECKS as OF_SUMS
 from test_channels import groups_of
 from test_channels import norm as channel_norm
@@ -389,4 +390,5 @@ CHECKS: dict[Callable[[Any, DeviceMesh], None], tuple[tuple[Spec, ...], tuple[Sp
     **OF_SUMS,
     **OF_HEADS,
     **OF_CONDITIONS,
+    **OF_FORMATS,
 }

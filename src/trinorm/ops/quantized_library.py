@@ -21,7 +21,7 @@ from ..formats import FORMATS
 from ..spec import CASTS, ROW_NORMS, RowNorm
 from . import added_library, road
 from .quantized import CALLS, CODES, Given, QuantizedCall, Quantizing, composite, lacking, read, straight
-from .registering import Op, register
+from .registering import Op, know_distributed, register
 
 if TYPE_CHECKING:
     from ..replay import Results
@@ -32,6 +32,7 @@ NAMES = {spec.name: f"quantized_{spec.name}" for spec in ROW_NORMS}
 
 def norm(problem: Quantizing, given: Given) -> Results:
     """By the registered op."""
+    know_distributed(*given)
     spec, *by, save = problem
     return getattr(torch.ops.trinorm, NAMES[spec.name])(*given, *by, save, spec.cast)
 

@@ -5,8 +5,9 @@ by any leading dim; samples of GroupNorm; samples and positions of LayerNorm ove
 and bias are whole on every device, whose sums dw and db are, or lie as the channels or samples do that they belong to. Of
 QK-norm tokens stay, with cos and sin beside them, and heads: those of the queries and the keys, or, where keys are fewer
 than devices and so whole on each, of the queries alone. Of conditioned norms all leading dims stay, heads that have
-weights among them, and scale, shift and weight lie as those do, or are whole where they are broadcast along them. What
-lies otherwise, as by a normalized dim or as a sum not yet taken, is redistributed first, in the way that DTensor finds
+weights among them, and scale, shift and weight lie as those do, or are whole where they are broadcast along them. Of a
+quantized result rows stay, and their scales with them; a scale of the whole tensor is whole, as parameters are. What lies
+otherwise, as by a normalized dim or as a sum not yet taken, is redistributed first, in the way that DTensor finds
 cheapest. registering.know_distributed imports this when the first distributed tensor comes.
 """
 
@@ -22,9 +23,11 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 
-from ..spec import BATCH_NORM, CHANNEL_LAYER_NORM, GROUP_NORM, ROW_NORMS
+from ..formats import FORMATS
+from ..spec import BATCH_NORM, CHANNEL_LAYER_NORM, GROUP_NORM, LAYER_NORM, ROW_NORMS
 from .conditioned_library import NAMES as CONDITIONED_NORMS
 from .qk import NAME as QK_NORM
+from .quantized_library import NAMES as QUANTIZED_NORMS
 
 
 class _Way(NamedTuple):
@@ -142,6 +145,23 @@ def _rule_of_conditions(op: OpOverload, *args: Any) -> list[tuple[Placements, Pl
     return found
 
 
+def _rule_of_quantized(op: OpOverload, *args: Any) -> list[tuple[Placements, Placements]]:
+    """The same of norms with a quantized result."""
+    call = _named(op, args)
+    leading = call["input"].ndim - call["dims"]
+    centered = op is getattr(torch.ops.trinorm, QUANTIZED_NORMS[LAYER_NORM.name]).default
+    taken = FORMATS[call["format"]].scaling != "tensor"
+    there = True, taken, call["residual"] is not None, call["save"] and centered, call["save"], call["save"]
+    found: list[tuple[Placements, Placements]] = []
+    for dim in (None, *range(leading)):
+        of_x: Placement = Replicate() if dim is None else Shard(dim)
+        laid: dict[str, Placement] = dict.fromkeys(("input", "residual"), of_x)
+        laid |= dict.fromkeys(("weight", "bias", "scale"), Replicate())
+        laid["input_scale"] = of_x if dim is None else _beside(call["input_scale"], dim, leading + 1)
+        found.append(([of_x if one else None for one in there], _of_arguments(call, laid)))
+    return found
+
+
 def _beside(t: Any, dim: int, dims: int) -> Placement:
     """How a tensor lies that is broadcast to one of ``dims`` dims, which is sharded by a dim: alike, or whole where it is
     broadcast along that.
@@ -161,9 +181,12 @@ _RULES: dict[str, Callable[..., list[tuple[Placements, Placements]]]] = {
 }
 _RULES[QK_NORM] = _rule_of_heads
 _RULES |= dict.fromkeys(CONDITIONED_NORMS.values(), _rule_of_conditions)
+_RULES |= dict.fromkeys(QUANTIZED_NORMS.values(), _rule_of_quantized)
 
 for _norm, _of_norm in _RULES.items():
     for _name in (_norm, f"{_norm}_backward"):
+        if _norm in QUANTIZED_NORMS.values() and _name != _norm:  # whose gradients are the row norms'
+            continue
         _op = getattr(torch.ops.trinorm, _name).default
         register_sharding(_op)(functools.partial(_of_norm, _op))
         # DTensor keeps what a rule said for the next call of these layouts. register_sharding has it tell calls apart by
