@@ -1,8 +1,9 @@
 """Modules: torch.nn's own norms, computed by trinorm; AddLayerNorm and AddRMSNorm, which take a residual besides, and
 ModulatedLayerNorm and ModulatedRMSNorm, which take a scale and a shift; and ChannelLayerNorm, QKNorm, GatedLayerNorm,
-GatedRMSNorm, PerHeadLayerNorm, PerHeadRMSNorm, LayerNormLinear and RMSNormLinear, which torch.nn has not.
+GatedRMSNorm, PerHeadLayerNorm, PerHeadRMSNorm, L2Norm, ScaleNorm, PartialRMSNorm, LayerNormLinear and RMSNormLinear, which
+torch.nn has not.
 
-Each but these eight is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so
+Each but these eleven is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so
 checkpoints load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input"
 unless it is set), ``cast`` ("output"), ``batch_invariant`` (None), ``activation`` (None; "silu" of a gate),
 ``interleaved`` (False), ``norm_before_gate`` (True), ``alpha`` (1.0) and, in training, ``dropout_p`` (0.0) are the
@@ -20,6 +21,7 @@ from . import functional
 from .conditioned_nn import GatedLayerNorm, GatedRMSNorm, ModulatedLayerNorm, ModulatedRMSNorm
 from .heads_nn import PerHeadLayerNorm, PerHeadRMSNorm, QKNorm
 from .linear_nn import LayerNormLinear, RMSNormLinear
+from .relatives_nn import L2Norm, PartialRMSNorm, ScaleNorm
 from .row_nn import LayerNorm, RMSNorm
 from .shown import shown
 from .spec import Activation
@@ -37,15 +39,18 @@ __all__ = [
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "L2Norm",
     "LayerNorm",
     "LayerNormLinear",
     "ModulatedLayerNorm",
     "ModulatedRMSNorm",
+    "PartialRMSNorm",
     "PerHeadLayerNorm",
     "PerHeadRMSNorm",
     "QKNorm",
     "RMSNorm",
     "RMSNormLinear",
+    "ScaleNorm",
 ]
 
 
