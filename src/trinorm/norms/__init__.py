@@ -5,6 +5,7 @@ What else a function takes is fixed here. ``trinorm check``, ``bench`` and ``ins
 
 from __future__ import annotations
 
+from ..relatives_functional import PART
 from ..spec import (
     BATCH_NORM,
     CASTS,
@@ -20,6 +21,7 @@ from .channels import OfChannels, num_groups
 from .conditioned import OfConditioned
 from .heads import OfHeads
 from .norm import Arguments, Norm, Results, Shape, as_tuple
+from .relatives import OfRelative
 from .rows import OfRows, OverChannels
 from .sums import OfSums
 
@@ -34,6 +36,7 @@ __all__ = [
     "OfChannels",
     "OfConditioned",
     "OfHeads",
+    "OfRelative",
     "OfRows",
     "OfSums",
     "OverChannels",
@@ -43,11 +46,15 @@ __all__ = [
     "num_groups",
 ]
 
-# Those of each sample, as of a condition; and of the gates, the one that transformers' models have behind the norm.
+# Those of each sample, as of a condition; of the gates, the one that transformers' models have behind the norm; of heads;
+# and those that differ by their statistic.
 _CONDITIONED = (
     *(OfConditioned(ConditionedNorm(spec, modulated=True), "sample") for spec in ROW_NORMS),
     *(OfConditioned(ConditionedNorm(spec, "silu")) for spec in ROW_NORMS),
     *(OfConditioned(ConditionedNorm(spec)) for spec in ROW_NORMS),
+    OfRelative(ConditionedNorm(RMS_NORM, divisor=1)),
+    OfRelative(ConditionedNorm(RMS_NORM, divisor=1), scalar=True),
+    OfRelative(ConditionedNorm(RMS_NORM), part=PART),
 )
 
 # By the function's name.
