@@ -45,6 +45,14 @@ class Call(NamedTuple):
         if spec.modulated:
             norm = getattr(functional, f"modulated_{spec.norm.name}")
             return norm(x, x.shape[x.dim() - dims :], weight, bias, eps=eps)
+        if spec.counted is not None:
+            return functional.partial_rms_norm(
+                x, x.shape[x.dim() - dims :], weight, eps, count=spec.counted, cast=spec.norm.cast
+            )
+        if spec.divisor is not None:
+            if weight is not None and weight.numel() < size:
+                return functional.scale_norm(x, weight, eps)
+            return functional.l2_norm(x, x.shape[x.dim() - dims :], weight, eps, cast=spec.norm.cast)
         if gate is None:
             norm = getattr(functional, f"per_head_{spec.norm.name}")
             return norm(x, weight, *[bias] * spec.norm.center, eps, cast=spec.norm.cast)
@@ -79,6 +87,21 @@ def of_heads(
     norm: RowNorm, x: Tensor, weight: Tensor, bias: Tensor | None = None, cast: Cast = "output", eps: float = EPS
 ) -> Call:
     return Call(ConditionedNorm(norm.with_cast(cast)), 1, x.shape[-1], x, None, weight, bias, eps)
+
+
+def relative(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    count: int | None = None,
+    divisor: int | None = None,
+    dims: int = 1,
+    cast: Cast = "output",
+    eps: float = EPS,
+) -> Call:
+    """The L2 norm, with a divisor of 1; ScaleNorm, by a weight of one element; partial RMSNorm, whose count divides too."""
+    spec = ConditionedNorm(RMS_NORM.with_cast(cast), counted=count, divisor=count if divisor is None else divisor)
+    return Call(spec, dims, x.shape[x.dim() - dims :].numel(), x, None, weight, None, eps)
 
 
 def assert_right(call: Call, dy: Tensor | None = None) -> None:
@@ -122,7 +145,10 @@ def terms(call: Call, dy: Tensor) -> tuple[Tensor | None, ...]:
     dn = dy.double() if behind is None else dy.double() * behind
     g = dn if weight is None else dn * (weight + spec.offset)
     along, xhats = g.abs().reshape(rows), of_xhat.reshape(rows)
-    ds = along + xhats * (along * xhats).mean(-1, keepdim=True) + along.mean(-1, keepdim=True)
+    count, divisor = spec.statistic(size)
+    moved = xhats * (along * xhats).sum(-1, keepdim=True) / divisor
+    moved[..., count:] = 0
+    ds = along + moved + along.mean(-1, keepdim=True) * spec.norm.center
     ds = (rstd * ds).reshape(x.shape)
     dgate = None
     if gate is not None and a is not None:

@@ -37,6 +37,22 @@ def of_heads(spec: RowNorm) -> Norm:
     return lambda x, weight: functional.per_head_rms_norm(x, weight, 1e-5)
 
 
+def l2(spec: RowNorm) -> Norm:
+    return functional.l2_norm
+
+
+def scaled(spec: RowNorm) -> Norm:
+    return functional.scale_norm
+
+
+def partial(spec: RowNorm) -> Norm:
+    return lambda x, weight: functional.partial_rms_norm(x, (SIZE,), weight, count=3)
+
+
+# Those of RMSNorm alone.
+OF_RMS_NORM = (of_heads, l2, scaled, partial)
+
+
 def mamba(spec: RowNorm) -> Norm:
     return gated(spec, group_size=4, norm_before_gate=False)
 
@@ -58,6 +74,10 @@ LAYOUTS: list[
     # Heads, with their weights, as tensor parallel layers have them; tokens, which share these.
     (of_heads, (HEADS, (4, SIZE)), (S[2], S[0]), (S[2], S[0])),
     (of_heads, (HEADS, (4, SIZE)), (S[1], R), (S[1], P)),
+    # Another statistic, of whole rows too.
+    (l2, (HEADS,), (S[2],), (S[2],)),
+    (partial, (X, (SIZE,)), (S[1], R), (S[1], P)),
+    (scaled, (X, ()), (S[0], R), (S[0], P)),
 ]
 # Others, of which DTensor is free to choose the results' layouts: columns that are sharded, also by whole groups, sums not
 # yet taken, weights as FSDP has them, and tensors that lie each in its own way.
@@ -68,6 +88,7 @@ FREE: list[tuple[Callable[[RowNorm], Norm], tuple[tuple[int, ...], ...], tuple[P
     (gated, (X, X, (SIZE,)), (P, S[0], S[0])),
     (of_heads, (HEADS, (4, SIZE)), (S[2], R)),
     (of_heads, (HEADS, (4, SIZE)), (S[3], S[1])),
+    (partial, (X, (SIZE,)), (S[2], S[0])),
 ]
 
 
@@ -79,7 +100,7 @@ def drawn(mesh: DeviceMesh, *shapes: tuple[int, ...]) -> tuple[Tensor, list[Tens
 
 def every_layout_of_conditions(spec: RowNorm, mesh: DeviceMesh) -> None:
     for of, shapes, placements, *laid in [*LAYOUTS, *FREE][:: 2 if road.INTERPRETED else 1]:
-        if of is of_heads and spec is not RMS_NORM:
+        if of in OF_RMS_NORM and spec is not RMS_NORM:
             continue
         dy, inputs = drawn(mesh, *shapes)
         there = lay_each(inputs, mesh, *placements)

@@ -118,15 +118,23 @@ def conditioned_norms() -> None:
             ConditionedNorm(LAYER_NORM, modulated=True),
             ConditionedNorm(RMS_NORM.with_cast("llama"), "silu"),
             ConditionedNorm(LAYER_NORM, "sigmoid", gate_first=True),
+            *(relatives(size) if sizes[-1] == size else ()),
         ):
             problem = Conditioned(spec, 1, size, 1e-6, x.dtype)
-            inputs = conditioned_rows.Inputs(x, None if spec.gate is None else gate, weight, bias)
+            given = (weight, bias) if spec.gate or spec.modulated else (weight if spec.counted else None, None)
+            inputs = conditioned_rows.Inputs(x, None if spec.gate is None else gate, *given)
             _, mean, rstd = conditioned_rows.forward(problem, inputs, save=True)
             assert rstd is not None
-            for wanted in ((True, spec.gate is not None, True, True), (True, False, False, False)):
+            for wanted in (tuple(t is not None for t in inputs), (True, False, False, False)):
                 conditioned_rows.backward(problem, inputs, dy, mean, rstd, wanted)
             torch.cuda.synchronize()
-            print("conditioned", spec.norm.name, spec.gate, *sizes, own, size, flush=True)
+            print("conditioned", spec.norm.name, spec.gate, spec.counted, *sizes, own, size, flush=True)
+
+
+def relatives(size: int) -> tuple[ConditionedNorm, ...]:
+    """Of the L2 norm and of partial RMSNorm, whose part ends within a chunk."""
+    count = -(-size // 3)
+    return ConditionedNorm(RMS_NORM, divisor=1), ConditionedNorm(RMS_NORM, counted=count, divisor=count)
 
 
 def quantized_norms() -> None:

@@ -48,6 +48,7 @@ def test_shapes_are_batch_tokens_and_columns(op: str) -> None:
         ("gated_rms_norm", "2x2x8x768", "(batch x) rows x columns"),
         ("gated_rms_norm/groups", "2x8x100", "(batch x) rows x columns in 8 groups, of which each has at most 8192"),
         ("per_head_rms_norm", "8x768", "(batch x) tokens x heads x elements of a head"),
+        ("l2_norm", "8x8200", "(batch x) rows x columns, of which there are at most 8192"),
     ],
 )
 def test_another_shape_is_refused(op: str, shape: str, wanted: str) -> None:
@@ -68,9 +69,10 @@ def test_parameters_and_gates_are_chunks_of_projections() -> None:
         assert inputs.x.stride() == inputs.gate.stride() == (24 * 80, 80, 1)
         assert all(t.requires_grad for t in inputs.arguments)
         assert not case(op, "forward").draw(CPU).gradients
-    inputs = case("per_head_rms_norm", "forward").draw(CPU)
-    assert [t.shape for t in inputs.arguments] == [SHAPE, (24, 40)]
-    assert inputs.x.stride() == (48 * 40, 40, 1)
+    for op, step, *parameters in (("per_head_rms_norm", 48, (24, 40)), ("l2_norm", 48), ("partial_rms_norm", 24, (40,))):
+        inputs = case(op, "forward").draw(CPU)
+        assert [t.shape for t in inputs.arguments] == [SHAPE, *parameters]
+        assert inputs.x.stride() == (step * 40, 40, 1)
 
 
 # --- the ceiling ---
@@ -115,6 +117,7 @@ def verified(norm: providers.Norm, of: Case, device: torch.device = CPU) -> list
 def test_trinorm_and_torchs_users_are_found_right(op: str, pass_: str, device: torch.device) -> None:
     """Those in fp32: of 16 bits they round more often than torch's own, and a table says so."""
     names = ["dx", "dgate", "dw"] if op in GATED else ["dx", "dscale", "dshift"] if "modulated" in op else ["dx", "dw"]
+    names = ["dx"] if op == "l2_norm" else names  # of no weight
     for provider in providers.load(["torch"])[0]:
         for dtype in (torch.float32, torch.bfloat16)[: 2 if provider.name == providers.OURS else 1]:
             of = case(op, pass_, dtype)

@@ -19,6 +19,7 @@ SHAPE = (2, 3, 24)
 CASE = Case(SHAPE)
 MODULATED = {"y", "rstd", "dx", "dscale", "dshift"}
 GATED = {"y", "rstd", "dx", "dgate", "dw"}
+WEIGHTED = {"y", "rstd", "dx", "dw"}
 # Of each function, and of the orders and groups that another path computes, what is compared.
 EVERYTHING = {
     "modulated_layer_norm": MODULATED | {"mean"},
@@ -27,7 +28,10 @@ EVERYTHING = {
     "gated_layer_norm": GATED | {"mean", "db"},
     "gated_rms_norm": GATED,
     "gated_rms_norm/groups": GATED,
-    "per_head_rms_norm": {"y", "rstd", "dx", "dw"},
+    "per_head_rms_norm": WEIGHTED,
+    "l2_norm": WEIGHTED,
+    "scale_norm": WEIGHTED,
+    "partial_rms_norm": WEIGHTED,
 }
 
 
@@ -66,6 +70,8 @@ def test_parameters_are_those_of_a_sample_a_token_all_and_each_head() -> None:
     assert shape("per_head_rms_norm") == (3, 24)
     assert norm_of("gated_rms_norm/groups").rows(torch.empty(SHAPE)).shape == (2 * 3 * 8, 3)
     assert norm_of("gated_rms_norm").rows(torch.empty(SHAPE)).shape == (2 * 3, 24)
+    assert shape("scale_norm") == (1,)
+    assert norm_of("partial_rms_norm").counted(torch.empty(6, 24)).shape == (6, 2)
 
 
 @pytest.mark.parametrize("sizes", [QUICK, INTERPRETED, GPU], ids=["quick", "interpreted", "gpu"])
@@ -79,7 +85,7 @@ def test_its_cases_meet_every_kind_of_value(sizes: Any) -> None:
     assert {case.values.name for cases in met.values() for case in cases} >= {values.name for values in NASTY} - {mixed}
 
 
-def test_a_scale_and_a_weight_of_heads_are_never_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scale_and_a_weight_of_heads_or_of_all_are_never_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     met: dict[str, set[str]] = {}
     monkeypatch.setattr(
         check, "check_op", lambda op, dtype, device, cases: met.setdefault(op, set()).update(map(kind, cases))
@@ -90,8 +96,8 @@ def test_a_scale_and_a_weight_of_heads_are_never_absent(monkeypatch: pytest.Monk
 
     for step in check.steps_of(CONDITIONED_OPS, [torch.bfloat16], torch.device("cpu"), INTERPRETED):
         step()
-    gated = {op for op in CONDITIONED_OPS if op.startswith("gated")}
-    assert met == {op: {"same", "float32", "absent"} if op in gated else {"same", "float32"} for op in CONDITIONED_OPS}
+    free = {op for op in CONDITIONED_OPS if op.startswith(("gated", "l2", "partial"))}
+    assert met == {op: {"same", "float32", "absent"} if op in free else {"same", "float32"} for op in CONDITIONED_OPS}
 
 
 @pytest.mark.parametrize("op", EVERYTHING)
@@ -127,7 +133,17 @@ def spoil(monkeypatch: pytest.MonkeyPatch, function: str, index: int, factor: fl
     monkeypatch.setattr(conditioned_rows, function, spoiled)
 
 
-@pytest.mark.parametrize("op", ["modulated_layer_norm", "gated_layer_norm", "gated_rms_norm/groups", "per_head_rms_norm"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        "modulated_layer_norm",
+        "gated_layer_norm",
+        "gated_rms_norm/groups",
+        "per_head_rms_norm",
+        "l2_norm",
+        "partial_rms_norm",
+    ],
+)
 def test_a_wrong_result_is_found(op: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     assert wrong(op, device) == set()
     names = [("forward", 0, {"y"}), ("backward", 0, {"dx"}), ("backward", 1, {"dgate"})]
@@ -152,6 +168,30 @@ def test_a_gate_in_the_wrong_place_is_found(device: torch.device, monkeypatch: p
 
     monkeypatch.setattr(conditioned_rows, "forward", forward)
     assert wrong("gated_rms_norm", device) >= {"y", "rstd"}
+
+
+@pytest.mark.parametrize(("op", "counted", "divisor"), [("l2_norm", None, None), ("partial_rms_norm", 3, 3)])
+def test_another_statistic_is_found(
+    op: str, counted: int | None, divisor: int | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of RMSNorm, and that of one element more."""
+    honest = conditioned_rows.forward
+
+    def forward(problem: Any, *args: Any, **how: Any) -> Any:
+        of = problem.spec._replace(counted=counted, divisor=divisor)
+        return honest(problem._replace(spec=of), *args, **how)
+
+    monkeypatch.setattr(conditioned_rows, "forward", forward)
+    assert wrong(op, device) == WEIGHTED
+
+
+def test_a_number_that_does_not_count_spoils_no_yardstick(device: torch.device) -> None:
+    """A NaN behind what counts leaves its row's other numbers, and the sums with them, as they are; in torch's too."""
+    case = Case(SHAPE, next(values for values in NASTY if values.name == "one NaN"))
+    (dw,) = (
+        r.comparison for r in check.check_op("partial_rms_norm", torch.float64, device, [case]) if r.comparison.what == "dw"
+    )
+    assert dw.ok and dw.torch_error < 1e-12
 
 
 def test_a_wrong_gradient_of_a_gate_is_found_numerically(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

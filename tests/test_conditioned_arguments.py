@@ -153,17 +153,21 @@ def test_the_registered_ops_refuse_what_does_not_fit(device: torch.device) -> No
         ((x, x, w, None), (1, 8), "gate is not of the input's shape"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            op(*tensors, *by, 1e-6, None, *of, *how)
+            op(*tensors, *by, None, None, 1e-6, None, *of, *how)
     with pytest.raises(RuntimeError, match="gate is not of the input's shape"):
-        op(x, x[:2], w, None, 1, 8, 1e-6, "silu", *of, *how)
+        op(x, x[:2], w, None, 1, 8, None, None, 1e-6, "silu", *of, *how)
     for activation, cast in (("gelu", "output"), (None, "wide")):
         with pytest.raises(RuntimeError, match="cast is"):
-            op(x, None, w, None, 1, 8, 1e-6, activation, *of, torch.float32, False, cast)
+            op(x, None, w, None, 1, 8, None, None, 1e-6, activation, *of, torch.float32, False, cast)
     with pytest.raises(NotImplementedError, match="a dtype other than"):
-        op(x, None, w.int(), None, 1, 8, 1e-6, None, *of, *how)
-    _, rstd = op(x, None, w, None, 1, 8, 1e-6, None, *of, *how)
+        op(x, None, w.int(), None, 1, 8, None, None, 1e-6, None, *of, *how)
+    for layer, count, divisor in ((False, 0, None), (False, 9, None), (False, 4, 0), (True, 4, None), (True, None, 1)):
+        refusing = torch.ops.trinorm.conditioned_layer_norm if layer else op
+        with pytest.raises(RuntimeError, match="there is no statistic of"):
+            refusing(x, None, w, None, 1, 8, count, divisor, 1e-6, None, *of, *how)
+    _, rstd = op(x, None, w, None, 1, 8, None, None, 1e-6, None, *of, *how)
     assert rstd.shape == (3, 2, 1)
-    backward, by = torch.ops.trinorm.conditioned_rms_norm_backward, (1, 8, 1e-6, None, *of)
+    backward, by = torch.ops.trinorm.conditioned_rms_norm_backward, (1, 8, None, None, 1e-6, None, *of)
     for dy, of_rows, wanted, message in (
         (x[:2], rstd, (True, False, True, False), "is not of the input's shape"),
         (x, rstd[:2], (True, False, True, False), "is not of the input's shape"),

@@ -24,6 +24,8 @@ KINDS = {
     "gate first": ConditionedNorm(RMS_NORM, "silu", gate_first=True),
     "heads": ConditionedNorm(RMS_NORM),
 }
+# Of the L2 norm, which has no weight, and of a part of a row that ends within a chunk.
+RELATIVES = {"L2": ConditionedNorm(RMS_NORM, divisor=1), "partial": ConditionedNorm(RMS_NORM, counted=188, divisor=188)}
 
 # Registers of a thread: (forward, backward) by the elements of a row, bf16, at the most of KINDS.
 REGISTERS = {64: (48, 128), 128: (48, 128), 1024: (96, 96), 3072: (80, 168), 4096: (80, 128)}
@@ -35,10 +37,10 @@ def compiled(target: str, kind: str, n: int, asked: tuple[bool, ...] = (True, Tr
     def meta(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
-    spec, x = KINDS[kind], meta(4, 4096, n)
+    spec, x = (KINDS | RELATIVES)[kind], meta(4, 4096, n)
     gate = None if spec.gate is None else meta(4, 4096, n)
-    weight = meta(4, 1, n) if spec.modulated else meta(n) if spec.gate else meta(4096, n)
-    inputs = conditioned_rows.Inputs(x, gate, weight, weight if spec.modulated else None)
+    weight = meta(4, 1, n) if spec.modulated else meta(n) if spec.gate or kind in RELATIVES else meta(4096, n)
+    inputs = conditioned_rows.Inputs(x, gate, None if kind == "L2" else weight, weight if spec.modulated else None)
     problem = Conditioned(spec, 1, n, 1e-6, torch.bfloat16)
     wanted = tuple(want and t is not None for want, t in zip(asked, inputs, strict=True))
     with recorded(target) as calls:
@@ -51,6 +53,7 @@ def compiled(target: str, kind: str, n: int, asked: tuple[bool, ...] = (True, Tr
 
 CASES = [("sm_80", "adaLN", 1024), ("gfx942", "gate first", 1024), ("sm_90", "norm first", 80), ("sm_90", "heads", 128)]
 CASES += [("sm_90", kind, n) for n in REGISTERS for kind in ("adaLN", "norm first")] + [("sm_90", "gate first", 4096)]
+CASES += [("sm_90", "L2", 128), ("sm_90", "partial", 3072)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -63,7 +66,7 @@ def test_compiled(case: tuple[str, str, int], compiling: Executor) -> None:
         assert target == "gfx942" or kernel.registers <= most, kernel
         assert target == "gfx942" or max(kernel.loads) >= 128, kernel
         assert target == "gfx942" or max(kernel.stores) >= 64, kernel
-    backward, spec = found[1], KINDS[kind]
+    backward, spec = found[1], (KINDS | RELATIVES)[kind]
     there = occupancy(TARGETS[target], backward.warps, backward.registers, backward.shared, grid=1 << 20)
     plan = choose_conditioned_backward(4096, 4, n, 2, TARGETS[target].device, spec.gate is not None, False)
     assert target != "sm_90" or there.programs >= plan.per_sm, "all persistent programs are at work at once"

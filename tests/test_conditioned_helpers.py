@@ -74,6 +74,8 @@ def _stats_kernel(
     X,
     eps,
     N: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
     CENTER: tl.constexpr,
     SCALED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -81,19 +83,26 @@ def _stats_kernel(
 ):
     rows = index.tile_rows(0, ROWS)
     xs = index.load_row(X + rows * N, rows >= 0, N, CHUNK, False)
-    mean, rstd, good = conditioned.held_stats(xs, tl.full([1, 1], eps, tl.float32), N, CENTER, tl.float32, SCALED)
+    eps = tl.full([1, 1], eps, tl.float32)
+    mean, rstd, good = conditioned.held_stats(xs, eps, N, K, D, CENTER, tl.float32, SCALED)
     tl.store(OUT + rows, mean)
     tl.store(OUT + ROWS + rows, rstd)
     tl.store(GOOD + rows, good.to(tl.int8))
 
 
-@pytest.mark.parametrize("center", [False, True])
-def test_statistics_of_squares_out_of_range(center: bool, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("center", "count", "divisor"),
+    [(False, N, N), (True, N, N), (False, N, 1), (False, 5, 5), (False, 8, 1), (False, 9, 3)],
+)
+def test_statistics_of_squares_out_of_range(center: bool, count: int, divisor: int, device: torch.device) -> None:
+    """What does not count may be anything."""
     x = torch.randn(ROWS, N, device=device)
+    x[:, count:] = torch.tensor([torch.nan, torch.inf, 1e38, 1e-38], device=device)[:, None]
     scales = torch.tensor([1.0, 2.0**100, 2.0**-100, 2.0**-120], device=device)[:, None]
     mean = x.double().mean(1) if center else torch.zeros(ROWS, device=device, dtype=torch.float64)
-    rstd = (x.double() - mean[:, None]).square().mean(1).rsqrt() / scales[:, 0].double()
-    how = dict(N=N, CENTER=center, ROWS=ROWS, CHUNK=CHUNK)
+    squares = (x[:, :count].double() - mean[:, None]).square().sum(1)
+    rstd = (squares / divisor).rsqrt() / scales[:, 0].double()
+    how = dict(N=N, K=count, D=divisor, CENTER=center, ROWS=ROWS, CHUNK=CHUNK)
     for scaled in (False, True):
         out, good = torch.empty(2, ROWS, device=device), torch.empty(ROWS, dtype=torch.int8, device=device)
         _stats_kernel[(1,)](out, good, x * scales, 0.0, SCALED=scaled, **how)
@@ -127,7 +136,18 @@ def test_weighted(rounds: tuple[bool, bool], device: torch.device) -> None:
 
 @triton.jit
 def _gradients_kernel(
-    DX, DZ, TENSORS, mean, rstd, GATE: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
+    DX,
+    DZ,
+    TENSORS,
+    mean,
+    rstd,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    CENTER: tl.constexpr,
+    GATE: tl.constexpr,
+    FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     rows, columns = index.tile_rows(0, ROWS), index.chunk_columns(0, CHUNK)
     at = TENSORS + rows * CHUNK + columns
@@ -145,7 +165,9 @@ def _gradients_kernel(
         rows,
         rows < 3,
         CHUNK,
-        True,
+        K,
+        D,
+        CENTER,
         1.0,
         False,
         False,
@@ -159,18 +181,23 @@ def _gradients_kernel(
 
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("asked", [(True, True), (True, False), (False, True)], ids=str)
-def test_gradients(first: bool, asked: tuple[bool, bool], device: torch.device) -> None:
+@pytest.mark.parametrize(("count", "divisor"), [(CHUNK, CHUNK), (CHUNK, 1), (3, 3)])
+def test_gradients(first: bool, asked: tuple[bool, bool], count: int, divisor: int, device: torch.device) -> None:
     """Of given statistics, which are taken to be the rows'; rows that are not there are left alone."""
+    center = count == divisor == CHUNK
     tensors = torch.randn(5, ROWS, CHUNK, device=device)
     x, z, dy, w, b = tensors.double()
     outs = [torch.full((ROWS, CHUNK), torch.nan, device=device) if want else None for want in asked]
-    _gradients_kernel[(1,)](*outs, tensors, 0.25, 1.5, GATE="silu", FIRST=first, ROWS=ROWS, CHUNK=CHUNK)
+    how = dict(K=count, D=divisor, CENTER=center, GATE="silu", FIRST=first, ROWS=ROWS, CHUNK=CHUNK)
+    _gradients_kernel[(1,)](*outs, tensors, 0.25, 1.5, **how)
     s = z.sigmoid()
     a, slope = z * s, s + z * s * (1 - s)
     xhat = ((x * a if first else x) - 0.25) * 1.5
     dn = dy if first else dy * a
     g = dn * (w + 1)
-    ds = 1.5 * (g - xhat * (g * xhat).mean(1, keepdim=True) - g.mean(1, keepdim=True))
+    moved = xhat * (g * xhat).sum(1, keepdim=True) / divisor
+    moved[:, count:] = 0
+    ds = 1.5 * (g - moved - center * g.mean(1, keepdim=True))
     expected = (ds * a, ds * x * slope) if first else (ds, dy * (xhat * (w + 1) + b) * slope)
     for got, want in zip(outs, expected, strict=True):
         if got is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from conditioned_norms import EPS, Call, gated, modulated, of_heads
+from conditioned_norms import EPS, Call, gated, modulated, of_heads, relative
 from machine import JACOBIAN, ON_GPU
 from trinorm import conditioned_reference, functional, nn, options
 from trinorm.compare import assert_no_worse
@@ -35,6 +35,9 @@ def calls(dtype: torch.dtype, device: torch.device, lead: tuple[int, int] = (2, 
         "norm first": gated(LAYER_NORM, x, gate, weight, bias),
         "gate first": gated(RMS_NORM, x, gate, weight, size=n // 2, first=True),
         "sigmoid": gated(RMS_NORM, x, gate, weight, bias, activation="sigmoid"),
+        "L2": relative(x, divisor=1),
+        "scale": relative(x, t(1), divisor=1),
+        "partial": relative(x, weight, count=n // 2 - 1),
     }
 
 
@@ -48,8 +51,8 @@ def registered(call: Call) -> Tensor:
 
 def arguments(call: Call) -> tuple[Any, ...]:
     spec, dims, size, *tensors, eps = call
-    how = dims, size, eps, spec.gate, spec.gate_first, spec.modulated, call.x.dtype, False, spec.norm.cast
-    return *tensors, *how
+    by = dims, size, spec.counted, spec.divisor, eps, spec.gate, spec.gate_first, spec.modulated
+    return *tensors, *by, call.x.dtype, False, spec.norm.cast
 
 
 def present(call: Call) -> list[Tensor]:
@@ -66,8 +69,8 @@ def given(call: Call, tensors: Any) -> Call:
 @pytest.mark.parametrize(
     ("norm", "kind"),
     [
-        *((Call.__call__, kind) for kind in ("modulated", "of a token", "norm first", "gate first", "sigmoid")),
-        *((registered, kind) for kind in ("modulated", "of a head", "gate first")),
+        *((Call.__call__, kind) for kind in ("modulated", "of a token", "norm first", "gate first", "sigmoid", "scale")),
+        *((registered, kind) for kind in ("modulated", "of a head", "gate first", "L2", "partial")),
     ],
 )
 def test_derivatives(norm: Norm, kind: str, device: torch.device) -> None:
@@ -95,7 +98,7 @@ def test_derivatives(norm: Norm, kind: str, device: torch.device) -> None:
         torch.testing.assert_close(found[i], of_given(batch[i], *plain[1:]))
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [kind for kind in KINDS.args[1] if kind != "scale"])  # of L2's op
 def test_registered(kind: str, device: torch.device) -> None:
     call = calls(torch.bfloat16 if kind == "modulated" else torch.float32, device)[kind]
     for t in present(call):
@@ -105,7 +108,7 @@ def test_registered(kind: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("dynamic", "kind"),
-    [(False, "gate first"), *((True, kind) for kind in ("modulated", "of a token", "of a head", "gate first"))],
+    [(False, "gate first"), *((True, kind) for kind in ("modulated", "of a token", "of a head", "gate first", "scale"))],
 )
 def test_compiled(dynamic: bool, kind: str, device: torch.device) -> None:
     """One graph for any number of tokens, with an eager call's bits."""
@@ -180,12 +183,12 @@ def test_a_call_is_remembered(device: torch.device) -> None:
                     of = call._replace(x=x)
                     by_torch = conditioned_reference.composite(*of, dtype)
                     assert_no_worse("y", of(), conditioned_reference.oracle(*of).y, by_torch)
-        assert sum(map(len, conditioned.CALLS._kept.values())) == 24, i
+        assert sum(map(len, conditioned.CALLS._kept.values())) == 36, i
     with options(batch_invariant=True):
         assert not conditioned.CALLS._kept
 
 
-@pytest.mark.parametrize("kind", ["modulated", "norm first", "gate first"])
+@pytest.mark.parametrize("kind", ["modulated", "norm first", "gate first", "L2"])
 def test_under_autocast_as_the_norm(kind: str, device: torch.device) -> None:
     """The result has the dtype that torch's own norm has there."""
     call = calls(torch.bfloat16, device)[kind]

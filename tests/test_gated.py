@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conditioned_norms import DTYPES, EPS, NORMS, assert_right, gated
+from conditioned_norms import DTYPES, EPS, NORMS, assert_right, gated, relative
 from machine import ON_GPU
 from trinorm import conditioned_reference, functional
 from trinorm.compare import assert_no_worse
@@ -231,6 +231,24 @@ def test_in_transformers(dtype: torch.dtype, weight_dtype: torch.dtype, device: 
         else:
             assert (y != by_torch).float().mean() < 0.01
             assert (y - by_torch).abs().max() <= 4 * torch.finfo(dtype).eps * by_torch.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_the_l2_norm_in_transformers(dtype: torch.dtype, device: torch.device) -> None:
+    """Qwen3-Next's of queries and keys, in fp32: torch's operators give its bits, and the kernels are no worse. It is no
+    gated norm, but to import transformers takes seconds.
+    """
+    qwen = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    x = torch.randn(2, 5, 4, 64, device=device).to(dtype).requires_grad_()
+    want = qwen.l2norm(x.float(), dim=-1, eps=1e-6).to(dtype)
+    call = relative(x.detach(), divisor=1, eps=1e-6)
+    assert torch.equal(conditioned_reference.composite(*call, dtype), want)
+    y, dy = functional.l2_norm(x), torch.randn_like(want)
+    assert_no_worse("y", y.detach(), conditioned_reference.oracle(*call).y, want.detach())
+    (found,), (theirs,) = (torch.autograd.grad(t, x, dy) for t in (y, want))
+    exact = conditioned_reference.oracle_gradients(*call, dy)[0]
+    assert exact is not None
+    assert_no_worse("dx", found, exact, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)

@@ -141,6 +141,27 @@ def test_what_turns_the_gradient_back(problem: tuple[Tensor, ...], interleaved: 
     assert_formula("y", whole[:, 0], y.detach())
 
 
+@pytest.mark.parametrize(("count", "divisor"), [(N, N), (N, 1), (1, 1), (3, 3), (4, 2.5)])
+def test_by_another_statistic(problem: tuple[Tensor, ...], count: int, divisor: float) -> None:
+    """Of the first K elements' squares, over D: the derivative, and what x̂ and c1 add up to."""
+    x, w, _, dy = (t.requires_grad_() if i < 2 else t for i, t in enumerate(problem))
+    rstd = (x[:, :count].square().sum(-1, keepdim=True) / divisor + EPS).rsqrt()
+    found = torch.autograd.grad(x * rstd * w, (x, w), dy)
+    with torch.no_grad():
+        xhat, g = x * rstd, dy * w
+        c1 = (g * xhat).sum(-1, keepdim=True) / divisor
+        dx = rstd * (g - (torch.arange(N) < count) * xhat * c1)
+        assert_formula("dx", dx, found[0])
+        assert_formula("dw", (dy * xhat).sum(0), found[1])
+        assert_formula("power", xhat[:, :count].square().sum(-1, keepdim=True) / divisor, 1 - EPS * rstd.square())
+        if divisor == int(divisor):
+            spec = ConditionedNorm(RMS_NORM, counted=count, divisor=int(divisor))
+            exact = conditioned_reference.oracle_gradients(spec, 1, N, x, None, w, None, EPS, dy)
+            for name, got, want in zip(("dx", "dw"), exact[::2], (dx, (dy * xhat).sum(0)), strict=True):
+                assert got is not None
+                assert_formula(name, got, want)
+
+
 @both
 @pytest.mark.parametrize("gate_first", [False, True])
 @pytest.mark.parametrize("activation", GATE_ACTIVATIONS)

@@ -54,7 +54,11 @@ def sizes(op: str, normalized_shape: Sequence[int]) -> torch.Size:
             raise TypeError
         return torch.Size(normalized_shape)
     except TypeError:
-        hint = f"; for one dim write ({normalized_shape},)" if isinstance(normalized_shape, int) else ""
+        hint = (
+            f"; for one dim write ({normalized_shape},)"
+            if isinstance(normalized_shape, int) and normalized_shape >= 0
+            else ""
+        )
         raise TypeError(
             f"{op}(): normalized_shape must be a tuple or a list of ints, not {normalized_shape!r}{hint}"
         ) from None

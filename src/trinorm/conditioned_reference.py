@@ -76,9 +76,14 @@ def composite(
     s, plain = x.to(wide), LAYER_NORM if spec.norm.center else RMS_NORM
     if gate is not None and spec.gate_first:
         s = s * activated(gate.to(wide), spec.gate)
-    shape = (size,) if dims == 1 else x.shape[-dims:]
-    rows = s.unflatten(-1, (-1, size)) if s.shape[-dims:].numel() != size else s
-    n = reference.composite(plain, rows, shape, None, None, eps, wide).reshape(x.shape)
+    if _is_whole(spec):
+        shape = (size,) if dims == 1 else x.shape[-dims:]
+        rows = s.unflatten(-1, (-1, size)) if s.shape[-dims:].numel() != size else s
+        n = reference.composite(plain, rows, shape, None, None, eps, wide).reshape(x.shape)
+    else:
+        rows = s.flatten(s.dim() - dims)
+        rows = rows.unflatten(-1, (-1, size)) if rows.shape[-1] != size else rows
+        n = (rows * (_power(spec, rows) + eps).rsqrt()).reshape(x.shape)
     if spec.norm.rounded:
         n = _rounded(n, dtype)
     if weight is not None:
@@ -137,7 +142,40 @@ def _rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t + (t.to(dtype).to(t.dtype) - t).detach()
 
 
+def _is_whole(spec: ConditionedNorm) -> bool:
+    """Whether rstd is of the mean square, or the variance, of all of a row."""
+    return spec.counted is None and spec.divisor is None
+
+
 # What follows is of torch tensors and of numpy arrays alike.
+
+
+def _power(spec: ConditionedNorm, rows: Any) -> Any:
+    """The sum of the squares of what counts, over the divisor, ``[..., 1]``."""
+    count, divisor = spec.statistic(rows.shape[-1])
+    head = rows[..., :count]
+    return (head * head).sum(axis=-1, keepdims=True) / divisor
+
+
+def _of_rows(spec: ConditionedNorm, rows: Any, eps: float) -> tuple[Any, Any, Any]:
+    """(mean, rstd, x̂) of rows."""
+    if _is_whole(spec):
+        return reference._normalized(spec.norm, rows, 1, eps)
+    rstd = 1 / (_power(spec, rows) + eps) ** 0.5
+    return 0 * rstd, rstd, rows * rstd
+
+
+def _gradient_of_rows(spec: ConditionedNorm, xhat: Any, rstd: Any, g: Any) -> Any:
+    """``rstd·(g - [i < K]·x̂·Σ(g·x̂)/D)``, or, of all of a row, the norm's own."""
+    if _is_whole(spec):
+        return reference._gradients(spec.norm, xhat, rstd, 1, None, g)[0]
+    count, divisor = spec.statistic(xhat.shape[-1])
+    moved = g - xhat * ((g * xhat).sum(axis=-1, keepdims=True) / divisor)
+    if isinstance(g, Tensor):
+        return rstd * torch.where(torch.arange(xhat.shape[-1], device=g.device) < count, moved, g)
+    import numpy as np
+
+    return rstd * np.where(np.arange(xhat.shape[-1]) < count, moved, g)
 
 
 def _normalized(
@@ -148,7 +186,7 @@ def _normalized(
     """
     s = x * _activated(gate, spec.gate) if spec.gate_first else x
     rows = s.reshape(*x.shape[: x.ndim - dims], -1, size)
-    mean, rstd, xhat = reference._normalized(spec.norm, rows, 1, eps)
+    mean, rstd, xhat = _of_rows(spec, rows, eps)
     n = xhat = xhat.reshape(x.shape)
     if dtype is not None and spec.norm.rounded:
         n = n.to(dtype).double()
@@ -177,7 +215,7 @@ def _gradients(
     dn = dy if a is None or spec.gate_first else dy * a
     g = dn if weight is None else dn * (weight + spec.offset)
     rows = xhat.reshape(*x.shape[: x.ndim - dims], -1, size)
-    dx = reference._gradients(spec.norm, rows, rstd, 1, None, g.reshape(rows.shape))[0].reshape(x.shape)
+    dx = _gradient_of_rows(spec, rows, rstd, g.reshape(rows.shape)).reshape(x.shape)
     dgate = None
     if a is not None:
         met = n.to(dtype).double() if rounds_n else n

@@ -22,6 +22,7 @@ from .ops import CALLS, channel, channel_norm, jagged, row_norm
 from .per_head_functional import per_head_layer_norm, per_head_rms_norm
 from .qk_functional import qk_norm
 from .quantized_functional import Quantized, quantized_layer_norm, quantized_rms_norm
+from .relatives_functional import l2_norm, partial_rms_norm, scale_norm
 from .spec import CHANNEL_LAYER_NORM, LAYER_NORM, RMS_NORM, Cast
 
 __all__ = [
@@ -34,10 +35,12 @@ __all__ = [
     "gated_rms_norm",
     "group_norm",
     "instance_norm",
+    "l2_norm",
     "layer_norm",
     "layer_norm_linear",
     "modulated_layer_norm",
     "modulated_rms_norm",
+    "partial_rms_norm",
     "per_head_layer_norm",
     "per_head_rms_norm",
     "qk_norm",
@@ -45,6 +48,7 @@ __all__ = [
     "quantized_rms_norm",
     "rms_norm",
     "rms_norm_linear",
+    "scale_norm",
 ]
 
 # What is kept for the backward.

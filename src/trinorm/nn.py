@@ -1,9 +1,9 @@
 """Modules: torch.nn's own norms, computed by trinorm; AddLayerNorm and AddRMSNorm, which take a residual besides, and
 ModulatedLayerNorm and ModulatedRMSNorm, which take a scale and a shift; QuantizedLayerNorm and QuantizedRMSNorm, which are
 told a format of 8 bits or 4; and ChannelLayerNorm, QKNorm, GatedLayerNorm, GatedRMSNorm, PerHeadLayerNorm, PerHeadRMSNorm,
-LayerNormLinear and RMSNormLinear, which torch.nn has not.
+L2Norm, ScaleNorm, PartialRMSNorm, LayerNormLinear and RMSNormLinear, which torch.nn has not.
 
-Each but these eight is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so
+Each but these eleven is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so
 checkpoints load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input"
 unless it is set), ``cast`` ("output"), ``batch_invariant`` (None), ``activation`` (None; "silu" of a gate),
 ``interleaved`` (False), ``norm_before_gate`` (True), ``alpha`` (1.0) and, in training, ``dropout_p`` (0.0) are the
@@ -22,6 +22,7 @@ from .conditioned_nn import GatedLayerNorm, GatedRMSNorm, ModulatedLayerNorm, Mo
 from .heads_nn import PerHeadLayerNorm, PerHeadRMSNorm, QKNorm
 from .linear_nn import LayerNormLinear, RMSNormLinear
 from .quantized_nn import QuantizedLayerNorm, QuantizedRMSNorm
+from .relatives_nn import L2Norm, PartialRMSNorm, ScaleNorm
 from .row_nn import LayerNorm, RMSNorm
 from .shown import shown
 from .spec import Activation
@@ -39,10 +40,12 @@ __all__ = [
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "L2Norm",
     "LayerNorm",
     "LayerNormLinear",
     "ModulatedLayerNorm",
     "ModulatedRMSNorm",
+    "PartialRMSNorm",
     "PerHeadLayerNorm",
     "PerHeadRMSNorm",
     "QKNorm",
@@ -50,6 +53,7 @@ __all__ = [
     "QuantizedRMSNorm",
     "RMSNorm",
     "RMSNormLinear",
+    "ScaleNorm",
 ]
 
 

@@ -58,18 +58,25 @@ class ConditionedNorm(NamedTuple):
     """A row norm whose rows may have weights and biases of their own, with a gate or without.
 
     gate: what the gate is passed through; None where there is none. gate_first: it multiplies the norm's input, and not its
-    result. modulated: the weight is a scale, its distance from 1.
+    result. modulated: the weight is a scale, its distance from 1. counted, divisor: rstd is of the squares of so many of a
+    row's elements, its first, over so much; None is the row's size. What centers has both None.
     """
 
     norm: RowNorm
     gate: GateActivation | None = None
     gate_first: bool = False
     modulated: bool = False
+    counted: int | None = None
+    divisor: int | None = None
 
     @property
     def offset(self) -> float:
         """What is added to the weight."""
         return 1.0 if self.modulated else self.norm.offset
+
+    def statistic(self, size: int) -> tuple[int, int]:
+        """(K, D) of rows of ``size`` elements: rstd is that of the sum of K squares over D."""
+        return (size if self.counted is None else self.counted), (size if self.divisor is None else self.divisor)
 
 
 @dataclass(frozen=True)

@@ -33,16 +33,19 @@ def gated(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
 
 def registered(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
     """As a compiled graph calls it."""
-    how = 1, 64, 1e-6, "silu", False, False, x.dtype, False, "output"
+    how = 1, 64, None, None, 1e-6, "silu", False, False, x.dtype, False, "output"
     return torch.ops.trinorm.conditioned_rms_norm(x, gate, weight, None, *how)[0]
 
 
-# (norm, sizes of its tensors, whether programs share a set of rows): of a sample, of a token, of a group.
+# (norm, sizes of its tensors, whether programs share a set of rows): of a sample, of a token, of a group; of no weight, and
+# of one for all.
 CASES = [
     (modulated, ((2, 700, 128), (2, 1, 128), (2, 1, 128)), True),
     (modulated, ((2, 70, 128), (2, 70, 128), (2, 70, 128)), False),
     (gated, ((2, 700, 192), (2, 700, 192), (192,)), True),
     (registered, ((2, 700, 192), (2, 700, 192), (192,)), True),
+    (functional.l2_norm, ((2, 700, 128),), False),
+    (functional.scale_norm, ((2, 700, 128), ()), True),
 ]
 
 

@@ -73,13 +73,16 @@ HEAD_SHAPES: tuple[Shape, ...] = (
 
 # Of conditioned norms, batch × tokens × columns: of the modulated ones what DiT-XL/2, Stable Diffusion 3 and Flux have; of
 # the gates behind the norm, Gated DeltaNet's and Qwen3-Next's heads; of those before it, Mamba2's, in one group and in
-# eight; of heads with a weight each, tokens × heads × elements. And decoding, where each sample has one token.
+# eight; of heads with a weight each, and of the L2 norm, as of Gated DeltaNet's queries, tokens × heads × elements. And
+# decoding, where each sample has one token.
 CONDITIONED_SHAPES: dict[str, tuple[Shape, ...]] = {
     "modulated_layer_norm": ((64, 256, 1152), (8, 4096, 1536), (4, 4096, 3072)),
     "gated_rms_norm": ((16384, 32, 128), (64, 32, 128)),
     "gated_rms_norm/first": ((8, 2048, 5120), (64, 1, 5120)),
     "gated_rms_norm/groups": ((8, 2048, 8192), (64, 1, 8192)),
     "per_head_rms_norm": ((4, 4096, 32, 128), (64, 1, 32, 128)),
+    "l2_norm": ((16384, 16, 128), (64, 16, 128)),
+    "partial_rms_norm": ((4, 2048, 4096), (64, 1, 4096)),
 }
 
 # Shapes by name, for --shapes, of each op that they are for. Of rows, every width from 64 to 262144 and the row counts of
@@ -115,7 +118,8 @@ NAMED_SHAPES: dict[str, Mapping[str, tuple[Shape, ...]]] = {
 
 @dataclass(frozen=True)
 class Op:
-    """An op as it is measured: with its weight, with its bias where the signature has one, and its usual eps.
+    """An op as it is measured: with its weight, unless models have none, with its bias where the signature has one, and its
+    usual eps.
 
     shapes: where none are asked for. host: the shape of the passes of the host.
     """
@@ -162,6 +166,8 @@ _TITLES = {
     "gated_rms_norm/first": ("Gate and RMSNorm", 1e-5),
     "gated_rms_norm/groups": ("Gate and RMSNorm of 8 groups", 1e-5),
     "per_head_rms_norm": ("RMSNorm with a weight of each head", 1e-6),
+    "l2_norm": ("L2 norm", 1e-6),
+    "partial_rms_norm": ("Partial RMSNorm", 1e-6),
 }
 # Those that are measured unless others are named, and those of a host's passes.
 _SHAPES = CHANNEL_SHAPES | dict.fromkeys(ROW_OPS, SHAPES) | dict.fromkeys(SUM_OPS, SUM_SHAPES) | {"qk_norm": HEAD_SHAPES}
@@ -255,7 +261,7 @@ class Case:
     def bytes_read(self) -> int:
         """Those of ``bytes`` that are read."""
         angles = OPS[self.op].norm.angles(self.shape, self.dtype, torch.device("meta")) or ()
-        read = self._bytes(self.moved[0], 1 if self.backward else self._parameters)
+        read = self._bytes(self.moved[0], min(1, self._parameters) if self.backward else self._parameters)
         return read + sum(t.nbytes for t in angles)
 
     @property
@@ -273,7 +279,8 @@ class Case:
 
     @property
     def _parameters(self) -> int:
-        return 1 + OPS[self.op].norm.biased
+        norm = OPS[self.op].norm
+        return 0 if norm.bare else 1 + norm.biased
 
     def _bytes(self, tensors: int, parameters: int) -> int:
         parameter = math.prod(OPS[self.op].norm.parameter_shape(self.shape))
@@ -321,14 +328,16 @@ class Case:
         return Inputs(query.detach(), weight, None, dy, key=key.detach(), key_weight=key_weight, dkey=dkey, angles=angles)
 
     def _of_condition(self, norm: OfConditioned, normal: Callable[..., Tensor]) -> Inputs:
-        """Scale and shift are chunks of a projection of six; of others x is half of one, and the gate the other half."""
+        """Scale and shift are chunks of a projection of six; x may be half of one, and a gate the other half."""
         *of_parameter, n = norm.parameter_shape(self.shape)
         dy = normal(*self.shape, dtype=self.dtype) if self.backward else None
         if norm.spec.modulated:
             shift, scale, *_ = normal(*of_parameter, 6 * n, dtype=self.weight_dtype).chunk(6, -1)
             return Inputs(normal(*self.shape, dtype=self.dtype), scale.detach(), shift.detach(), dy)
-        packed, dim = [*self.shape], -2 if norm.of_heads else -1
+        weight = None if norm.bare else 1 + normal(*of_parameter, n, dtype=self.weight_dtype) / 8
+        packed, dim = [*self.shape], norm.packed_along
+        if dim is None:
+            return Inputs(normal(*self.shape, dtype=self.dtype), weight, None, dy)
         packed[dim] *= 2
         gate, x = normal(*packed, dtype=self.dtype).chunk(2, dim)
-        weight = 1 + normal(*of_parameter, n, dtype=self.weight_dtype) / 8
         return Inputs(x.detach(), weight, None, dy, gate=gate.detach() if norm.gated else None)

@@ -17,7 +17,7 @@ class Inputs(NamedTuple):
     """
 
     x: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     dy: Tensor | None
     residual: Tensor | None = None
@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
 
     def of(self, eps: float) -> Arguments:
         """The same as Norm has them: queries and keys as one."""
-        if self.key is None or self.key_weight is None:
+        if self.weight is None or self.key is None or self.key_weight is None:
             return Arguments(self.x, self.weight, self.bias, eps, self.residual if self.gate is None else self.gate)
         weights = torch.stack((self.weight.detach(), self.key_weight.detach()))
         return Arguments(self.whole, weights, None, eps, None, self.x.shape[-2], self.angles)

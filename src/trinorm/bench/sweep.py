@@ -264,7 +264,7 @@ def direct(case: Case, inputs: Inputs) -> TimedCall:
 
 
 def _direct_of_heads(norm: OfHeads, eps: float, inputs: Inputs) -> TimedCall:
-    assert inputs.key is not None
+    assert inputs.key is not None and inputs.weight is not None
     query, key = heads.Side(inputs.x, inputs.weight), heads.Side(inputs.key, inputs.key_weight)
     cos, sin = inputs.angles or (None, None)
     turn = heads.Rotation(cos, sin, norm.interleaved)

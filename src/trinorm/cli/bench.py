@@ -69,8 +69,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
             "comma-separated: rows x columns, e.g. 128x768,8192x4096; of channel norms, which are measured in both orders "
             "of memory where torch has two, and GroupNorm with 32 groups, N x C x ..., e.g. 16x320x64x64; of qk_norm "
             f"{HEADS}, whose queries and keys lie in a packed projection; of modulated and gated norms {CONDITIONED}, "
-            "whose x and gate lie in one too, and of per_head_rms_norm (batch x) tokens x heads x elements; or the name of "
-            f"a list: {', '.join(NAMED_SHAPES)}"
+            "whose x and gate lie in one too, and of per_head_rms_norm and l2_norm (batch x) tokens x heads x elements; or "
+            f"the name of a list: {', '.join(NAMED_SHAPES)}"
         ),
     )
     parser.add_argument("--dtype", type=names(DTYPES), default=["bf16"], help=f"comma-separated: {', '.join(DTYPES)}")

@@ -4,6 +4,9 @@
     n = x̂·(w + OFFSET) + b,   x̂ = (s - mean)·rstd   over the N elements of a row
     y = n,  or, with a gate that is not first, n·a(z)
 
+Without CENTER rstd = (Σ s²/D + eps)^-1/2, of the first K of a row's elements: RMSNorm has K = D = N, the L2 norm D = 1,
+partial RMSNorm K = D < N.
+
 w and b are chosen by the row, as x and z are: odd_sizes and strides describe each over x's rows (index.row_offsets), with
 strides of 0 where it is broadcast. Z, W, B, MEAN and RSTD may be None. GATE is a of activation.py. With ROUND x̂ is rounded
 to y's dtype first, and with ROUND_N n is before the gate (LLaMA; affine.py). STREAM: as row.py's. The backward is
@@ -30,7 +33,7 @@ from .index import (
 )
 from .overlap import let_next_launch, wait_for_previous
 from .row import store_stats
-from .stats import held_moments, power_of_two_below, trusted
+from .stats import held_moments, mean_of, power_of_two_below, row_sum, trusted
 
 
 @triton.jit
@@ -69,26 +72,65 @@ def gated(xs, zs, GATE: tl.constexpr, ACC: tl.constexpr):
         return chunks
 
 
+@triton.constexpr_function
+def chunks_of(columns, CHUNK):
+    """How many chunks so many columns begin."""
+    return -(-columns // CHUNK)
+
+
 @triton.jit
-def held_stats(xs, eps, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr, SCALED: tl.constexpr):
+def counted(x, start: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr):
+    """The chunk of a row from column ``start`` on, in the accumulator's dtype; 0 behind the first K columns."""
+    if K == N or start + x.shape[1] <= K:
+        return widened(x, ACC)
+    else:
+        return tl.where(chunk_columns(start, x.shape[1]) < K, widened(x, ACC), 0.0)
+
+
+@triton.jit
+def moments(xs, N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr):
+    """(mean, power) of rows held as chunks: held_moments', or, without CENTER, 0 and the squares of K columns over D."""
+    if K == N and D == N:
+        return held_moments(xs, N, CENTER, ACC)
+    else:
+        CHUNK: tl.constexpr = xs[0].shape[1]
+        squares = tl.zeros([xs[0].shape[0], CHUNK], ACC)
+        for i in tl.static_range(chunks_of(K, CHUNK)):
+            x = counted(xs[i], i * CHUNK, N, K, ACC)
+            squares += x * x
+        return tl.zeros([xs[0].shape[0], 1], ACC), mean_of(row_sum(squares), D)
+
+
+@triton.jit
+def held_stats(
+    xs,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    CENTER: tl.constexpr,
+    ACC: tl.constexpr,
+    SCALED: tl.constexpr,
+):
     """(mean, rstd, where fp32 held the squares) of rows held as chunks. SCALED: of each over a power of two near its
-    largest element, which is exact, and scaled back (stats.rescued_stats).
+    largest element, of those that count, which is exact, and scaled back (stats.rescued_stats).
     """
     if SCALED:
-        largest = tl.zeros([xs[0].shape[0], xs[0].shape[1]], ACC)
-        for i in tl.static_range(len(xs)):
-            largest = tl.maximum(largest, tl.abs(widened(xs[i], ACC)))
+        CHUNK: tl.constexpr = xs[0].shape[1]
+        largest = tl.zeros([xs[0].shape[0], CHUNK], ACC)
+        for i in tl.static_range(chunks_of(K, CHUNK)):
+            largest = tl.maximum(largest, tl.abs(counted(xs[i], i * CHUNK, N, K, ACC)))
         unit = power_of_two_below(tl.maximum(tl.max(largest, axis=1, keep_dims=True), tl.sqrt(eps)))
         scale = 1.0 / unit
         scaled = ()
         for i in tl.static_range(len(xs)):
             scaled = scaled + (widened(xs[i], ACC) * scale,)
-        mean, power = held_moments(scaled, N, CENTER, ACC)
+        mean, power = moments(scaled, N, K, D, CENTER, ACC)
         # Where nothing deviates eps alone is left, and its share of the scaled sum may be below fp32.
         rstd = tl.where(power == 0.0, rsqrt_rounded(eps), rsqrt_rounded(power + eps * scale * scale) * scale)
         return mean * unit, rstd, tl.full(rstd.shape, True, tl.int1)
     else:
-        mean, power = held_moments(xs, N, CENTER, ACC)
+        mean, power = moments(xs, N, K, D, CENTER, ACC)
         return mean, rsqrt_rounded(power + eps), trusted(power + eps)
 
 
@@ -107,6 +149,8 @@ def normalize_tile(
     live,
     eps,
     N: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
     CENTER: tl.constexpr,
     OFFSET: tl.constexpr,
     ROUND: tl.constexpr,
@@ -130,7 +174,7 @@ def normalize_tile(
     ws = load_rows_or(W, of_w, live, N, CHUNK, NO_WEIGHT)
     bs = load_rows_or(B, of_b, live, N, CHUNK, NO_BIAS)
     ss = gated(xs, zs, GATE if GATE_FIRST else None, ACC)
-    mean, rstd, good = held_stats(ss, eps, N, CENTER, ACC, SCALED)
+    mean, rstd, good = held_stats(ss, eps, N, K, D, CENTER, ACC, SCALED)
     if not RESCUE:
         good = rows >= 0
     store_stats(MEAN, RSTD, rows, mean, rstd, live & good, CENTER)
@@ -165,6 +209,8 @@ def conditioned_forward(
     b_strides,
     eps: tl.float64,
     N: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
     CENTER: tl.constexpr,
     OFFSET: tl.constexpr,
     ROUND: tl.constexpr,
@@ -204,6 +250,8 @@ def conditioned_forward(
         live,
         eps,
         N,
+        K,
+        D,
         CENTER,
         OFFSET,
         ROUND,
@@ -227,6 +275,8 @@ def conditioned_forward(
                 bad,
                 eps,
                 N,
+                K,
+                D,
                 CENTER,
                 OFFSET,
                 ROUND,

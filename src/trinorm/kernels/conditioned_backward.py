@@ -1,7 +1,7 @@
 """Conditioned norms, backward, in conditioned.py's names. With g = dn·(w + OFFSET):
 
     dn = dy,  or, with a gate that is not first, dy·a(z)
-    ds = rstd·(g - x̂·mean(g·x̂) - [CENTER]·mean(g))
+    ds = rstd·(g - [i < K]·x̂·Σ(g·x̂)/D - [CENTER]·mean(g)),  of element i of a row
     dx = ds,  or, with GATE_FIRST, ds·a(z)
     dz = dy·n·a'(z),  or, with GATE_FIRST, ds·x·a'(z)
     dw = Σ dn·x̂,  db = Σ dn,  over the rows that have this w and b
@@ -46,6 +46,16 @@ from .stats import mean_of
 
 
 @triton.jit
+def ds_of(g, xhat, rstd, c1, c2, start: tl.constexpr, N: tl.constexpr, K: tl.constexpr, CENTER: tl.constexpr):
+    """dx_of of the chunk from column ``start`` on; rstd·g alone behind the first K, as rstd does not move with those."""
+    ds = dx_of(g, xhat, rstd, c1, c2, CENTER)
+    if K == N or start + g.shape[1] <= K:
+        return ds
+    else:
+        return tl.where(chunk_columns(start, g.shape[1]) < K, ds, rstd * g)
+
+
+@triton.jit
 def store_conditioned_gradients(
     outs,
     held,
@@ -54,6 +64,8 @@ def store_conditioned_gradients(
     rows,
     live,
     N: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
     CENTER: tl.constexpr,
     OFFSET: tl.constexpr,
     ROUND: tl.constexpr,
@@ -72,14 +84,15 @@ def store_conditioned_gradients(
     if OF_S:
         means, rstds = undoing_row(mean, rstd, ws, bs, OFFSET, False, ACC)
         c1, c2 = dx_sums(ss, dns, ws, means, rstds, CENTER, OFFSET, ACC)
-        c1, c2 = mean_of(c1, N), mean_of(c2, N)
+        c1, c2 = mean_of(c1, D), mean_of(c2, N)
     for i in tl.static_range(len(xs)):
         columns = chunk_columns(i * CHUNK, CHUNK)
         mask = live & columns_live(columns, (i + 1) * CHUNK, N)
         at = rows * N + columns
         xhat = normalized(ss[i], mean, rstd, ACC)
         if OF_S:
-            ds = dx_of(affine_backward(dns[i].to(ACC), ws[i], OFFSET), xhat, rstd, c1, c2, CENTER)
+            g = affine_backward(dns[i].to(ACC), ws[i], OFFSET)
+            ds = ds_of(g, xhat, rstd, c1, c2, i * CHUNK, N, K, CENTER)
         if DZ is not None:
             z = widened(zs[i], ACC)
             if GATE_FIRST:
@@ -122,6 +135,8 @@ def conditioned_backward(
     b_odd_sizes,
     b_strides,
     N: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
     CENTER: tl.constexpr,
     OFFSET: tl.constexpr,
     ROUND: tl.constexpr,
@@ -172,6 +187,8 @@ def conditioned_backward(
                 rows,
                 live,
                 N,
+                K,
+                D,
                 CENTER,
                 OFFSET,
                 ROUND,

@@ -5,6 +5,7 @@ What else a function takes is fixed here. ``trinorm check``, ``bench`` and ``ins
 
 from __future__ import annotations
 
+from ..relatives_functional import PART
 from ..spec import (
     BATCH_NORM,
     CASTS,
@@ -21,6 +22,7 @@ from .conditioned import OfConditioned
 from .heads import OfHeads
 from .norm import Arguments, Norm, Results, Shape, as_tuple
 from .quantized import OfQuantized
+from .relatives import OfRelative
 from .rows import OfRows, OverChannels
 from .sums import OfSums
 
@@ -36,6 +38,7 @@ __all__ = [
     "OfConditioned",
     "OfHeads",
     "OfQuantized",
+    "OfRelative",
     "OfRows",
     "OfSums",
     "OverChannels",
@@ -45,11 +48,15 @@ __all__ = [
     "num_groups",
 ]
 
-# Those of each sample, as of a condition; and of the gates, the one that transformers' models have behind the norm.
+# Those of each sample, as of a condition; of the gates, the one that transformers' models have behind the norm; of heads;
+# and those that differ by their statistic.
 _CONDITIONED = (
     *(OfConditioned(ConditionedNorm(spec, modulated=True), "sample") for spec in ROW_NORMS),
     *(OfConditioned(ConditionedNorm(spec, "silu")) for spec in ROW_NORMS),
     *(OfConditioned(ConditionedNorm(spec)) for spec in ROW_NORMS),
+    OfRelative(ConditionedNorm(RMS_NORM, divisor=1)),
+    OfRelative(ConditionedNorm(RMS_NORM, divisor=1), scalar=True),
+    OfRelative(ConditionedNorm(RMS_NORM), part=PART),
 )
 
 # By the function's name.

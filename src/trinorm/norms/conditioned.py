@@ -52,6 +52,11 @@ class OfConditioned(Norm):
         return not self.gated and not self.spec.modulated
 
     @property
+    def packed_along(self) -> int | None:
+        """Along which dim x, where it is measured, is half of a projection; None where it is a tensor of its own."""
+        return None if self.spec.modulated else -2 if self.of_heads else -1
+
+    @property
     def axes(self) -> str:
         if self.of_heads:
             return "tokens × heads × D"
@@ -93,7 +98,7 @@ class OfConditioned(Norm):
     def takes(self, shape: Shape) -> bool:
         from ..ops.conditioned import MOST_OF_ROW
 
-        dims = (3,) if self.spec.modulated else (3, 4) if self.of_heads else (2, 3)
+        dims = (3,) if self.spec.modulated else (3, 4) if self.of_heads else (2, 3) if self.gated else (2, 3, 4)
         return len(shape) in dims and shape[-1] % self.groups == 0 and shape[-1] // self.groups <= MOST_OF_ROW
 
     def parameter_shape(self, shape: Shape) -> Shape:
@@ -209,11 +214,17 @@ class OfConditioned(Norm):
         return shape[-1] // self.groups
 
     def _problem(self, of: Arguments) -> _Problem:
-        return self.spec, 1, self._size(of.x.shape), of.x, of.residual, *of.parameters
+        size = self._size(of.x.shape)
+        return self._spec(size), 1, size, of.x, of.residual, *of.parameters
+
+    def _spec(self, size: int) -> ConditionedNorm:
+        """That of rows of so many elements."""
+        return self.spec
 
     def _as_launched(self, of: Arguments) -> tuple[Any, Any]:
         """The problem, and its tensors, as ops.conditioned_rows has them."""
         from ..ops import conditioned, conditioned_rows
 
-        problem = conditioned.Conditioned(self.spec, 1, self._size(of.x.shape), of.eps, of.x.dtype)
+        size = self._size(of.x.shape)
+        problem = conditioned.Conditioned(self._spec(size), 1, size, of.eps, of.x.dtype)
         return problem, conditioned_rows.Inputs(of.x, of.residual, of.weight, of.bias)

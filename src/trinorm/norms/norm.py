@@ -119,6 +119,11 @@ class Norm(ABC):
         return False
 
     @property
+    def bare(self) -> bool:
+        """Whether it is measured without a weight, as models have it."""
+        return False
+
+    @property
     def residual(self) -> bool:
         """Whether there is one, or a gate in its place."""
         return False
@@ -202,6 +207,10 @@ class Norm(ABC):
     @abstractmethod
     def rows(self, x: Tensor) -> Tensor:
         """x as rows × their elements, in the order of the statistics."""
+
+    def counted(self, rows: Tensor) -> Tensor:
+        """Those elements of rows that their statistics are of."""
+        return rows
 
     @abstractmethod
     def of_rows(self, rows: Tensor, shape: Shape) -> Tensor:

@@ -49,7 +49,7 @@ def norm(problem: Conditioned, *tensors: Tensor | None) -> Tensor:
     x = tensors[0]
     assert x is not None
     with reference.keeping_dtype(x.device.type):
-        by = dims, size, eps, spec.gate, spec.gate_first, spec.modulated
+        by = dims, size, spec.counted, spec.divisor, eps, spec.gate, spec.gate_first, spec.modulated
         return op(*tensors, *by, dtype, batch_invariant, spec.norm.cast)[0]
 
 
@@ -61,8 +61,9 @@ class _Forward(Op):
         mean = "Tensor, " if spec.center else ""
         self.name = NAMES[spec.name]
         self.schema = (
-            "(Tensor input, Tensor? gate, Tensor? weight, Tensor? bias, int dims, SymInt size, float eps, str? activation, "
-            f"bool gate_first, bool modulated, ScalarType dtype, bool batch_invariant, str cast) -> (Tensor, {mean}Tensor)"
+            "(Tensor input, Tensor? gate, Tensor? weight, Tensor? bias, int dims, SymInt size, SymInt? count, "
+            "SymInt? divisor, float eps, str? activation, bool gate_first, bool modulated, ScalarType dtype, "
+            f"bool batch_invariant, str cast) -> (Tensor, {mean}Tensor)"
         )
         self._backward = backward
 
@@ -75,18 +76,18 @@ class _Forward(Op):
             return self(*before, dtype, batch_invariant, cast)
 
     def save(self, ctx: Any, results: Results, *args: Any) -> None:
-        *inputs, dims, size, eps, activation, gate_first, modulated, _, batch_invariant, cast = args
+        inputs, by, (_, *how) = args[:4], args[4:12], args[12:]
         statistics = results[1:]
         ctx.save_for_backward(*inputs, *statistics)
         ctx.mark_non_differentiable(*statistics)
-        ctx.by, ctx.how = (dims, size, eps, activation, gate_first, modulated), (batch_invariant, cast)
+        ctx.by, ctx.how = by, how
 
     def differentiate(self, ctx: Any, *gradients: Tensor | None) -> Results:
         *inputs, rstd = ctx.saved_tensors
         inputs, mean = (inputs[:4], inputs[4]) if self._spec.center else (inputs, None)
         wanted = ctx.needs_input_grad[3:7]
         found = self._backward(gradients[0], *inputs, mean, rstd, *ctx.by, *wanted, *ctx.how)
-        return *found, *(None,) * 9
+        return *found, *(None,) * 11
 
     def composite(self, *args: Any) -> Results:
         problem, inputs = _problem(self._spec, args)
@@ -126,8 +127,9 @@ class _Forward(Op):
 class _Backward(Op):
     schema = (
         "(Tensor dy, Tensor input, Tensor? gate, Tensor? weight, Tensor? bias, Tensor? mean, Tensor rstd, int dims, "
-        "SymInt size, float eps, str? activation, bool gate_first, bool modulated, bool dinput, bool dgate, bool dweight, "
-        "bool dbias, bool batch_invariant, str cast) -> (Tensor, Tensor, Tensor, Tensor)"
+        "SymInt size, SymInt? count, SymInt? divisor, float eps, str? activation, bool gate_first, bool modulated, "
+        "bool dinput, bool dgate, bool dweight, bool dbias, bool batch_invariant, str cast) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
     )
 
     def __init__(self, spec: RowNorm) -> None:
@@ -170,16 +172,16 @@ class _Backward(Op):
     def _asked(self, args: Any) -> tuple[Conditioned, Any, tuple[bool, ...]]:
         """What was computed, of which tensors, and which gradients are wanted. y has dy's dtype."""
         dy, *inputs = args[:5]
-        problem, _ = _problem(self._spec, (*inputs, *args[7:13], dy.dtype, *args[17:]))
-        return problem, inputs, tuple(args[13:17])
+        problem, _ = _problem(self._spec, (*inputs, *args[7:15], dy.dtype, *args[19:]))
+        return problem, inputs, tuple(args[15:19])
 
 
 def _problem(spec: RowNorm, args: Any) -> tuple[Conditioned, Any]:
     """What the forward computes, and of which tensors."""
-    *inputs, dims, size, eps, activation, gate_first, modulated, dtype, batch_invariant, cast = args
+    *inputs, dims, size, count, divisor, eps, activation, gate_first, modulated, dtype, batch_invariant, cast = args
     known = cast in CASTS and activation in (None, *GATE_ACTIVATIONS)
     torch._check(known, lambda: f"trinorm::{NAMES[spec.name]}: cast is {cast!r} and activation is {activation!r}")
-    of = ConditionedNorm(spec.with_cast(cast), activation, gate_first, modulated)
+    of = ConditionedNorm(spec.with_cast(cast), activation, gate_first, modulated, count, divisor)
     return Conditioned(of, dims, size, eps, dtype, batch_invariant), inputs
 
 
@@ -191,6 +193,10 @@ def _check(
     fits = 1 <= dims <= x.dim() and size >= (1 if x.numel() else 0)
     fits = fits and (not x.numel() or (x.shape[-1] % size == 0 if dims == 1 else x.shape[-dims:].numel() == size))
     torch._check(fits, lambda: f"trinorm::{op}: the input's last {dims} dims do not hold rows of {size} elements")
+    count, divisor = problem.spec.counted, problem.spec.divisor
+    fits = (count is None or 1 <= count <= size) and (divisor is None or divisor >= 1)
+    fits = fits and not (problem.spec.norm.center and (count, divisor) != (None, None))
+    torch._check(fits, lambda: f"trinorm::{op}: there is no statistic of {count} elements of {size}, over {divisor}")
     fits = (gate is None) == (problem.spec.gate is None) and (gate is None or gate.shape == x.shape)
     torch._check(fits, lambda: f"trinorm::{op}: gate is not of the input's shape, or has no activation")
     fits = all(t is None or broadcasts(t, x, dims) for t in (weight, bias))

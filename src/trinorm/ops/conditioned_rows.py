@@ -114,8 +114,11 @@ def _options(problem: Conditioned, inputs: Inputs, stats: torch.dtype) -> dict[s
     spec, weight = problem.spec, inputs.weight
     rounded = spec.norm.rounded and problem.y != stats
     behind = spec.gate is not None and not spec.gate_first
+    count, divisor = spec.statistic(problem.size)
     return dict(
         N=problem.size,
+        K=count,
+        D=divisor,
         CENTER=spec.norm.center,
         OFFSET=0.0 if weight is None else spec.offset,
         ROUND=rounded,
