@@ -124,10 +124,12 @@ def test_public_names_are_there_and_documented() -> None:
         "gated_rms_norm",
         "group_norm",
         "instance_norm",
+        "l2_norm",
         "layer_norm",
         "layer_norm_linear",
         "modulated_layer_norm",
         "modulated_rms_norm",
+        "partial_rms_norm",
         "per_head_layer_norm",
         "per_head_rms_norm",
         "qk_norm",
@@ -135,6 +137,7 @@ def test_public_names_are_there_and_documented() -> None:
         "quantized_rms_norm",
         "rms_norm",
         "rms_norm_linear",
+        "scale_norm",
     ]
     for owner, name in (
         *((trinorm, name) for name in trinorm.__all__),
