@@ -102,7 +102,7 @@ def quantize_tile(
     ws = load_row_or(W, live, N, CHUNK, NO_WEIGHT)
     bs = load_row_or(B, live, N, CHUNK, NO_BIAS)
     xs = add_row((SUM, RESIDUAL, None, None), xs, rows, 0, live, N, N, 1.0, 0.0, ACC, STREAM)
-    mean, rstd, good = held_stats(xs, eps, N, CENTER, ACC, SCALED)
+    mean, rstd, good = held_stats(xs, eps, N, N, N, CENTER, ACC, SCALED)
     if not RESCUE:
         good = rows >= 0
     live = live & good
