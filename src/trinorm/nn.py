@@ -1,8 +1,9 @@
 """Modules: torch.nn's own norms, computed by trinorm; AddLayerNorm and AddRMSNorm, which take a residual besides, and
 ModulatedLayerNorm and ModulatedRMSNorm, which take a scale and a shift; and ChannelLayerNorm, QKNorm, GatedLayerNorm,
-GatedRMSNorm, PerHeadLayerNorm, PerHeadRMSNorm, LayerNormLinear and RMSNormLinear, which torch.nn has not.
+GatedRMSNorm, PerHeadLayerNorm, PerHeadRMSNorm, LayerNormLinear, RMSNormLinear, DynamicTanh, DynamicErf and PolyNorm,
+which torch.nn has not.
 
-Each but these eight is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so
+Each but these eleven is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so
 checkpoints load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input"
 unless it is set), ``cast`` ("output"), ``batch_invariant`` (None), ``activation`` (None; "silu" of a gate),
 ``interleaved`` (False), ``norm_before_gate`` (True), ``alpha`` (1.0) and, in training, ``dropout_p`` (0.0) are the
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from . import functional
 from .conditioned_nn import GatedLayerNorm, GatedRMSNorm, ModulatedLayerNorm, ModulatedRMSNorm
+from .dynamic_nn import DynamicErf, DynamicTanh
 from .heads_nn import PerHeadLayerNorm, PerHeadRMSNorm, QKNorm
 from .linear_nn import LayerNormLinear, RMSNormLinear
+from .poly_nn import PolyNorm
 from .row_nn import LayerNorm, RMSNorm
 from .shown import shown
 from .spec import Activation
@@ -31,6 +34,8 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "ChannelLayerNorm",
+    "DynamicErf",
+    "DynamicTanh",
     "GatedLayerNorm",
     "GatedRMSNorm",
     "GroupNorm",
@@ -43,6 +48,7 @@ __all__ = [
     "ModulatedRMSNorm",
     "PerHeadLayerNorm",
     "PerHeadRMSNorm",
+    "PolyNorm",
     "QKNorm",
     "RMSNorm",
     "RMSNormLinear",
