@@ -9,6 +9,7 @@ from ..spec import (
     BATCH_NORM,
     CASTS,
     CHANNEL_NORMS,
+    DYNAMIC_NORMS,
     GROUP_NORM,
     INSTANCE_NORM,
     LAYER_NORM,
@@ -18,6 +19,7 @@ from ..spec import (
 )
 from .channels import OfChannels, num_groups
 from .conditioned import OfConditioned
+from .elements import OfDynamic, OfPoly
 from .heads import OfHeads
 from .norm import Arguments, Norm, Results, Shape, as_tuple
 from .rows import OfRows, OverChannels
@@ -25,6 +27,7 @@ from .sums import OfSums
 
 __all__ = [
     "CONDITIONED_OPS",
+    "ELEMENT_OPS",
     "NORMS",
     "ROW_OPS",
     "SUM_OPS",
@@ -33,7 +36,9 @@ __all__ = [
     "Norm",
     "OfChannels",
     "OfConditioned",
+    "OfDynamic",
     "OfHeads",
+    "OfPoly",
     "OfRows",
     "OfSums",
     "OverChannels",
@@ -50,6 +55,8 @@ _CONDITIONED = (
     *(OfConditioned(ConditionedNorm(spec)) for spec in ROW_NORMS),
 )
 
+_ELEMENTS = (*map(OfDynamic, DYNAMIC_NORMS), OfPoly())
+
 # By the function's name.
 NORMS: dict[str, Norm] = {
     **{spec.name: OfRows(spec) for spec in ROW_NORMS},
@@ -58,10 +65,12 @@ NORMS: dict[str, Norm] = {
     **{norm.name: norm for norm in map(OfSums, ROW_NORMS)},
     "qk_norm": OfHeads(),
     **{norm.name: norm for norm in _CONDITIONED},
+    **{norm.name: norm for norm in _ELEMENTS},
 }
 ROW_OPS = tuple(spec.name for spec in ROW_NORMS)
 SUM_OPS = tuple(name for name, norm in NORMS.items() if norm.of_sum)
 CONDITIONED_OPS = tuple(norm.name for norm in _CONDITIONED)
+ELEMENT_OPS = tuple(norm.name for norm in _ELEMENTS)
 
 # With other arguments: casting modes; a residual stream of fp32 that has a factor, a sum that goes nowhere; activations, a
 # scale and a shift of each sample, running statistics, a residual; heads that are turned otherwise; a scale and a shift of
