@@ -7,10 +7,19 @@ from torch import Tensor
 
 from trinorm.forced import forced
 from trinorm.formats import FORMATS
-from trinorm.ops import channel_layers, channels, conditioned_rows, heads, quantized_rows, rows
-from trinorm.ops.conditioned import Conditioned
+from trinorm.ops import channel_layers, channels, conditioned_rows, dynamic_rows, heads, poly_rows, quantized_rows, rows
+from trinorm.ops.conditioned import MOST_OF_ROW, Conditioned
 from trinorm.ops.quantized import Given, Quantizing
-from trinorm.spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, ConditionedNorm, RowNorm
+from trinorm.spec import (
+    BATCH_NORM,
+    DYNAMIC_NORMS,
+    GROUP_NORM,
+    INSTANCE_NORM,
+    LAYER_NORM,
+    RMS_NORM,
+    ConditionedNorm,
+    RowNorm,
+)
 from trinorm.tuning import (
     RowBackward,
     RowBackwardFew,
@@ -82,7 +91,12 @@ CONDITIONED = (
 QUANTIZED = ((37, 130), (300, 1000), (70, 8192))
 
 
+# DyT and Derf, PolyNorm: rows and columns: ragged tiles of both; enough rows that programs walk.
+ELEMENTS = ((1, 1), (37, 80), (3000, 130), (20000, 1000), (70, 8192), (5, 70001))
+
+
 def main() -> None:
+    norms_of_elements()
     conditioned_norms()
     quantized_norms()
     heads_norms()
@@ -107,6 +121,27 @@ def heads_norms() -> None:
             heads.backward(spec, query, key, *wanted, rotation)
             torch.cuda.synchronize()
             print("qk_norm", cast, tokens, of_query, of_key, n, turned, flush=True)
+
+
+def norms_of_elements() -> None:
+    for m, n in ELEMENTS:
+        x, dy = torch.randn(2, m, n, device="cuda").bfloat16()
+        x[::3] *= 1e30
+        weight, bias = torch.randn(2, n, device="cuda").bfloat16()
+        numbers = torch.rand(5, device="cuda").bfloat16()
+        for spec in DYNAMIC_NORMS:
+            inputs = dynamic_rows.Inputs(x, numbers[:1], numbers[1:2] if spec.shifted else None, weight, bias)
+            dynamic_rows.forward(spec, 1, inputs)
+            for wanted in ((True,) * 5, (True, *[False] * 4), (False, True, False, False, True)):
+                dynamic_rows.backward(spec, 1, inputs, dy, wanted)
+            torch.cuda.synchronize()
+            print(spec.name, m, n, flush=True)
+        if n <= MOST_OF_ROW:
+            poly_rows.forward(1e-6, x, numbers[2:], numbers[:1])
+            for of in ((True,) * 3, (True, False, False), (False, True, True)):
+                poly_rows.backward(1e-6, of, dy, x, numbers[2:], numbers[:1])
+            torch.cuda.synchronize()
+            print("poly_norm", m, n, flush=True)
 
 
 def conditioned_norms() -> None:

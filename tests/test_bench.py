@@ -35,7 +35,7 @@ STILL = SimpleNamespace(synchronize=lambda: None)
 def case(
     op: str = "layer_norm", pass_: str = "forward", m: int = 6, n: int = 40, dtype: torch.dtype = torch.bfloat16
 ) -> Case:
-    shape = {"rows": (m, n), "conditioned": (3, m, n)}.get(cases.OPS[op].norm.family, (3, 6, 5, 4))  # of heads, 6, 5
+    shape = {"rows": (m, n), "elements": (m, n), "conditioned": (3, m, n)}.get(cases.OPS[op].norm.family, (3, 6, 5, 4))
     return Case(op, pass_, shape, dtype, dtype)
 
 

@@ -21,7 +21,7 @@ from trinorm.bench.cases import CHAIN, CONDITIONED_SHAPES, HOST_PASSES, LINKS, N
 from trinorm.bench.providers import OURS, Provider
 from trinorm.bench.records import Provenance, Record
 from trinorm.cli import bench
-from trinorm.norms import ROW_OPS, SUM_OPS
+from trinorm.norms import ELEMENT_OPS, ROW_OPS, SUM_OPS
 
 ON_GPU = torch.cuda.is_available()
 HERE = Provenance(gpu="Made-up GPU 9", torch="0.0", triton="0.0", commit=None, date="2000-01-01")
@@ -184,7 +184,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, list[bool]]]:
 def measured(op: str, who: list[Provider], started: list[str]) -> list[Record]:
     family = cases.OPS[op].norm.family
     # Of a few numbers torch's error is chance.
-    shape = {"rows": (4, 24), "conditioned": (3, 12, 40)}.get(family, (3, 12, 7, 7))
+    shape = {"rows": (4, 24), "elements": (4, 24), "conditioned": (3, 12, 40)}.get(family, (3, 12, 7, 7))
     of = Case(op, "backward", shape, torch.float32, torch.float32)
     return host.measure_host(of, who, HERE, torch.device("cpu"), _Silent(), started.append)  # type: ignore[arg-type]
 
@@ -197,7 +197,7 @@ def test_functions_and_modules_are_measured_without_grad_with_it_and_with_the_ba
     records = measured(op, providers.load(["torch"])[0], started)
     assert tuple(started) == HOST_PASSES
     names = [OURS, f"{OURS}.nn", "torch", "torch.nn"]
-    if op in ("channel_layer_norm", "qk_norm", *CONDITIONED_SHAPES, *SUM_OPS):  # which torch.nn has not
+    if op in ("channel_layer_norm", "qk_norm", *CONDITIONED_SHAPES, *ELEMENT_OPS, *SUM_OPS):  # which torch.nn has not
         assert [record.failure is None for record in records[:4]] == [True, True, True, False]
         return
     assert counted == [(False, [False] * 4), (True, [True] * 4), (True, [True] * 4)]

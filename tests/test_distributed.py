@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import SequenceParallel, parallelize_modu
 from torch.nn.parallel import DistributedDataParallel
 
 from conditioned_on_two_ranks import CHECKS as OF_CONDITIONS
+from elements_on_two_ranks import CHECKS as OF_ELEMENTS
 from heads_on_two_ranks import CHECKS as OF_HEADS
 from machine import ON_GPU
 from quantized_on_two_ranks import CHECKS as OF_FORMATS
@@ -391,4 +392,5 @@ CHECKS: dict[Callable[[Any, DeviceMesh], None], tuple[tuple[Spec, ...], tuple[Sp
     **OF_HEADS,
     **OF_CONDITIONS,
     **OF_FORMATS,
+    **OF_ELEMENTS,
 }

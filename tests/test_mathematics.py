@@ -5,6 +5,7 @@ place of float32: a wrong formula is wrong by far more, and float64's own roundi
 """
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -203,6 +204,30 @@ def test_a_norms_own_weight_goes_into_scale_and_shift(problem: tuple[Tensor, ...
     xhat = xhat_of(RMS_NORM, x, EPS)
     whole = xhat * (w * (1 + scale)) + (b * (1 + scale) + shift)
     assert_formula("y", whole, (xhat * w + b) * (1 + scale) + shift)
+
+
+@pytest.mark.parametrize("f", [torch.tanh, torch.erf])
+def test_functions_of_an_element(problem: tuple[Tensor, ...], f: Callable[[Tensor], Tensor]) -> None:
+    x, w, b, dy = problem
+    inputs = [t.clone().requires_grad_() for t in (x, vector(0.7), vector(-0.3), w, b)]
+    y = f(inputs[1] * inputs[0] + inputs[2]) * inputs[3] + inputs[4]
+    v, e = 0.7 * x - 0.3, (-2 * (0.7 * x - 0.3).abs()).exp()
+    dv = dy * w * (4 * e / (1 + e) ** 2 if f is torch.tanh else 2 / torch.pi**0.5 * (-v * v).exp())
+    formulas = [dv * 0.7, (dv * x).sum().view(1), dv.sum().view(1), (dy * f(v)).sum(0), dy.sum(0)]
+    for formula, exact in zip(formulas, torch.autograd.grad(y, inputs, dy), strict=True):
+        assert_formula("of an element", formula, exact)
+
+
+@pytest.mark.parametrize("s", [1.0, 0.25])
+def test_a_polynomial_of_normalized_powers(problem: tuple[Tensor, ...], s: float) -> None:
+    (x, w, _, dy), leaf = problem, problem[0].clone().requires_grad_()
+    y = sum(w[k] * xhat_of(RMS_NORM, leaf**k, EPS) for k in (1, 2, 3))
+    t, dx = x * s, torch.zeros_like(x)
+    for k in (1, 2, 3):
+        r = ((t**k).square().mean(-1, keepdim=True) + EPS * s ** (2 * k)).rsqrt()
+        p = k * w[k] * r
+        dx += s * (dy * p * t ** (k - 1) - t * (p * r * (dy * t**k * r).mean(-1, keepdim=True) * t ** (2 * k - 2)))
+    assert_formula("dx", dx, torch.autograd.grad(y, leaf, dy)[0])
 
 
 # Statistics, exactly.

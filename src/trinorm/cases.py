@@ -177,13 +177,15 @@ class Case:
         info = torch.finfo(dtype)
         # Rounded before it is scaled up, and scaled down before it is read: either way its powers of two come out exactly.
         x = self.values.draw(normal(m, n), info).to(dtype) * scale
-        dy, (w, b) = normal(m, n), (normal(*norm.parameter_shape(self.shape)) for _ in range(2))
+        dy, (w, b) = normal(m, n), (normal(*of(self.shape)) for of in (norm.parameter_shape, norm.bias_shape))
         if self.values.zero_weight:
             w.zero_()
         of = weight_dtype(self.weight, dtype)
         weight, bias = (None if of is None else w.to(of), None if of is None or not norm.biased else b.to(of))
         residual = dsum = None
-        if norm.residual:
+        if norm.numbers:
+            residual = normal(norm.numbers).to(of_residual)
+        elif norm.residual:
             rows = normal(m, n)
             rows = self.values.draw(rows, info).to(of_residual) * scale if norm.of_sum else rows
             residual = placed(rows.to(of_residual))
@@ -236,12 +238,15 @@ class Shapes:
 
 
 class Sizes(NamedTuple):
-    """The shapes of each family: rows × columns, samples × channels × positions, and what OfHeads and OfConditioned say."""
+    """The shapes of each family: rows × columns, samples × channels × positions, what OfHeads and OfConditioned say, and
+    rows × columns again, of norms of elements.
+    """
 
     rows: Shapes
     channels: Shapes
     heads: Shapes
     conditioned: Shapes
+    elements: Shapes
 
     def of(self, norm: Norm) -> Shapes:
         """Those of the norm's family."""
@@ -254,6 +259,7 @@ QUICK = Sizes(
     channels=Shapes(every_weight=(), same_weight=((2, 6, 5, 7),), nasty=(), turns=True),
     heads=Shapes(every_weight=((5, 4, 2, 16),), same_weight=(), nasty=((5, 3, 3, 12),), turns=True, ordered=False),
     conditioned=Shapes(every_weight=(), same_weight=((2, 5, 40),), nasty=((3, 4, 24),), turns=True, ordered=False),
+    elements=Shapes(every_weight=((9, 40),), same_weight=(), nasty=((8, 24),), turns=True, ordered=False),
 )
 
 # The interpreter takes milliseconds a program: few rows, and a shape for each of the kernels. Of channels, of which
@@ -265,6 +271,7 @@ INTERPRETED = Sizes(
     conditioned=Shapes(
         every_weight=((3, 9, 136),), same_weight=((40, 2, 8), (2, 3, 1160)), nasty=((3, 5, 72),), ordered=False
     ),
+    elements=Shapes(every_weight=((33, 1), (300, 5)), same_weight=((8, 1160), (8, 4097)), nasty=((8, 65),), ordered=False),
 )
 
 # Each width compiles anew, for every dtype: a few, and rows enough for each of the kernels. Of channels: groups of 3, of
@@ -290,6 +297,12 @@ GPU = Sizes(
         every_weight=((9, 130, 1152),),
         same_weight=((40, 2, 8), (1030, 32, 128), (3, 70, 3072), (3, 70, 5000), (3, 70, 8192), (1, 600, 1024)),
         nasty=((40, 9, 136), (9, 130, 1152)),
+        ordered=False,
+    ),
+    elements=Shapes(
+        every_weight=((4099, 1), (515, 768)),
+        same_weight=((1030, 128), (130, 1000), (140, 4096), (33, 8192), (5, 100003)),
+        nasty=((40, 129), (33, 4096)),
         ordered=False,
     ),
 )

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from .ops import CALLS, added, conditioned, conditioned_rows, heads, qk, rows
+from .ops import CALLS, added, conditioned, conditioned_rows, dynamic_rows, heads, inputs_only, poly_rows, qk, rows
 
 # Where tuning's choices are asked for, by how their names start.
-_FAMILIES = {"heads": heads, "conditioned": conditioned_rows}
+_FAMILIES = {"heads": heads, "conditioned": conditioned_rows, "dynamic": dynamic_rows, "poly": poly_rows}
 
 
 @contextlib.contextmanager
 def forced(**launches: object) -> Iterator[None]:
-    """Inside, every call of the row family, of QK-norm or of conditioned norms takes these launches, whatever its size.
+    """Inside, every call of a family of rows, QK-norm and conditioned norms among them, takes these launches, whatever its
+    size.
 
     By the names of tuning's choices: ``forced(forward=launch)`` is what ``choose_forward`` then gives, and QK-norm's
     are ``heads_forward`` and ``heads_backward``, conditioned norms' ``conditioned_forward`` and so on. Remembered
@@ -34,5 +35,5 @@ def forced(**launches: object) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for calls in (CALLS, added.CALLS, qk.CALLS, conditioned.CALLS):
+    for calls in (CALLS, added.CALLS, qk.CALLS, conditioned.CALLS, inputs_only.CALLS):
         calls.clear()

@@ -17,9 +17,11 @@ from .conditioned_functional import (
     modulated_layer_norm,
     modulated_rms_norm,
 )
+from .dynamic_functional import dynamic_erf, dynamic_tanh
 from .linear_functional import layer_norm_linear, rms_norm_linear
 from .ops import CALLS, channel, channel_norm, jagged, row_norm
 from .per_head_functional import per_head_layer_norm, per_head_rms_norm
+from .poly_functional import poly_norm
 from .qk_functional import qk_norm
 from .quantized_functional import Quantized, quantized_layer_norm, quantized_rms_norm
 from .relatives_functional import l2_norm, partial_rms_norm, scale_norm
@@ -31,6 +33,8 @@ __all__ = [
     "add_rms_norm",
     "batch_norm",
     "channel_layer_norm",
+    "dynamic_erf",
+    "dynamic_tanh",
     "gated_layer_norm",
     "gated_rms_norm",
     "group_norm",
@@ -43,6 +47,7 @@ __all__ = [
     "partial_rms_norm",
     "per_head_layer_norm",
     "per_head_rms_norm",
+    "poly_norm",
     "qk_norm",
     "quantized_layer_norm",
     "quantized_rms_norm",

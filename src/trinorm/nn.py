@@ -1,9 +1,10 @@
 """Modules: torch.nn's own norms, computed by trinorm; AddLayerNorm and AddRMSNorm, which take a residual besides, and
 ModulatedLayerNorm and ModulatedRMSNorm, which take a scale and a shift; QuantizedLayerNorm and QuantizedRMSNorm, which are
 told a format of 8 bits or 4; and ChannelLayerNorm, QKNorm, GatedLayerNorm, GatedRMSNorm, PerHeadLayerNorm, PerHeadRMSNorm,
-L2Norm, ScaleNorm, PartialRMSNorm, LayerNormLinear and RMSNormLinear, which torch.nn has not.
+L2Norm, ScaleNorm, PartialRMSNorm, LayerNormLinear, RMSNormLinear, DynamicTanh, DynamicErf and PolyNorm, which torch.nn has
+not.
 
-Each but these eleven is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so
+Each but these fourteen is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so
 checkpoints load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input"
 unless it is set), ``cast`` ("output"), ``batch_invariant`` (None), ``activation`` (None; "silu" of a gate),
 ``interleaved`` (False), ``norm_before_gate`` (True), ``alpha`` (1.0) and, in training, ``dropout_p`` (0.0) are the
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from . import functional
 from .conditioned_nn import GatedLayerNorm, GatedRMSNorm, ModulatedLayerNorm, ModulatedRMSNorm
+from .dynamic_nn import DynamicErf, DynamicTanh
 from .heads_nn import PerHeadLayerNorm, PerHeadRMSNorm, QKNorm
 from .linear_nn import LayerNormLinear, RMSNormLinear
+from .poly_nn import PolyNorm
 from .quantized_nn import QuantizedLayerNorm, QuantizedRMSNorm
 from .relatives_nn import L2Norm, PartialRMSNorm, ScaleNorm
 from .row_nn import LayerNorm, RMSNorm
@@ -34,6 +37,8 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "ChannelLayerNorm",
+    "DynamicErf",
+    "DynamicTanh",
     "GatedLayerNorm",
     "GatedRMSNorm",
     "GroupNorm",
@@ -48,6 +53,7 @@ __all__ = [
     "PartialRMSNorm",
     "PerHeadLayerNorm",
     "PerHeadRMSNorm",
+    "PolyNorm",
     "QKNorm",
     "QuantizedLayerNorm",
     "QuantizedRMSNorm",

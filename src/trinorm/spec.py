@@ -79,6 +79,23 @@ class ConditionedNorm(NamedTuple):
         return (size if self.counted is None else self.counted), (size if self.divisor is None else self.divisor)
 
 
+class DynamicNorm(NamedTuple):
+    """What stands where a norm does and has no statistics: ``function(alpha·x + shift)·weight + bias``, of each element.
+
+    shifted: whether there is a shift.
+    """
+
+    name: str
+    function: Literal["tanh", "erf"]
+    shifted: bool
+
+
+DYNAMIC_TANH = DynamicNorm("dynamic_tanh", "tanh", shifted=False)
+DYNAMIC_ERF = DynamicNorm("dynamic_erf", "erf", shifted=True)
+
+DYNAMIC_NORMS = (DYNAMIC_TANH, DYNAMIC_ERF)
+
+
 @dataclass(frozen=True)
 class ChannelNorm:
     """A norm over x seen as samples × channels × positions, whose weight and bias are a channel's.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cases import LAYOUTS, layouts
-from ..norms import NORMS, ROW_OPS, SUM_OPS, VARIANTS, Norm, OfConditioned, OfHeads, Shape
+from ..norms import ELEMENT_OPS, NORMS, ROW_OPS, SUM_OPS, VARIANTS, Norm, OfConditioned, OfHeads, Shape
 from .inputs import Inputs
 
 # The passes of one norm. A chain is a forward many times over, each norm's y the next one's x, and its sum, where there is
@@ -84,6 +84,9 @@ CONDITIONED_SHAPES: dict[str, tuple[Shape, ...]] = {
     "l2_norm": ((16384, 16, 128), (64, 16, 128)),
     "partial_rms_norm": ((4, 2048, 4096), (64, 1, 4096)),
 }
+
+# Of DyT, Derf and PolyNorm, rows × columns: as of rows, fewer.
+ELEMENT_SHAPES: tuple[Shape, ...] = ((32768, 1024), (8192, 4096), (8192, 8192), (16, 4096))
 
 # Shapes by name, for --shapes, of each op that they are for. Of rows, every width from 64 to 262144 and the row counts of
 # decoding, and four of them for the dtypes that need no more; of channels, those above.
@@ -168,12 +171,16 @@ _TITLES = {
     "per_head_rms_norm": ("RMSNorm with a weight of each head", 1e-6),
     "l2_norm": ("L2 norm", 1e-6),
     "partial_rms_norm": ("Partial RMSNorm", 1e-6),
+    "dynamic_tanh": ("DyT", 0.0),
+    "dynamic_erf": ("Derf", 0.0),
+    "poly_norm": ("PolyNorm", 1e-6),
 }
 # Those that are measured unless others are named, and those of a host's passes.
 _SHAPES = CHANNEL_SHAPES | dict.fromkeys(ROW_OPS, SHAPES) | dict.fromkeys(SUM_OPS, SUM_SHAPES) | {"qk_norm": HEAD_SHAPES}
 _HOSTS: dict[str, Shape] = dict.fromkeys(CHANNEL_SHAPES, (2, 64, 8, 8)) | dict.fromkeys(ROW_OPS + SUM_OPS, SEED_SHAPE)
-_SHAPES |= CONDITIONED_SHAPES
+_SHAPES |= CONDITIONED_SHAPES | dict.fromkeys(ELEMENT_OPS, ELEMENT_SHAPES)
 _HOSTS |= {"qk_norm": (128, 8, 2, 64)} | dict.fromkeys(CONDITIONED_SHAPES, (2, 64, 768))
+_HOSTS |= dict.fromkeys(ELEMENT_OPS, SEED_SHAPE)
 _NORMS = NORMS | VARIANTS
 OPS = {name: Op(title, _NORMS[name], eps, _SHAPES[name], _HOSTS[name]) for name, (title, eps) in _TITLES.items()}
 
@@ -252,8 +259,8 @@ class Case:
 
         forward, and each link of a chain: x, weight, bias; y. backward: x, dy, weight; dx, dw, db. Of a sum, forward: the
         residual too; and the sum. backward: the sum in x's place, and its gradient; dx, which is the residual's gradient.
-        Of QK-norm both read cos and sin too; a gate is read by both, and has a gradient. The saved statistics are not
-        counted: they follow from x.
+        Of QK-norm both read cos and sin too; a gate is read by both, and has a gradient, as numbers do. The saved
+        statistics are not counted: they follow from x.
         """
         return self.bytes_read + self.bytes_written
 
@@ -261,13 +268,13 @@ class Case:
     def bytes_read(self) -> int:
         """Those of ``bytes`` that are read."""
         angles = OPS[self.op].norm.angles(self.shape, self.dtype, torch.device("meta")) or ()
-        read = self._bytes(self.moved[0], min(1, self._parameters) if self.backward else self._parameters)
+        read = self._bytes(self.moved[0]) + self._bytes_of_parameters(bias=not self.backward)
         return read + sum(t.nbytes for t in angles)
 
     @property
     def bytes_written(self) -> int:
         """Those of ``bytes`` that are written."""
-        return self._bytes(self.moved[1], self._parameters if self.backward else 0)
+        return self._bytes(self.moved[1]) + (self._bytes_of_parameters(bias=True) if self.backward else 0)
 
     @property
     def moved(self) -> tuple[int, int]:
@@ -277,14 +284,16 @@ class Case:
         one_more = OPS[self.op].norm.of_sum
         return (2 + one_more, 1) if self.backward else (1 + one_more, 1 + one_more)
 
-    @property
-    def _parameters(self) -> int:
-        norm = OPS[self.op].norm
-        return 0 if norm.bare else 1 + norm.biased
+    def _bytes(self, tensors: int) -> int:
+        return tensors * self.elements * self.dtype.itemsize
 
-    def _bytes(self, tensors: int, parameters: int) -> int:
-        parameter = math.prod(OPS[self.op].norm.parameter_shape(self.shape))
-        return tensors * self.elements * self.dtype.itemsize + parameters * parameter * self.weight_dtype.itemsize
+    def _bytes_of_parameters(self, bias: bool) -> int:
+        """Of the weight, of numbers and, if asked for, of the bias."""
+        norm = OPS[self.op].norm
+        if norm.bare:
+            return 0
+        of_bias = math.prod(norm.bias_shape(self.shape)) if bias and norm.biased else 0
+        return (math.prod(norm.parameter_shape(self.shape)) + norm.numbers + of_bias) * self.weight_dtype.itemsize
 
     def draw(self, device: torch.device, generator: torch.Generator | None = None) -> Inputs:
         """Random inputs; for a backward the leaves require grad and come with its gradients."""
@@ -305,16 +314,18 @@ class Case:
         def like_x(wanted: bool) -> Tensor | None:
             return LAYOUTS[self.layout](normal(*self.shape, dtype=self.dtype)) if wanted else None
 
-        parameter = (self.norms, self.shape[1]) if self.pass_ == CHAIN else self.shape[1:2]
+        each = (self.norms,) if self.pass_ == CHAIN else ()
+        parameter, bias = (*each, *norm.parameter_shape(self.shape)), (*each, *norm.bias_shape(self.shape))
         x = like_x(True)
         assert x is not None
         return Inputs(
             x=x,
             weight=1 + normal(*parameter, dtype=self.weight_dtype) / 8,
-            bias=normal(*parameter, dtype=self.weight_dtype) if norm.biased else None,
+            bias=normal(*bias, dtype=self.weight_dtype) if norm.biased else None,
             dy=like_x(self.backward),
             residual=like_x(norm.of_sum),
             dsum=like_x(norm.of_sum and self.backward),
+            numbers=tuple(0.5 + normal(1, dtype=self.weight_dtype) / 8 for _ in range(norm.numbers)),
         )
 
     def _of_heads(self, norm: OfHeads, normal: Callable[..., Tensor], device: torch.device) -> Inputs:

@@ -13,7 +13,7 @@ from ..norms import Arguments
 class Inputs(NamedTuple):
     """The arguments of one call, and the gradients that a backward starts from: y's, and the sum's where it is of one. A
     chain's have a row of weights a link. Of QK-norm x, weight and dy are the queries', beside the keys' own, and cos and
-    sin, which have no gradient. Of a modulated norm weight and bias are the scale and the shift.
+    sin, which have no gradient. Of a modulated norm weight and bias are the scale and the shift. numbers: alpha, and shift.
     """
 
     x: Tensor
@@ -27,10 +27,11 @@ class Inputs(NamedTuple):
     dkey: Tensor | None = None
     angles: tuple[Tensor, Tensor] | None = None
     gate: Tensor | None = None
+    numbers: tuple[Tensor, ...] = ()
 
     @property
     def arguments(self) -> tuple[Tensor, ...]:
-        """As Norm.function takes them: x, key, residual, gate, weight, key's, bias, cos and sin: those that there are."""
+        """As Norm.function takes them: x, key, residual, gate, numbers, weight, key's, bias, cos and sin: what there is."""
         return *self.leaves, *(self.angles or ())
 
     @property
@@ -41,10 +42,12 @@ class Inputs(NamedTuple):
     @property
     def parameters(self) -> tuple[Tensor, ...]:
         """Those of a module."""
-        return _present(self.weight, self.key_weight, self.bias)
+        return *self.numbers, *_present(self.weight, self.key_weight, self.bias)
 
     def of(self, eps: float) -> Arguments:
-        """The same as Norm has them: queries and keys as one."""
+        """The same as Norm has them: queries and keys as one, and numbers."""
+        if self.numbers:
+            return Arguments(self.x, self.weight, self.bias, eps, torch.cat([t.detach() for t in self.numbers]))
         if self.weight is None or self.key is None or self.key_weight is None:
             return Arguments(self.x, self.weight, self.bias, eps, self.residual if self.gate is None else self.gate)
         weights = torch.stack((self.weight.detach(), self.key_weight.detach()))

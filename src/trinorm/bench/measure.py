@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -25,10 +26,13 @@ TimedCall = Callable[[], Results]
 
 
 class Expected(NamedTuple):
-    """A call's inputs, and of each result its name, its value in float64, and what torch's own op gives."""
+    """A call's inputs, and of each result its name, its value in float64, and what torch's own op gives. terms: as
+    ``compare`` takes them, by the name.
+    """
 
     inputs: Inputs
     results: tuple[tuple[str, Tensor, Tensor], ...]
+    terms: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def measure(
@@ -194,7 +198,8 @@ def expect(case: Case, inputs: Inputs) -> Expected:
         gradients = inputs.whole_gradients
         both = norm.oracle_gradients(of, *gradients), norm.torch_gradients(of, *gradients)
         named = {name: tuple(getattr(found, name).detach() for found in both) for name in of.differentiable}
-        return Expected(inputs, tuple(_reported(op, of, named)))
+        sizes = {name: size for name in named if (size := norm.terms(of, name, gradients[0])) is not None}
+        return Expected(inputs, tuple(_reported(op, of, named)), _terms(op, of, sizes))
 
     def exact(*arguments: Tensor) -> Results:
         return norm.oracle_results(of.with_these(*arguments))
@@ -204,7 +209,9 @@ def expect(case: Case, inputs: Inputs) -> Expected:
 
     functions = [exact, by_torch] if case.pass_ != CHAIN else [_chain(case, exact), _chain(case, by_torch)]
     found = (as_tuple(function(*of.differentiable.values())) for function in functions)
-    return Expected(inputs, tuple(_reported(op, of, dict(zip(norm.results, zip(*found, strict=True), strict=True)))))
+    of_y = norm.terms(of, "y", of.x)
+    named = dict(zip(norm.results, zip(*found, strict=True), strict=True))
+    return Expected(inputs, tuple(_reported(op, of, named)), _terms(op, of, {} if of_y is None else dict(y=of_y)))
 
 
 def _reported(op: Op, of: Arguments, found: dict[str, tuple[Tensor, ...]]) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -212,6 +219,11 @@ def _reported(op: Op, of: Arguments, found: dict[str, tuple[Tensor, ...]]) -> It
     for what, both in found.items():
         exact, by_torch = (op.norm.parts(of, what, t) for t in both)
         yield from ((name, exact[name], by_torch[name]) for name in exact)
+
+
+def _terms(op: Op, of: Arguments, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same of the terms' sizes."""
+    return {name: size for what, t in found.items() for name, size in op.norm.parts(of, what, t).items()}
 
 
 class Verified(NamedTuple):
@@ -238,7 +250,7 @@ def verify(build: Callable[[], Norm], expected: Expected, stream: torch.cuda.Str
 def compared(found: Results, expected: Expected) -> list[Comparison]:
     """Each result that was found compared with float64."""
     return [
-        compare(name, result, exact, by_torch)
+        compare(name, result, exact, by_torch, expected.terms.get(name))
         for result, (name, exact, by_torch) in zip(as_tuple(found), expected.results, strict=True)
     ]
 

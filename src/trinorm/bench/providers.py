@@ -73,7 +73,7 @@ def _compiled(case: Case) -> Norm:
 
 
 def _liger() -> Provider:
-    """By default its RMSNorms' backwards write dx into dy, and are timed so: its dy drifts from call to call."""
+    """By default its RMSNorms' and PolyNorm's backwards write dx into dy, and are timed so: dy drifts from call to call."""
     norms = importlib.import_module("liger_kernel.transformers.functional")
 
     def build(case: Case) -> Norm:
@@ -85,9 +85,13 @@ def _liger() -> Provider:
             return lambda x, weight, bias: norms.liger_layer_norm(x, weight, bias, eps)
         if case.op == "add_rms_norm":
             return lambda x, residual, weight: norms.liger_fused_add_rms_norm(x, residual, weight, eps)
+        if case.op == "dynamic_tanh":
+            return norms.liger_dyt
+        if case.op == "poly_norm":
+            return lambda x, weight, bias: norms.liger_poly_norm(x, weight, bias, eps)
         return lambda x, weight: norms.liger_rms_norm(x, weight, eps)
 
-    return Provider("liger", build, ops=(*ROW_OPS, "group_norm", "add_rms_norm"))
+    return Provider("liger", build, ops=(*ROW_OPS, "group_norm", "add_rms_norm", "dynamic_tanh", "poly_norm"))
 
 
 def _quack() -> Provider:

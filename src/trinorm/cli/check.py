@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -91,7 +91,8 @@ def check_op(op: str, dtype: torch.dtype, device: torch.device, cases: Iterable[
         of_case = functools.partial(case.inputs, norm, dtype, device)
         inputs = of_case()
         fewest = min(t.numel() for t in norm.parts(inputs.of, "rstd", norm.rows(inputs.of.x)[:, 0]).values())
-        draws = -(-SAMPLES // min(fewest, norm.parameter_shape(case.shape)[-1]))
+        few = norm.parameter_shape(case.shape)[-1], norm.bias_shape(case.shape)[-1], *[1] * bool(norm.numbers)
+        draws = -(-SAMPLES // min(fewest, *few))
         exact = _oracle(norm, inputs)
         distance = _distance_of_torch(norm, inputs, exact)
         for seed in range(1, draws):
@@ -100,10 +101,10 @@ def check_op(op: str, dtype: torch.dtype, device: torch.device, cases: Iterable[
             distance = {what: torch.maximum(so_far, again[what]) for what, so_far in distance.items()}
         weight_dtype = None if inputs.of.weight is None else inputs.of.weight.dtype
         results += [
-            Result(op, dtype, weight_dtype, str(case), compare(name, *of_part, terms))
+            Result(op, dtype, weight_dtype, str(case), compare(name, *of_part))
             for what, value in _ours(norm, inputs, exact["mean"]).items()
-            for terms in [_row_size(norm, inputs) if what == "mean" else None]
-            for name, of_part in _apart(norm, inputs, what, value, exact[what], exact[what] + distance[what])
+            for terms in [_terms(norm, inputs, what)]
+            for name, of_part in _apart(norm, inputs, what, value, exact[what], exact[what] + distance[what], terms)
         ]
     return results
 
@@ -129,10 +130,12 @@ def check_numerically(op: str, device: torch.device) -> list[Result]:
     return [Result(op, torch.float64, torch.float64, str(case), comparison)]
 
 
-def _apart(norm: Norm, inputs: Inputs, what: str, *tensors: Tensor) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
+def _apart(
+    norm: Norm, inputs: Inputs, what: str, actual: Tensor, *others: Tensor | None
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """These as the norm reports them."""
-    actual, exact, by_torch = (norm.parts(inputs.of, what, t) for t in tensors)
-    return ((name, (actual[name], exact[name], by_torch[name])) for name in actual)
+    parts = [None if t is None else norm.parts(inputs.of, what, t) for t in (actual, *others)]
+    return ((name, tuple(None if of is None else of[name] for of in parts)) for name in norm.parts(inputs.of, what, actual))
 
 
 def _ours(norm: Norm, inputs: Inputs, exact_mean: Tensor) -> dict[str, Tensor]:
@@ -194,6 +197,14 @@ def _settled(norm: Norm, inputs: Inputs) -> tuple[Tensor, ...]:
     """The results' gradients, as settled as Norm has them."""
     dy, *dsum = inputs.gradients
     return norm.settled(inputs.unscaled().of, dy), *dsum
+
+
+def _terms(norm: Norm, inputs: Inputs, what: str) -> Tensor | None:
+    """What ``compare`` is told of their size."""
+    if what == "mean":
+        return _row_size(norm, inputs)
+    plain = inputs.unscaled()
+    return norm.terms(plain.of, what, _settled(norm, plain)[0])
 
 
 def _row_size(norm: Norm, inputs: Inputs) -> Tensor:

@@ -10,6 +10,7 @@ from ..spec import (
     BATCH_NORM,
     CASTS,
     CHANNEL_NORMS,
+    DYNAMIC_NORMS,
     GROUP_NORM,
     INSTANCE_NORM,
     LAYER_NORM,
@@ -19,6 +20,7 @@ from ..spec import (
 )
 from .channels import OfChannels, num_groups
 from .conditioned import OfConditioned
+from .elements import OfDynamic, OfPoly
 from .heads import OfHeads
 from .norm import Arguments, Norm, Results, Shape, as_tuple
 from .quantized import OfQuantized
@@ -28,6 +30,7 @@ from .sums import OfSums
 
 __all__ = [
     "CONDITIONED_OPS",
+    "ELEMENT_OPS",
     "NORMS",
     "ROW_OPS",
     "SUM_OPS",
@@ -36,7 +39,9 @@ __all__ = [
     "Norm",
     "OfChannels",
     "OfConditioned",
+    "OfDynamic",
     "OfHeads",
+    "OfPoly",
     "OfQuantized",
     "OfRelative",
     "OfRows",
@@ -59,6 +64,8 @@ _CONDITIONED = (
     OfRelative(ConditionedNorm(RMS_NORM), part=PART),
 )
 
+_ELEMENTS = (*map(OfDynamic, DYNAMIC_NORMS), OfPoly())
+
 # By the function's name.
 NORMS: dict[str, Norm] = {
     **{spec.name: OfRows(spec) for spec in ROW_NORMS},
@@ -69,10 +76,12 @@ NORMS: dict[str, Norm] = {
     **{norm.name: norm for norm in _CONDITIONED},
     "quantized_layer_norm": OfQuantized(LAYER_NORM, "fp8_block"),
     "quantized_rms_norm": OfQuantized(RMS_NORM, "fp8_token"),
+    **{norm.name: norm for norm in _ELEMENTS},
 }
 ROW_OPS = tuple(spec.name for spec in ROW_NORMS)
 SUM_OPS = tuple(name for name, norm in NORMS.items() if norm.of_sum)
 CONDITIONED_OPS = tuple(norm.name for norm in _CONDITIONED)
+ELEMENT_OPS = tuple(norm.name for norm in _ELEMENTS)
 
 # With other arguments: casting modes; a residual stream of fp32 that has a factor, a sum that goes nowhere; activations, a
 # scale and a shift of each sample, running statistics, a residual; heads that are turned otherwise; a scale and a shift of

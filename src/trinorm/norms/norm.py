@@ -29,8 +29,8 @@ _DIFFERENTIABLE = dict(dx="x", dr="residual", dw="weight", db="bias")
 
 
 class Arguments(NamedTuple):
-    """What every norm takes; a residual, of which OfChannels and OfSums know, or OfConditioned's gate; and what OfHeads
-    does: how many of x's heads are queries', and cos and sin.
+    """What every norm takes; a residual, of which OfChannels and OfSums know, or OfConditioned's gate, or OfDynamic's
+    alpha and shift; and what OfHeads does: how many of x's heads are queries', and cos and sin.
     """
 
     x: Tensor
@@ -59,7 +59,9 @@ class Arguments(NamedTuple):
 
     def zero_where(self, unsound: Tensor) -> Arguments:
         """With zeros in these places of x and of the residual."""
-        residual = None if self.residual is None else self.residual.masked_fill(unsound, 0)
+        residual = self.residual
+        if residual is not None and residual.shape == unsound.shape:  # and no numbers of all rows
+            residual = residual.masked_fill(unsound, 0)
         return self._replace(x=self.x.masked_fill(unsound, 0), residual=residual)
 
 
@@ -84,7 +86,7 @@ class Norm(ABC):
         """The function's."""
 
     @property
-    def family(self) -> Literal["rows", "channels", "heads", "conditioned"]:
+    def family(self) -> Literal["rows", "channels", "heads", "conditioned", "elements"]:
         """Whose shapes it has."""
         return "channels"
 
@@ -125,8 +127,13 @@ class Norm(ABC):
 
     @property
     def residual(self) -> bool:
-        """Whether there is one, or a gate in its place."""
+        """Whether there is one, or a gate or numbers in its place."""
         return False
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers of all rows stand in the residual's place; 0 where it has x's shape."""
+        return 0
 
     @property
     def gated(self) -> bool:
@@ -172,6 +179,10 @@ class Norm(ABC):
         """That of weight and bias."""
         return shape[1:2]
 
+    def bias_shape(self, shape: Shape) -> Shape:
+        """The bias's, where it is another."""
+        return self.parameter_shape(shape)
+
     def queries(self, shape: Shape) -> int:
         """How many heads are queries'."""
         return 0
@@ -183,6 +194,12 @@ class Norm(ABC):
     def parts(self, of: Arguments, what: str, t: Tensor) -> dict[str, Tensor]:
         """What a result, or a gradient, is reported as, by name."""
         return {what: t}
+
+    def terms(self, of: Arguments, what: str, dy: Tensor) -> Tensor | None:
+        """How large what a result or a gradient is a sum of is, where that is larger than what it sums to; None where a
+        comparison needs none. Of sums over rows: the sums on the way.
+        """
+        return None
 
     def residual_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The residual's beside an x of this one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,13 +11,13 @@ from .. import conditioned_reference
 from ..spec import ConditionedNorm
 from ..switches import when_set
 from . import road
-from .calls import Bounded, Known
+from .calls import Known
 from .layout import readable
-from .repeated import Repeated
-from .row import _as_saved, are_plain
+from .norm_call import NormCall, launches_are_watched
+from .row import _as_saved
 
 if TYPE_CHECKING:
-    from ..replay import Function, Results
+    from ..replay import Results
 
 # Of how many elements a row has kernels, at the most; and of float64.
 MOST_OF_ROW, MOST_OF_FP64 = 8192, 2048
@@ -137,82 +136,45 @@ def composite_gradients(problem: Conditioned, wanted: tuple[bool, ...], dy: Tens
     return tuple(t if want else None for t, want in zip(found, wanted, strict=True))
 
 
-class ConditionedCall:
-    """The norm, and its gradients, of arguments that differ from those of one call in their values alone.
-
-    differentiated: a backward will ask for statistics, whose dtype ``stats`` is.
+class ConditionedCall(NormCall[Conditioned]):
+    """The norm of (x, gate, weight, bias): y, mean and rstd, the statistics where a backward will ask for them. ``stats``:
+    their dtype.
     """
 
-    __slots__ = ("_differentiated", "_forward", "_gradients", "_problem", "_stats")
+    __slots__ = ("_stats",)
 
     def __init__(self, problem: Conditioned, stats: torch.dtype, *, differentiated: bool) -> None:
-        self._problem, self._stats, self._differentiated = problem, stats, differentiated
-        self._forward = Repeated(functools.partial(_forward, problem, differentiated), _is_watched)
-        self._gradients: Bounded[Function] = Bounded(8)
+        super().__init__(problem, differentiated=differentiated)
+        self._stats = stats
 
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
-        """y of (x, gate, weight, bias)."""
-        if self._differentiated:
-            return _apply(*inputs, self)
-        return self.results(*inputs)[0]  # type: ignore[return-value]
-
-    def results(self, *inputs: Tensor | None) -> Results:
-        """(y, mean, rstd), the statistics where a backward will ask."""
-        return self._forward(*inputs)
-
-    def backward(self, wanted: tuple[bool, ...], dy: Tensor, *saved: Tensor | None) -> Results:
-        """The gradients of x, gate, weight and bias, those that are wanted. saved: these and both statistics, which may
-        come back in another layout or dtype, from a hook.
-        """
+    def restored(self, dy: Tensor, *saved: Tensor | None) -> Results:
         *inputs, mean, rstd = saved
-        if torch.is_grad_enabled() or not are_plain(dy, *saved) or road.observer() is not None:
-            # Someone differentiates this backward, to whom a kernel's result would silently be a constant, or maps over it.
-            return composite_gradients(self._problem, wanted, dy, *inputs)
-        mean, rstd = (None if t is None else _as_saved(t, self._stats, t.dim()) for t in (mean, rstd))
-        tensors = *read(self._problem, dy, *inputs), mean, rstd
-        key = wanted, *(None if t is None else (t.stride(), t.dtype) for t in tensors)
-        if (repeated := self._gradients.get(key)) is None:
-            function = functools.partial(_backward, self._problem, wanted)
-            repeated = self._gradients[key] = Repeated(function, _is_watched)
-        return repeated(*tensors)
-
-
-def _forward(problem: Conditioned, differentiated: bool, *inputs: Any) -> Results:
-    from . import conditioned_rows
-
-    return conditioned_rows.forward(problem, conditioned_rows.Inputs(*inputs), save=differentiated)
-
-
-def _backward(problem: Conditioned, wanted: tuple[bool, ...], *tensors: Any) -> Results:
-    from . import conditioned_rows
-
-    dy, *inputs, mean, rstd = tensors
-    return conditioned_rows.backward(problem, conditioned_rows.Inputs(*inputs), dy, mean, rstd, wanted)
-
-
-def _is_watched() -> bool:
-    from .. import launch
-    from . import conditioned_rows, rows
-
-    return not (conditioned_rows.launch is rows.launch is launch.launch)
-
-
-class _ConditionedNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        *inputs, call = args
-        y, *statistics = call.results(*inputs)
-        ctx.save_for_backward(*inputs, *statistics)
-        ctx.call = call
-        return y
+        statistics = (None if t is None else _as_saved(t, self._stats, t.dim()) for t in (mean, rstd))
+        return *read(self.problem, dy, *inputs), *statistics
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.call.backward(ctx.needs_input_grad[:4], dy, *ctx.saved_tensors), None
+    def launch_forward(problem: Conditioned, differentiated: bool, *inputs: Any) -> Results:
+        from . import conditioned_rows
 
+        return conditioned_rows.forward(problem, conditioned_rows.Inputs(*inputs), save=differentiated)
 
-# As row._apply: without the Python part, which looks for torch.func.
-_apply = super(torch.autograd.Function, _ConditionedNorm).apply
+    @staticmethod
+    def launch_backward(problem: Conditioned, wanted: tuple[bool, ...], *tensors: Any) -> Results:
+        from . import conditioned_rows
+
+        dy, *inputs, mean, rstd = tensors
+        return conditioned_rows.backward(problem, conditioned_rows.Inputs(*inputs), dy, mean, rstd, wanted)
+
+    @staticmethod
+    def composite_gradients(problem: Conditioned, wanted: tuple[bool, ...], dy: Tensor, *inputs: Any) -> Results:
+        return composite_gradients(problem, wanted, dy, *inputs)
+
+    @staticmethod
+    def is_watched(problem: Conditioned) -> bool:
+        from . import conditioned_rows
+
+        return launches_are_watched(conditioned_rows)
+
 
 CALLS: Known[ConditionedCall] = Known(1024)
 when_set(CALLS.clear)

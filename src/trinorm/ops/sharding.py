@@ -6,9 +6,10 @@ and bias are whole on every device, whose sums dw and db are, or lie as the chan
 QK-norm tokens stay, with cos and sin beside them, and heads: those of the queries and the keys, or, where keys are fewer
 than devices and so whole on each, of the queries alone. Of conditioned norms all leading dims stay, heads that have
 weights among them, and scale, shift and weight lie as those do, or are whole where they are broadcast along them. Of a
-quantized result rows stay, and their scales with them; a scale of the whole tensor is whole, as parameters are. What lies
-otherwise, as by a normalized dim or as a sum not yet taken, is redistributed first, in the way that DTensor finds
-cheapest. registering.know_distributed imports this when the first distributed tensor comes.
+quantized result rows stay, and their scales with them; a scale of the whole tensor is whole, as parameters are. Of DyT,
+Derf and PolyNorm rows stay, by any leading dim, and all parameters are whole. What lies otherwise, as by a normalized dim
+or as a sum not yet taken, is redistributed first, in the way that DTensor finds cheapest. registering.know_distributed
+imports this when the first distributed tensor comes.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 
 from ..formats import FORMATS
-from ..spec import BATCH_NORM, CHANNEL_LAYER_NORM, GROUP_NORM, LAYER_NORM, ROW_NORMS
+from ..spec import BATCH_NORM, CHANNEL_LAYER_NORM, DYNAMIC_NORMS, GROUP_NORM, LAYER_NORM, ROW_NORMS
 from .conditioned_library import NAMES as CONDITIONED_NORMS
+from .poly import NAME as POLY_NORM
 from .qk import NAME as QK_NORM
 from .quantized_library import NAMES as QUANTIZED_NORMS
 
@@ -162,6 +164,23 @@ def _rule_of_quantized(op: OpOverload, *args: Any) -> list[tuple[Placements, Pla
     return found
 
 
+def _rule_of_inputs_only(op: OpOverload, *args: Any) -> list[tuple[Placements, Placements]]:
+    """The same of DyT, Derf and PolyNorm."""
+    call = _named(op, args)
+    found: list[tuple[Placements, Placements]] = []
+    for dim in (None, *range(call["input"].ndim - call.get("dims", 1))):
+        of_x: Placement = Replicate() if dim is None else Shard(dim)
+        laid: dict[str, Placement] = dict.fromkeys(("weight", "bias", "alpha", "shift"), Replicate())
+        laid |= dict.fromkeys(("input", "dy"), of_x)
+        results: Placements = [of_x]
+        if "dy" in call:
+            of_sums = Replicate() if dim is None else Partial("sum")
+            named = (argument.name for argument in op._schema.arguments if f"d{argument.name}" in call)
+            results = [(of_x if name == "input" else of_sums) if call[f"d{name}"] else None for name in named]
+        found.append((results, _of_arguments(call, laid)))
+    return found
+
+
 def _beside(t: Any, dim: int, dims: int) -> Placement:
     """How a tensor lies that is broadcast to one of ``dims`` dims, which is sharded by a dim: alike, or whole where it is
     broadcast along that.
@@ -182,6 +201,7 @@ _RULES: dict[str, Callable[..., list[tuple[Placements, Placements]]]] = {
 _RULES[QK_NORM] = _rule_of_heads
 _RULES |= dict.fromkeys(CONDITIONED_NORMS.values(), _rule_of_conditions)
 _RULES |= dict.fromkeys(QUANTIZED_NORMS.values(), _rule_of_quantized)
+_RULES |= dict.fromkeys((*(spec.name for spec in DYNAMIC_NORMS), POLY_NORM), _rule_of_inputs_only)
 
 for _norm, _of_norm in _RULES.items():
     for _name in (_norm, f"{_norm}_backward"):

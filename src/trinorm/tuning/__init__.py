@@ -15,6 +15,7 @@ from .conditioned import (
     choose_conditioned_total,
     programs_of_a_set,
 )
+from .dynamic import OF_ONE_NUMBER, choose_dynamic_backward, choose_dynamic_forward, programs_of_a_chunk
 from .heads import Heads, choose_heads_backward, choose_heads_forward
 from .kinds import (
     ChannelCombine,
@@ -32,11 +33,14 @@ from .kinds import (
     RowForwardWide,
     Tile,
 )
+from .poly import OF_THREE_NUMBERS, choose_poly_backward, choose_poly_forward
 from .quantized import choose_quantized
 from .row import FORGET, backward_turns, choose_backward, choose_forward, choose_total, forward_turns
 
 __all__ = [
     "FORGET",
+    "OF_ONE_NUMBER",
+    "OF_THREE_NUMBERS",
     "ChannelCombine",
     "ChannelHeld",
     "ChannelLayer",
@@ -59,16 +63,21 @@ __all__ = [
     "choose_conditioned_backward",
     "choose_conditioned_forward",
     "choose_conditioned_total",
+    "choose_dynamic_backward",
+    "choose_dynamic_forward",
     "choose_forward",
     "choose_heads_backward",
     "choose_heads_forward",
     "choose_layer_backward",
     "choose_layer_forward",
+    "choose_poly_backward",
+    "choose_poly_forward",
     "choose_quantized",
     "choose_sums",
     "choose_total",
     "choose_whole",
     "forward_turns",
+    "programs_of_a_chunk",
     "programs_of_a_set",
     "streams",
 ]

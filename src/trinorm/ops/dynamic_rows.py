@@ -1,0 +1,82 @@
+"""The host side of norms without statistics: outputs and scratch, and which kernels with what."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.dynamic import dynamic_backward, dynamic_forward
+from ..launch import describe, empty, launch
+from ..spec import DynamicNorm
+from ..tuning import OF_ONE_NUMBER, choose_dynamic_backward, choose_dynamic_forward, programs_of_a_chunk
+from .layout import rows_of
+from .road import accumulator_dtype
+from .rows import add_up
+from .start import ACCUMULATOR, started_by, widest
+
+
+class Inputs(NamedTuple):
+    """The norm's tensors, whose rows are each one run of memory; x is not empty."""
+
+    x: Tensor
+    alpha: Tensor
+    shift: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def forward(spec: DynamicNorm, dims: int, inputs: Inputs) -> Tensor:
+    """y, contiguous, of rows that the last ``dims`` dims hold."""
+    x, device, stats = inputs.x, inputs.x.device, accumulator_dtype(*inputs)
+    m, n = _rows(x, dims)
+    y, size = empty(x, x.dtype, device), describe(device)
+    plan = choose_dynamic_forward(m, n, widest(x.dtype, stats), size)
+    options = _options(spec, n, stats) | dict(ROWS=plan.tile.rows, CHUNK=plan.tile.chunk, STREAM=plan.stream)
+    options.update(started_by(plan.tile, size))
+    programs = -(-m // plan.tile.rows) * -(-n // plan.tile.chunk)
+    launch(dynamic_forward, (programs,), device, (y, *inputs, m, *rows_of(x, dims, n)), options)
+    return y
+
+
+def backward(
+    spec: DynamicNorm, dims: int, inputs: Inputs, dy: Tensor, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """(dx, dalpha, dshift, dweight, dbias), those that are wanted, contiguous. dy's rows are runs too."""
+    x, device, stats = inputs.x, inputs.x.device, accumulator_dtype(*inputs)
+    found = [empty(t, t.dtype, device) if want and t is not None else None for t, want in zip(inputs, wanted, strict=True)]
+    if not any(t is not None for t in found):
+        return tuple(found)
+    m, n = _rows(x, dims)
+    size = describe(device)
+    plan = choose_dynamic_backward(m, n, widest(x.dtype, stats), size)
+    programs, chunks = programs_of_a_chunk(plan, m, n, size), -(-n // plan.tile.chunk)
+
+    def partials(sums: list[Tensor | None], shape: tuple[int, ...]) -> list[Tensor | None]:
+        """Where the programs leave what is summed: there itself, of one program."""
+        return sums if shape[0] == 1 else [None if t is None else empty(shape, stats, device) for t in sums]
+
+    numbers = partials(found[1:3], (programs * chunks,))
+    columns = partials(found[3:], (programs, n))
+    options = _options(spec, n, stats) | dict(ROWS=plan.tile.rows, CHUNK=plan.tile.chunk, STREAM=plan.stream)
+    options.update(STAGES=plan.stages, **started_by(plan.tile, size))
+    args = (found[0], *numbers, *columns, dy, *inputs[:4], m, *rows_of(dy, dims, n), *rows_of(x, dims, n))
+    launch(dynamic_backward, (programs * chunks,), device, args, options)
+    most = plan.most_partials(n, size)
+    if programs > 1:
+        add_up(found[3], found[4], columns[0], columns[1], programs, most, stats)
+    if programs * chunks > 1:
+        add_up(found[1], found[2], numbers[0], numbers[1], programs * chunks, most, stats, total=OF_ONE_NUMBER)
+    return tuple(found)
+
+
+def _rows(x: Tensor, dims: int) -> tuple[int, int]:
+    """How many rows there are, of how many elements."""
+    n = x.shape[-dims:].numel()
+    return x.numel() // n, n
+
+
+def _options(spec: DynamicNorm, n: int, stats: torch.dtype) -> dict[str, Any]:
+    """What both kernels are told of the problem."""
+    return dict(N=n, FUNCTION=spec.function, ACC=ACCUMULATOR[stats])
