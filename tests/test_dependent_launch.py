@@ -13,10 +13,10 @@ import every_kernel
 from trinorm import inspection
 from trinorm.forced import forced
 from trinorm.formats import FORMATS
-from trinorm.ops import channel_layers, channels, conditioned_rows, heads, quantized_rows, rows
+from trinorm.ops import channel_layers, channels, conditioned_rows, dynamic_rows, heads, poly_rows, quantized_rows, rows
 from trinorm.ops.conditioned import Conditioned
 from trinorm.ops.quantized import Given, Quantizing
-from trinorm.spec import LAYER_NORM, RMS_NORM, ConditionedNorm
+from trinorm.spec import DYNAMIC_TANH, LAYER_NORM, RMS_NORM, ConditionedNorm
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@\S+ )?(\S+)(?: (.*?))?\s*;", re.MULTILINE)
 _ACCESS = re.compile(r"(LDG|LDGSTS|STG|LD|ST|UTMALDG|UTMASTG|UBLKCP|REDG?|ATOMG?|CCTL)\b")
@@ -121,6 +121,17 @@ def quantized_calls() -> list[inspection.Call]:
     return calls
 
 
+def element_calls() -> list[inspection.Call]:
+    x, w = meta(700, 128), meta(128)
+    with inspection.recorded() as calls:
+        inputs = dynamic_rows.Inputs(x, meta(1), None, w, w)
+        dynamic_rows.forward(DYNAMIC_TANH, 1, inputs)
+        dynamic_rows.backward(DYNAMIC_TANH, 1, inputs, x, (True,) * 5)
+        poly_rows.forward(1e-6, x, meta(3), meta(1))
+        poly_rows.backward(1e-6, (True,) * 3, x, x, meta(3), meta(1))
+    return calls
+
+
 def late(calls_of: Callable[[], list[inspection.Call]]) -> list[str]:
     """The kernels that may be launched early and do not wait first."""
     binaries = early(calls_of())
@@ -133,7 +144,9 @@ def is_late_without_the_wait() -> bool:
     return not waits_first(inspection.compile_call(call.kernel, call.args, call.options | {"PDL": False}, "sm_90"))
 
 
-@pytest.mark.parametrize("calls_of", [row_calls, channel_calls, head_calls, conditioned_calls, quantized_calls])
+@pytest.mark.parametrize(
+    "calls_of", [row_calls, channel_calls, head_calls, conditioned_calls, element_calls, quantized_calls]
+)
 def test_waits_before_any_access(calls_of: Callable[[], list[inspection.Call]], compiling: Executor) -> None:
     assert compiling.submit(late, calls_of).result() == []
 

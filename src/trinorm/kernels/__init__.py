@@ -12,5 +12,6 @@ Launched families over small jit helpers:
 - ``channel``, ``channel_backward``  the launched kernels of channel norms; ``channel_tiles``  what their programs own
 - ``channel_layer``  the launched kernels of LayerNorm over channels that are first in memory
 - ``added``, ``heads``, ``conditioned``  norms of sums, of heads, and of rows with parameters of their own
+- ``dynamic``, ``poly``  functions of an element (DyT, Derf), and a polynomial of normalized powers (PolyNorm)
 - ``overlap`` what lets a kernel be put on the device before the one ahead of it ends
 """

@@ -21,6 +21,7 @@ from .affine import NO_BIAS, NO_WEIGHT, affine, rounded
 from .heads import rsqrt_rounded
 from .index import (
     chunk_columns,
+    chunks_of,
     columns_live,
     first_program,
     load_row,
@@ -70,12 +71,6 @@ def gated(xs, zs, GATE: tl.constexpr, ACC: tl.constexpr):
                 tl.fma(widened(xs[i], ACC), gate_of(widened(zs[i], ACC), GATE), tl.zeros_like(xs[i].to(ACC))),
             )
         return chunks
-
-
-@triton.constexpr_function
-def chunks_of(columns, CHUNK):
-    """How many chunks so many columns begin."""
-    return -(-columns // CHUNK)
 
 
 @triton.jit

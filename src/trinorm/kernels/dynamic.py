@@ -18,6 +18,7 @@ import triton.language as tl
 from .affine import NO_BIAS, NO_WEIGHT, affine, affine_backward
 from .index import (
     chunk_columns,
+    chunks_of,
     columns_live,
     first_program,
     load_once,
@@ -126,12 +127,6 @@ def argument(x, ALPHA, S):
         return v
     else:
         return v + tl.load(S).to(x.dtype)
-
-
-@triton.constexpr_function
-def chunks_of(n, chunk):
-    """How many chunks a row has."""
-    return -(-n // chunk)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -64,6 +64,12 @@ def rounded_up(n, multiple):
     return -(-n // multiple) * multiple
 
 
+@triton.constexpr_function
+def chunks_of(columns, CHUNK):
+    """How many chunks so many columns begin."""
+    return -(-columns // CHUNK)
+
+
 @triton.jit
 def load(pointers, mask):
     """A load whose masked lanes read 0."""
