@@ -206,7 +206,8 @@ def test_functions(spec: DynamicNorm, dtype: torch.dtype, device: torch.device) 
         exact = [dynamic_reference._saturated(spec, wide), dynamic_reference._slope(spec, wide)]
     f, slope = (torch.from_numpy(t.astype("float64")).to(device) for t in exact)
     ulp = torch.finfo(dtype).eps
-    torch.testing.assert_close(out[0].double(), f, rtol=3 * ulp, atol=0.0, equal_nan=True)
+    # A GPU's erf has no numbers below fp32's least normal one.
+    torch.testing.assert_close(out[0].double(), f, rtol=3 * ulp, atol=2.0**-126, equal_nan=True)
     # exp of a rounded argument has its error times the argument, and of less than 2^-126 fp32 has no digits.
     of_argument = 2 * v.double().abs() if spec is DYNAMIC_TANH else v.double().square()
     bound = slope * ulp * (3 + of_argument.nan_to_num(0, posinf=0)) + 2.0**-126

@@ -101,6 +101,7 @@ def test_second_derivatives(norm: RowNorm, device: torch.device) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:.*runs torch's own operator")  # a GPU says so of torch.func and forward mode
 def test_transforms(device: torch.device) -> None:
     x, _, weight = draw(4, 16, device=device)
 
@@ -122,6 +123,7 @@ def test_transforms(device: torch.device) -> None:
 
 
 @NORMS
+@pytest.mark.filterwarnings("ignore:.*runs torch's own operator")  # a GPU says so of torch.func and forward mode
 def test_forward_mode(norm: RowNorm, device: torch.device) -> None:
     """The norm's own, whether or not a gradient is asked for."""
     (x, residual, weight), tangents = (draw(3, 16, device=device) for _ in range(2))

@@ -84,8 +84,10 @@ def _blocks(form: Format, y: Tensor) -> Tensor:
 def _scale(form: Format, largest: Tensor, tensor_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """(what is stored, by what y is multiplied), of the largest element's size."""
     finite = largest < float("inf")
+    # By a tensor: by a number of Python's torch divides, on a GPU, by way of the rounded reciprocal.
+    over = largest / torch.full_like(largest, form.largest)
     if form.scaling == "fp32":
-        scale = (largest / form.largest).clamp(min=LEAST_SCALE)
+        scale = over.clamp(min=LEAST_SCALE)
         return scale, 1 / scale
     if form.scaling == "e8m0":
         # The largest power of two that is not over the largest element, over that of the format's own largest number.
@@ -93,7 +95,7 @@ def _scale(form: Format, largest: Tensor, tensor_scale: Tensor | None) -> tuple[
         inverse = torch.where(finite, ((254 - code) << 23).view(torch.float32), 0.0)
         return torch.where(finite, code, 255).to(torch.uint8).view(torch.float8_e8m0fnu), inverse
     assert tensor_scale is not None
-    stored = torch.where(finite, (largest / form.largest / tensor_scale).clamp(max=448.0), float("nan"))
+    stored = torch.where(finite, (over / tensor_scale).clamp(max=448.0), float("nan"))
     stored = stored.to(torch.float8_e4m3fn)
     factor = stored.float() * tensor_scale
     return stored, torch.where(factor > 0, 1 / factor.clamp(min=LEAST_SCALE), 0.0)

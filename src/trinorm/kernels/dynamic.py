@@ -85,16 +85,46 @@ def tail(v):
     return e, 1.0 / (1.0 + e)
 
 
+# log2(e), and what rounding leaves out of it; ln 2.
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950216293335)
+_LOG2_E_REST: tl.constexpr = tl.constexpr(1.925963033500011e-08)
+_LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
 @triton.jit
-def tanh(v):
-    """To a few units in the last place, of small v too, where 1 - 2e/(1 + e) has lost them: those have a polynomial."""
+def precise_tail(v):
+    """The same, in fp32 to a unit in the last place or so: exp without the error of its rounded argument, and one Newton
+    step of the reciprocal, which is an approximation. (H200: by ``tail`` dx was up to 6 units in the last place off.)
+    """
+    if v.dtype == tl.float64:
+        return tail(v)
+    else:
+        size = tl.abs(v)
+        x = -2.0 * tl.where(size > 100.0, 100.0, size)  # NaN stays; of infinity there would be no rest
+        power = x * _LOG2_E
+        rest = tl.fma(x, tl.full(v.shape, _LOG2_E, tl.float32), -power) + x * _LOG2_E_REST
+        e = tl.exp2(power)
+        e = tl.fma(e, rest * _LN_2, e)
+        share = 1.0 / (1.0 + e)
+        return e, tl.fma(share, tl.fma(-(1.0 + e), share, tl.full(v.shape, 1.0, tl.float32)), share)
+
+
+@triton.jit
+def tanh_near(v):
+    """tanh v up to _NEAR, with all digits of small v."""
     square = v * v
     polynomial = tl.full(v.shape, term_of_tanh(v.dtype, 0), v.dtype)
     for i in tl.static_range(1, terms_of_tanh(v.dtype)):
         polynomial = polynomial * square + term_of_tanh(v.dtype, i)
+    return v + v * square * polynomial
+
+
+@triton.jit
+def tanh(v):
+    """To a few units in the last place, of small v too, where 1 - 2e/(1 + e) has lost them: those have a polynomial."""
     e, share = tail(v)
     far = 1.0 - 2.0 * e * share
-    return tl.where(tl.abs(v) < _NEAR, v + v * square * polynomial, tl.where(v < 0.0, -far, far))
+    return tl.where(tl.abs(v) < _NEAR, tanh_near(v), tl.where(v < 0.0, -far, far))
 
 
 @triton.jit
@@ -112,8 +142,8 @@ def saturated_slope(v, FUNCTION: tl.constexpr):
     2/√π·exp(-v²), as one exponential of one fma, which rounds twice less.
     """
     if FUNCTION == "tanh":
-        t = tanh(v)
-        e, share = tail(v)
+        t = tanh_near(v)
+        e, share = precise_tail(v)
         return tl.where(tl.abs(v) < _NEAR, 1.0 - t * t, 4.0 * e * share * share)
     else:
         return tl.exp(tl.fma(-v, v, tl.full(v.shape, _LOG_SLOPE, v.dtype)))

@@ -21,6 +21,7 @@ from .index import (
     row_offsets,
     rows_live,
     store_once,
+    takes_ptx,
     tile_rows,
     widened,
 )
@@ -28,10 +29,22 @@ from .overlap import let_next_launch, wait_for_previous
 from .quantize import element_of, from_e4m3, largest_size, scale_of, size_of
 from .row import store_stats
 
+# Rounded on its own: of another product the compiler makes an fma with what is added next, a mean or a residual.
+_PRODUCT: tl.constexpr = tl.constexpr("mul.rn.f32 $0, $1, $2;")
+
+
+@triton.jit
+def product(x, y):
+    """x·y, rounded."""
+    if x.dtype == tl.float32 and takes_ptx():
+        return tl.inline_asm_elementwise(_PRODUCT, "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return x * y
+
 
 @triton.jit
 def scaled_up(xs, X_SCALE, rows, live, stride, ACC: tl.constexpr):
-    """x of its codes and scales, as chunks; x as it is without scales. By an fma, as conditioned.gated says, with -0.0."""
+    """x of its codes and scales, as chunks; x as it is without scales."""
     if X_SCALE is None:
         return xs
     else:
@@ -39,8 +52,7 @@ def scaled_up(xs, X_SCALE, rows, live, stride, ACC: tl.constexpr):
         chunks = ()
         for i in tl.static_range(len(xs)):
             x = from_e4m3(xs[i]).to(ACC)
-            nothing = tl.full(x.shape, NO_BIAS, tl.int32).to(tl.float32, bitcast=True).to(ACC)
-            chunks = chunks + (tl.fma(x, tl.broadcast_to(scale, x.shape), nothing),)
+            chunks = chunks + (product(x, tl.broadcast_to(scale, x.shape)),)
         return chunks
 
 
