@@ -183,7 +183,7 @@ def quantized_norms() -> None:
         for name, form in FORMATS.items():
             for spec in (LAYER_NORM, RMS_NORM.with_cast("llama")):
                 given = torch.full((1,), 0.02, device="cuda") if form.given else None
-                problem = Quantizing(spec, 1, 1e-5, name, spec.center, True)
+                problem = Quantizing(spec, 1, 1e-5, name, spec.center, False, True)
                 quantized_rows.forward(problem, Given(x, None, residual, weight, None, given))
                 quantized_rows.forward(problem, Given(codes, each, None, weight, weight, given))
             torch.cuda.synchronize()

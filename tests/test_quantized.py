@@ -13,7 +13,7 @@ from trinorm import added_reference, functional, quantized_reference, reference
 from trinorm.compare import assert_no_worse
 from trinorm.formats import FORMAT_NAMES, FORMATS, FormatName
 from trinorm.functional import Quantized
-from trinorm.ops import quantized, quantized_rows
+from trinorm.ops import quantized, quantized_rows, road
 from trinorm.spec import CASTS, RMS_NORM, ROW_NORMS, Cast, RowNorm
 from trinorm.tuning import RowForward, Tile
 
@@ -182,6 +182,38 @@ def test_an_input_of_codes(norm: RowNorm, each: bool, residual: torch.dtype | No
         x = (x + beside.float()).to(beside.dtype)
         assert found.residual is not None and torch.equal(found.residual, x)
     assert_same(found, *(alone := ours(norm, x, (200,), weight, format="fp8_block"))[:1], alone.scale)
+
+
+@NORMS
+@pytest.mark.parametrize("each", [False, True], ids=["of all", "of each row"])
+@pytest.mark.parametrize("by_kernels", [True, False], ids=["kernels", "no kernels"])
+def test_an_input_of_codes_of_several_dims(
+    norm: RowNorm, each: bool, by_kernels: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row's scale is not that of one of its dims; and the weight's gradient is of what the codes stand for."""
+    codes = torch.randn(4, 4, 8, device=device).to(torch.float8_e4m3fn)
+    scales = torch.rand(4, 1, device=device) if each else torch.rand(1, 1, 1, device=device)
+    x = codes.float() * (scales[..., None] if each else scales)
+    weight, dy = torch.randn(4, 8, device=device), torch.randn(4, 4, 8, device=device)
+    if not by_kernels:
+        monkeypatch.setattr(road, "has_kernels", lambda _: False)
+        monkeypatch.setattr(road, "kernels_serve", lambda *_, **__: False)
+    found, alone = (
+        ours(norm, t, (4, 8), weight.requires_grad_(), format="int8_token", input_scale=s)
+        for t, s in ((codes, scales), (x, None))
+    )
+    assert_same(found, alone.data, alone.scale)
+    one, other = (torch.autograd.grad(t.dequantize(), weight, dy)[0] for t in (found, alone))
+    torch.testing.assert_close(one, other)
+
+
+def test_a_row_among_rows(device: torch.device) -> None:
+    """With batch_invariant its bits are its own."""
+    x, weight = torch.randn(600, 4096, device=device).bfloat16(), torch.randn(4096, device=device)
+    for name in ("fp8_token", "mxfp8"):
+        how: dict[str, Any] = dict(format=name, batch_invariant=True)
+        many, few = (functional.quantized_rms_norm(t, (4096,), weight, **how) for t in (x, x[:3]))
+        assert_same(few, many.data[:3], many.scale[:3])
 
 
 @NORMS

@@ -32,7 +32,7 @@ def test_registered(norm: RowNorm, name: FormatName, device: torch.device) -> No
     op = getattr(torch.ops.trinorm, f"quantized_{norm.name}").default
     x, residual, weight = draw(2, 3, 32, device=device)
     for column_major, save, beside in ((False, False, None), (True, True, residual)):
-        opcheck(op, (x, None, beside, weight, None, whole(name, device), 1, EPS, name, column_major, save, "output"))
+        opcheck(op, (x, None, beside, weight, None, whole(name, device), 1, EPS, name, column_major, False, save, "output"))
 
 
 @pytest.mark.parametrize("name", ["fp8_token", "nvfp4"])
@@ -189,7 +189,7 @@ def test_without_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) 
             patch.setattr(road, "kernels_serve", lambda *_, **__: False)
             quantized.CALLS.clear()
             by_ops = quantized_rms_norm(x, (256,), weight, EPS, **how)
-        assert by_ops.scale.stride() == by_kernels.scale.stride() or column_major
+        assert by_ops.scale.stride() == by_kernels.scale.stride()
         assert by_ops.data.dtype == by_kernels.data.dtype and by_ops.scale.dtype == by_kernels.scale.dtype
         assert (as_bytes(by_ops.data) != as_bytes(by_kernels.data)).float().mean() < 0.01
 
@@ -222,6 +222,7 @@ def test_modules(norm: RowNorm, name: FormatName, device: torch.device) -> None:
     assert missing == (["scale"] if FORMATS[name].given else [])
     if module.scale is not None:
         module.scale.fill_(0.02)
+    expected_scale = None if module.scale is None else module.scale.tolist()
     x, residual, _ = draw(3, 32, device=device, dtype=torch.float32)
     parameters = (module.weight, module.bias) if norm.center else (module.weight,)
     expected = ours(norm, x, (32,), *parameters, format=name, scale=module.scale, residual=residual)
@@ -231,6 +232,12 @@ def test_modules(norm: RowNorm, name: FormatName, device: torch.device) -> None:
     saved.seek(0)
     for copied in (module, copy.deepcopy(module), torch.load(saved, weights_only=False)):
         assert_same(copied(x, residual), expected.data, expected.scale)
+    assert module.to(torch.float16)(x.half()).scale.dtype == FORMATS[name].scale_dtype
+    module.float()
+    if module.scale is not None:
+        assert module.scale.tolist() == expected_scale
+        module.reset_parameters()
+        assert module.scale.tolist() == [1.0]
     module.column_major = True
     assert "column_major=True" in repr(module)
     module(x).dequantize().sum().backward()
@@ -282,7 +289,7 @@ def test_a_registered_op_reads_nothing_that_is_not_there(norm: RowNorm, device: 
     op = getattr(torch.ops.trinorm, f"quantized_{norm.name}")
     x, residual, weight = draw(3, 32, device=device)
     one = torch.ones(1, device=device)
-    how = (1, EPS, "fp8_token", False, False, "output")
+    how = (1, EPS, "fp8_token", False, False, False, "output")
     for given, rest in (
         ((x, None, residual[:2], weight, None, None), how),
         ((x, None, None, weight[:3], None, None), how),
@@ -294,6 +301,18 @@ def test_a_registered_op_reads_nothing_that_is_not_there(norm: RowNorm, device: 
     ):
         with pytest.raises((RuntimeError, KeyError)):
             op(*given, *rest)
+
+
+def test_shapes_without_elements(device: torch.device) -> None:
+    for name in FORMAT_NAMES[1:5]:
+        assert quantized_rms_norm(torch.empty(2, 0, device=device), (0,), format=name).data.shape == (2, 0)
+
+
+def test_zeros_keep_their_sign(device: torch.device) -> None:
+    """Whether or not a gradient is asked for."""
+    x = torch.tensor([[-1e-30, 1.0, -0.0, 0.0]], device=device)
+    found = quantized_rms_norm(x.clone().requires_grad_(), (4,), format="fp8_token").dequantize()
+    assert found.signbit().tolist() == [[True, False, True, False]]
 
 
 def test_calls_are_remembered(device: torch.device) -> None:

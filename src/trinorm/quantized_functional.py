@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks, quantized_reference
+from .conditioned_functional import are_plain
 from .formats import FORMAT_NAMES, FORMATS, FormatName
 from .ops import quantized_norm
 from .ops.quantized import CALLS, CODES, Given, Quantizing
+from .ops.road import KERNEL_DTYPES
 from .spec import LAYER_NORM, RMS_NORM, Cast, RowNorm
 
 
@@ -60,6 +62,7 @@ def quantized_layer_norm(
     input_scale: Tensor | None = None,
     column_major: bool = False,
     cast: Cast = "output",
+    batch_invariant: bool | None = None,
 ) -> Quantized:
     r"""A layer normalization whose result is stored in 8 bits or 4, in one pass.
 
@@ -81,7 +84,7 @@ def quantized_layer_norm(
     ============ =========== ================================ ==========================================
 
     A scale in fp32 is at least 2^-126. A row (or block) with an element that is no finite number has the scale inf, or NaN
-    where the dtype has no inf.
+    where the dtype has no inf; "fp8", whose scale is given, stores Inf as its largest number, and NaN as NaN.
 
     Args:
         input: x, ``(*, *normalized_shape)``; float16, bfloat16, float32 or float64, or float8_e4m3fn with ``input_scale``.
@@ -90,13 +93,16 @@ def quantized_layer_norm(
         weight, bias: as :func:`layer_norm`.
         eps: as :func:`layer_norm`.
         format: one of the six.
-        scale: a tensor of one element, fp32, on the input's device: of "fp8" and "nvfp4", and of these alone.
+        scale: a tensor of one element, fp32, on the input's device: of "fp8" and "nvfp4", and of these alone. What an
+            element of 1 stands for: of "nvfp4" the largest |y| that is expected over 448·6 (the reciprocal of what vLLM
+            calls the global scale).
         residual: added to x first, of its shape; the sum is rounded to the dtype that torch promotes both to (the
             residual's, where x is of fp8) and returned, as by :func:`add_layer_norm`.
         input_scale: what the input's elements are times, fp32, of one element or ``(*, 1)``: of an input of fp8.
         column_major: whether the scales lie in memory block by block, all rows of one beside each other, as some matrix
             products ask. The scale's shape is the same.
         cast: as :func:`layer_norm`; with "llama" y is rounded to the input's dtype before it is quantized.
+        batch_invariant: as :func:`layer_norm`.
 
     Returns:
         A :class:`Quantized`. Statistics, products and scales are fp32, fp64 up to y as soon as one of the tensors is. Rows
@@ -115,7 +121,7 @@ def quantized_layer_norm(
     arXiv:2509.25149.
     """
     tensors = Given(input, input_scale, residual, weight, bias, scale)
-    by = normalized_shape, eps, format, column_major, cast
+    by = normalized_shape, eps, format, column_major, cast, batch_invariant
     if has_torch_function_variadic(*tensors):
         return _overridden(quantized_layer_norm, tensors, by)
     return _quantized(LAYER_NORM, tensors, by)
@@ -134,6 +140,7 @@ def quantized_rms_norm(
     input_scale: Tensor | None = None,
     column_major: bool = False,
     cast: Cast = "output",
+    batch_invariant: bool | None = None,
 ) -> Quantized:
     r"""A root mean square normalization whose result is stored in 8 bits or 4, in one pass.
 
@@ -141,8 +148,8 @@ def quantized_rms_norm(
         q = \mathrm{round}(y / s), \qquad y = \frac{x}{\sqrt{\mathrm{E}[x^2] + \epsilon}} \cdot w + b
 
     Args:
-        input, normalized_shape, weight, bias, format, scale, residual, input_scale, column_major, cast: as
-            :func:`quantized_layer_norm`.
+        input, normalized_shape, weight, bias, format, scale, residual, input_scale, column_major, cast,
+            batch_invariant: as :func:`quantized_layer_norm`.
         eps: as :func:`rms_norm`: None is an epsilon of the input's dtype.
 
     Returns:
@@ -154,39 +161,46 @@ def quantized_rms_norm(
     Sources: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467; and as :func:`quantized_layer_norm`.
     """
     tensors = Given(input, input_scale, residual, weight, bias, scale)
-    by = normalized_shape, eps, format, column_major, cast
+    by = normalized_shape, eps, format, column_major, cast, batch_invariant
     if has_torch_function_variadic(*tensors):
         return _overridden(quantized_rms_norm, tensors, by)
     return _quantized(RMS_NORM, tensors, by)
 
 
-# normalized_shape, eps, format, column_major and cast, as a caller gave them.
-_By = tuple[Sequence[int], float | None, FormatName, bool, Cast]
+# normalized_shape, eps, format, column_major, cast and batch_invariant, as a caller gave them.
+_By = tuple[Sequence[int], float | None, FormatName, bool, Cast, bool | None]
 
 
 def _overridden(norm: Callable[..., Quantized], given: Given, by: _By) -> Quantized:
     """What a tensor's or a mode's own __torch_function__ makes of the call."""
-    normalized_shape, eps, format, column_major, cast = by
+    normalized_shape, eps, format, column_major, cast, batch_invariant = by
     tensors: dict[str, Any] = dict(weight=given.weight, bias=given.bias, scale=given.scale, residual=given.residual)
     tensors.update(input_scale=given.x_scale, eps=eps, format=format, column_major=column_major, cast=cast)
+    tensors.update(batch_invariant=batch_invariant)
     return handle_torch_function(norm, given, given.x, normalized_shape, **tensors)
 
 
 def _quantized(norm: RowNorm, given: Given, by: _By) -> Quantized:
-    normalized_shape, eps, format, column_major, cast = by
-    plain = type(normalized_shape) is tuple and (eps is None or type(eps) is float)
+    normalized_shape, eps, format, column_major, cast, batch_invariant = by
+    plain = type(normalized_shape) is tuple and all(type(size) is int for size in normalized_shape)
+    plain = plain and type(column_major) is bool and are_plain(eps, batch_invariant)
     asked = ("quantized", norm.name, *by) if plain else None
     if asked is not None and (call := CALLS.recall(asked, *given)) is not None:
         data, taken, total, *_ = call(*given)
         return _result(given, format, data, taken, total, None)
     op = f"quantized_{norm.name}"
     checks.tensor(op, "input", given.x)
+    if given.x.is_nested:
+        raise RuntimeError(f"{op}(): input is a nested tensor, which this norm does not take")
+    if given.x.dtype not in (*KERNEL_DTYPES, CODES):
+        of = "float16, bfloat16, float32, float64, float8_e4m3fn"
+        raise NotImplementedError(f"{op}(): input has dtype {given.x.dtype}; it must be one of {of}")
     eps = checks.own_epsilon(norm, given.x, eps)
     # An input of codes is checked as one of fp32 would be.
     x = given.x if given.x.dtype != CODES else given.x.new_empty((), dtype=torch.float32).expand(given.x.shape)
-    shape, eps, _ = checks.rows(op, x, normalized_shape, given.weight, given.bias, eps, cast, False)
+    shape, eps, invariant = checks.rows(op, x, normalized_shape, given.weight, given.bias, eps, cast, batch_invariant)
     _check(op, given, len(shape), format, column_major)
-    problem = Quantizing(norm.with_cast(cast), len(shape), eps, format, column_major, False)
+    problem = Quantizing(norm.with_cast(cast), len(shape), eps, format, column_major, invariant, False)
     return _result(given, format, *quantized_norm(problem, given, asked))
 
 

@@ -27,7 +27,7 @@ def quantize(form: Format, y: Tensor, tensor_scale: Tensor | None = None) -> tup
     y = y.float()
     if form.scaling == "tensor":
         assert tensor_scale is not None
-        return _codes(form, y * (1 / tensor_scale)), tensor_scale
+        return _codes(form, y * (1 / tensor_scale.reshape(()))), tensor_scale
     blocks = _blocks(form, y)
     size = blocks.abs()
     largest = torch.where(size < float("inf"), size, float("inf")).amax(-1, keepdim=True)
@@ -47,10 +47,10 @@ def dequantize(form: Format, data: Tensor, scale: Tensor, tensor_scale: Tensor |
     else:
         values = data.float()
     if form.scaling == "tensor":
-        return values * scale
+        return values * scale.reshape(())
     factor = scale.float()
     if tensor_scale is not None:
-        factor = factor * tensor_scale
+        factor = factor * tensor_scale.reshape(())
     if form.block:
         factor = factor.repeat_interleave(form.block, -1)[..., : values.shape[-1]]
     return (values * factor).reshape(shape)
@@ -77,7 +77,7 @@ def normalized(
 def _blocks(form: Format, y: Tensor) -> Tensor:
     """``(*, scales, elements of one)``, zeros after the last element."""
     n = y.shape[-1]
-    size = form.block or n
+    size = form.block or max(1, n)
     return torch.nn.functional.pad(y, (0, form.scales(n) * size - n)).unflatten(-1, (-1, size))
 
 
@@ -95,6 +95,7 @@ def _scale(form: Format, largest: Tensor, tensor_scale: Tensor | None) -> tuple[
         inverse = torch.where(finite, ((254 - code) << 23).view(torch.float32), 0.0)
         return torch.where(finite, code, 255).to(torch.uint8).view(torch.float8_e8m0fnu), inverse
     assert tensor_scale is not None
+    tensor_scale = tensor_scale.reshape(())
     stored = torch.where(finite, (over / tensor_scale).clamp(max=448.0), float("nan"))
     stored = stored.to(torch.float8_e4m3fn)
     factor = stored.float() * tensor_scale

@@ -136,6 +136,12 @@ def takes_ptx():
     return is_cuda() and not triton.knobs.runtime.interpret
 
 
+@triton.constexpr_function
+def is_interpreted():
+    """Whether Triton's interpreter runs the code."""
+    return triton.knobs.runtime.interpret
+
+
 # Both halves of a register, each with zeros behind it. Left to itself the compiler takes three instructions.
 _WIDEN_TWO: tl.constexpr = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 

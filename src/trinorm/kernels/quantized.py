@@ -16,6 +16,7 @@ from .index import (
     chunk_columns,
     columns_live,
     first_program,
+    is_interpreted,
     load_row,
     load_row_or,
     row_offsets,
@@ -35,11 +36,13 @@ _PRODUCT: tl.constexpr = tl.constexpr("mul.rn.f32 $0, $1, $2;")
 
 @triton.jit
 def product(x, y):
-    """x·y, rounded."""
+    """x·y, rounded. Elsewhere than in PTX by an fma, in which -0.0 is 0.0; the interpreter makes no fma of its own."""
     if x.dtype == tl.float32 and takes_ptx():
         return tl.inline_asm_elementwise(_PRODUCT, "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1)
-    else:
+    elif is_interpreted():
         return x * y
+    else:
+        return tl.fma(x, y, tl.zeros_like(x))
 
 
 @triton.jit
@@ -146,7 +149,7 @@ def quantize_tile(
             exists = columns_live(chunk_columns(i * CHUNK, CHUNK), (i + 1) * CHUNK, N)
             sizes = tl.reshape(tl.where(exists, size_of(ys[i]), 0), [ROWS, EACH, OF_ONE])
             scale, inverse = scale_of(largest_size(sizes, 2), whole, SCALING, LARGEST)
-            block = chunk_columns(i * EACH, EACH)
+            block = chunk_columns(i * EACH, EACH).to(tl.int64)  # times a stride that is a number of rows
             fits = live & columns_live(block, (i + 1) * EACH, (N + OF_ONE - 1) // OF_ONE)
             tl.store(SCALE + rows * scale_strides[0] + block * scale_strides[1], scale, mask=fits)
             v = tl.reshape(tl.reshape(ys[i], [ROWS, EACH, OF_ONE]) * inverse[:, :, None], [ROWS, CHUNK])

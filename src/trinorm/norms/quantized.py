@@ -66,7 +66,7 @@ class OfQuantized(OfRows):
     def forward(self, of: Arguments, *, save: bool) -> Normalized:
         from ..ops import quantized, quantized_rows
 
-        problem = quantized.Quantizing(self.spec, 1, of.eps, self.format, False, save)
+        problem = quantized.Quantizing(self.spec, 1, of.eps, self.format, False, False, save)
         given = quantized.Given(of.x, None, None, of.weight, of.bias, self._scale(of.x))
         data, _, _, *statistics = quantized_rows.forward(problem, given)
         assert data is not None

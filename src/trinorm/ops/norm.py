@@ -253,7 +253,7 @@ def quantized_norm(problem: Quantizing, given: Quantizable, asked: Hashable) -> 
         data, scale, total, _, _, straight = quantized_library.norm(problem._replace(save=True), given)
         return data, scale, total, straight
     why = quantized.lacking(problem, given)
-    if why is None and road.takes_op(op, *given, whole=True):
+    if road.takes_op(op, *given, whole=True):
         return *quantized_library.norm(problem, given)[:3], None
     if not given.x.numel() or not road.kernels_serve(op, *given, lacking=why):
         return *quantized.composite(problem, given)[:3], None

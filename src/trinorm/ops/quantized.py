@@ -37,6 +37,7 @@ class Quantizing(NamedTuple):
     eps: float
     name: FormatName
     column_major: bool
+    batch_invariant: bool
     save: bool
 
     @property
@@ -96,11 +97,16 @@ def held_bytes(given: Given) -> int:
     return 4 if given.has_codes else max(2, given.sum_dtype.itemsize)
 
 
-def normalized(given: Given) -> tuple[Tensor, Tensor | None]:
+def scaled_up(x: Tensor, x_scale: Tensor | None, dims: int) -> Tensor:
+    """x, or what its codes stand for: times the scale of each row, or of all."""
+    if x_scale is None:
+        return x
+    return x.float() * x_scale.reshape((*x.shape[:-dims], *(1,) * dims) if x_scale.numel() > 1 else ())
+
+
+def added(given: Given, dims: int) -> tuple[Tensor, Tensor | None]:
     """(what is normalized, the sum where there is one), by ATen's ops."""
-    x = given.x
-    if given.x_scale is not None:
-        x = x.float() * given.x_scale
+    x = scaled_up(given.x, given.x_scale, dims)
     if given.residual is None:
         return x, None
     wide = given.stats
@@ -109,8 +115,8 @@ def normalized(given: Given) -> tuple[Tensor, Tensor | None]:
 
 
 def straight(problem: Quantizing, given: Given) -> Tensor | None:
-    """Where a gradient of y comes in, once autograd makes it a result."""
-    return given.x.new_zeros((), dtype=given.y_dtype).expand(given.x.shape) if problem.save else None
+    """Where a gradient of y comes in, once autograd makes it a result. What -0.0 is added to keeps its bits."""
+    return given.x.new_full((), -0.0, dtype=given.y_dtype).expand(given.x.shape) if problem.save else None
 
 
 def composite(problem: Quantizing, given: Given, *, traced: bool = False) -> Results:
@@ -118,7 +124,7 @@ def composite(problem: Quantizing, given: Given, *, traced: bool = False) -> Res
     and has all of y's derivatives.
     """
     spec, dims, eps = problem.spec, problem.dims, problem.eps
-    x, total = normalized(given)
+    x, total = added(given, dims)
     y = quantized_reference.normalized(spec, x, dims, given.weight, given.bias, eps, given.y_dtype)
     scale: Tensor | None
     data, scale = quantized_reference.quantize(problem.form, y.detach().flatten(-dims), given.scale)
@@ -126,11 +132,11 @@ def composite(problem: Quantizing, given: Given, *, traced: bool = False) -> Res
     if problem.form.scaling == "tensor":
         scale = None
     elif problem.column_major:
-        scale = scale.movedim(-1, 0).contiguous().movedim(0, -1)
+        scale = scale.movedim(-1, 0).clone(memory_format=torch.contiguous_format).movedim(0, -1)
     mean = rstd = None
     if problem.save:
         mean, rstd = (t.detach().to(given.stats) for t in reference.statistics(spec, x, dims, eps))
-    at = (y - y.detach()).to(given.y_dtype) if traced and problem.save else straight(problem, given)
+    at = (-(y.detach() - y)).to(given.y_dtype) if traced and problem.save else straight(problem, given)
     return data, scale, total, mean if spec.center else None, rstd, at
 
 
@@ -160,7 +166,7 @@ def read(problem: Quantizing, given: Given) -> Given:
     """The tensors, or others, as the kernel reads them."""
     x, x_scale, residual, weight, bias, scale = given
     weight, bias = (None if t is None else readable(t, problem.dims) for t in (weight, bias))
-    x_scale, residual = (None if t is None else dense(t) for t in (x_scale, residual))
+    x_scale, residual, scale = (None if t is None else dense(t) for t in (x_scale, residual, scale))
     return Given(readable(x, problem.dims), x_scale, residual, weight, bias, scale)
 
 

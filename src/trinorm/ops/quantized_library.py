@@ -1,7 +1,7 @@
 """Norms with a quantized result as registered ops. For each spec::
 
     quantized_layer_norm(
-        input, input_scale?, residual?, weight?, bias?, scale?, dims, eps, format, column_major, save, cast
+        input, input_scale?, residual?, weight?, bias?, scale?, dims, eps, format, column_major, batch_invariant, save, cast
     ) -> (data, scale, sum, mean, rstd, straight)
     quantized_rms_norm(the same) -> (the same, whose mean is None)
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..formats import FORMATS
 from ..spec import CASTS, ROW_NORMS, RowNorm
 from . import added_library, road
-from .quantized import CALLS, CODES, Given, QuantizedCall, Quantizing, composite, lacking, read, straight
+from .quantized import CALLS, CODES, Given, QuantizedCall, Quantizing, composite, lacking, read, scaled_up, straight
 from .registering import Op, know_distributed, register
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class _Forward(Op):
     differentiable = True
     schema = (
         "(Tensor input, Tensor? input_scale, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? scale, int dims, "
-        "float eps, str format, bool column_major, bool save, str cast) "
+        "float eps, str format, bool column_major, bool batch_invariant, bool save, str cast) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
 
@@ -64,9 +64,8 @@ class _Forward(Op):
         x, x_scale, weight, mean, rstd = ctx.saved_tensors
         of_x, of_residual, of_bias = ctx.dtypes
         _, _, _, wants_x, _, wants_residual, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        if x_scale is not None:
-            x = x.float() * x_scale
-        shape, how = x.shape[-problem.dims :], (False, problem.spec.cast)
+        x = scaled_up(x, x_scale, problem.dims)
+        shape, how = x.shape[-problem.dims :], (problem.batch_invariant, problem.spec.cast)
         wants_weight, of_bias = (wants_weight, of_bias if wants_bias else None) if dy is not None else (False, None)
         if of_residual is None:
             op, dresidual = getattr(torch.ops.trinorm, f"{name}_backward"), None
@@ -76,7 +75,7 @@ class _Forward(Op):
             wanted = of_x if wants_x else None, of_residual if wants_residual else None, wants_weight, of_bias
             given = x, dy, dsum, shape, weight, mean, rstd, None, None, problem.eps, 1.0, 0.0
             dx, dresidual, dw, db = op(*given, *wanted, *how)
-        return dx, None, dresidual, dw, db, *(None,) * 7
+        return dx, None, dresidual, dw, db, *(None,) * 8
 
     def composite(self, *args: Any) -> Results:
         problem, given = self._problem(args)
@@ -121,14 +120,18 @@ class _Forward(Op):
         )
 
     def _problem(self, args: Any) -> tuple[Quantizing, Given]:
-        *tensors, dims, eps, form, column_major, save, cast = args
-        return Quantizing(self._spec.with_cast(cast), dims, eps, form, column_major, save), Given(*tensors)
+        *tensors, dims, eps, form, column_major, batch_invariant, save, cast = args
+        by = dims, eps, form, column_major, batch_invariant, save
+        return Quantizing(self._spec.with_cast(cast), *by), Given(*tensors)
 
 
 def _check(op: str, problem: Quantizing, given: Given) -> None:
     """That the kernel reads nothing but these tensors, in a way that there is."""
     x, x_scale, residual, weight, bias, scale = given
-    torch._check(problem.name in FORMATS, lambda: f"trinorm::{op}: format is {problem.name!r}; it must be one of {FORMATS}")
+    torch._check(
+        problem.name in FORMATS,
+        lambda: f"trinorm::{op}: format is {problem.name!r}; it must be one of {', '.join(FORMATS)}",
+    )
     torch._check(problem.spec.cast in CASTS, lambda: f"trinorm::{op}: cast must be one of {', '.join(CASTS)}")
     fits = 0 < problem.dims <= x.dim() and x.shape[-1] % problem.form.packed == 0
     torch._check(fits, lambda: f"trinorm::{op}: dims or format does not fit the input")

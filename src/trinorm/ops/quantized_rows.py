@@ -34,7 +34,7 @@ def forward(problem: Quantizing, given: Given) -> tuple[Tensor | None, ...]:
     mean = empty(leading, stats, device) if problem.save and spec.center else None
     rstd = empty(leading, stats, device) if problem.save else None
     size = describe(device)
-    plan = choose_quantized(spec, m, n, held_bytes(given), size)
+    plan = choose_quantized(spec, None if problem.batch_invariant else m, n, held_bytes(given), size)
     rows = rows_of(x, problem.dims, n)
     x_scale = given.x_scale
     args = (

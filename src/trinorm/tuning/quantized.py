@@ -10,8 +10,10 @@ from .kinds import RowForward
 from .row import choose_forward
 
 
-def choose_quantized(spec: RowNorm, m: int, n: int, itemsize: int, device: Device) -> RowForward:
-    """The launch for m rows of n elements that a program holds as ``itemsize`` bytes each: of one tile a program."""
+def choose_quantized(spec: RowNorm, m: int | None, n: int, itemsize: int, device: Device) -> RowForward:
+    """The launch for m rows of n elements that a program holds as ``itemsize`` bytes each: of one tile a program. m None:
+    one for any number of rows.
+    """
     plan = choose_forward(spec, m, n, itemsize, device)
     assert isinstance(plan, RowForward)
     return dataclasses.replace(plan, tiles=1)
