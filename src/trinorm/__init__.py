@@ -1,7 +1,8 @@
 """trinorm: normalization for PyTorch, written in Triton.
 
 - ``trinorm.functional``  layer_norm, rms_norm, group_norm, instance_norm and batch_norm, with torch.nn.functional's
-                          signatures; channel_layer_norm; add_layer_norm and add_rms_norm, of a sum
+                          signatures; channel_layer_norm; add_layer_norm and add_rms_norm, of a sum; and what
+                          docs/variants.md has besides
 - ``trinorm.nn``          the modules of these, subclasses of torch's
 - ``trinorm.replace``     swap a model's torch norms for these, in place
 - ``trinorm.options``     switches for the whole process: batch_invariant, autocast_keeps_dtype, inductor_fuses

@@ -136,7 +136,7 @@ def prediction_table(predictions: Sequence[Prediction]) -> Table:
             "registers: of a thread. spills, shared: bytes, of a thread and of a program. resident: programs × warps that\n"
             "a multiprocessor keeps at once, and what allows no more. loads, stores: how many × bits, in ordinary rows'\n"
             "code. MB: what the kernel is given, read or written once. memory, issue: µs that these and its instructions\n"
-            "take at full rate. µs: a launch and the larger of the two for each kernel, an estimate from below; of copy,\n"
+            "take at full rate. µs: a launch and the larger of the two for each kernel, a prediction from below; of copy,\n"
             "of add and the like: their time over it. Nothing was timed."
         ),
     )
