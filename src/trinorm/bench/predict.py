@@ -82,7 +82,7 @@ class Prediction:
 
     @property
     def microseconds(self) -> float | None:
-        """A launch and the larger of memory_us and issue_us for each kernel: an estimate from below, not a measurement.
+        """A launch and the larger of memory_us and issue_us for each kernel: a prediction from below, not a measurement.
 
         Latency is not in it: a kernel takes longer where too few bytes are in flight, or its warps wait for one another. On
         an H200 the measured times were 1.02 to 1.19 of it where they were over 30 µs, and up to 1.7 where they were less.
