@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trinorm import conditioned_reference, functional
 from trinorm.compare import assert_no_worse
-from trinorm.conditioned_reference import _activated, _derivative, _normalized, _summed_to
+from trinorm.conditioned_reference import _activated, _derivative, _normalized, summed_to
 from trinorm.spec import LAYER_NORM, RMS_NORM, Cast, ConditionedNorm, GateActivation, RowNorm
 
 EPS = 1e-5
@@ -156,7 +156,7 @@ def terms(call: Call, dy: Tensor) -> tuple[Tensor | None, ...]:
         of_derivative = _derivative(gate, a, spec.gate) if spec.gate == "sigmoid" else s + (a * (1 - s)).abs()
         dgate = (ds * x.abs() if spec.gate_first else dy.double().abs() * of_n) * of_derivative
     sums = (
-        None if t is None else _summed_to(part.square(), t.shape).sqrt() for t, part in ((weight, dn * xhat), (bias, dn))
+        None if t is None else summed_to(part.square(), t.shape).sqrt() for t, part in ((weight, dn * xhat), (bias, dn))
     )
     of_y, of_x = (of_n, ds if a is None else ds * a.abs()) if behind is None else (of_n * behind.abs(), ds)
     return of_y, of_x, dgate, *sums

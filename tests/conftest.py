@@ -57,22 +57,23 @@ def _nothing_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Within one, the first of two calls is ordinary, and the second its repetition where that is possible.
     """
-    from trinorm.ops import CALLS, added, channel, conditioned, inputs_only, qk, repeated, row
+    from trinorm.ops import CALLS, added, channel, conditioned, gated_sum, inputs_only, qk, quantized, repeated, row
 
-    for calls in (CALLS, added.CALLS, channel.CALLS, conditioned.CALLS, inputs_only.CALLS, qk.CALLS):
-        calls.clear()
-    for family in (row, repeated):
-        monkeypatch.setattr(family, "RECORDED_FROM", 1)
+    CALLS.clear()
+    for family in (added, channel, conditioned, gated_sum, inputs_only, qk, quantized):
+        family.CALLS.clear()
+    for repeating in (row, repeated):
+        monkeypatch.setattr(repeating, "RECORDED_FROM", 1)
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The kernels that a test has launched, one by one."""
-    from trinorm.ops import channel_layers, channels, conditioned_rows, dynamic_rows, heads, poly_rows, rows
+    from trinorm.ops import channel_layers, channels, conditioned_rows, dynamic_rows, gated_sum_rows, heads, poly_rows, rows
 
     kernels: list[object] = []
     actual = rows.launch
-    for family in (rows, channels, channel_layers, conditioned_rows, dynamic_rows, heads, poly_rows):
+    for family in (rows, channels, channel_layers, conditioned_rows, dynamic_rows, gated_sum_rows, heads, poly_rows):
         monkeypatch.setattr(family, "launch", lambda kernel, *args: (kernels.append(kernel), actual(kernel, *args))[1])
     return kernels
 

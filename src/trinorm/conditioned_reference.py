@@ -222,8 +222,8 @@ def _gradients(
         dgate = (dx * x if spec.gate_first else dy * met) * _derivative(gate, a, spec.gate)
         dx = dx * a if spec.gate_first else dx
     weighted = xhat.to(dtype).double() if dtype is not None and spec.norm.rounded else xhat
-    dw = None if weight is None else _summed_to(dn * weighted, weight.shape)
-    return dx, dgate, dw, None if bias is None else _summed_to(dn, bias.shape)
+    dw = None if weight is None else summed_to(dn * weighted, weight.shape)
+    return dx, dgate, dw, None if bias is None else summed_to(dn, bias.shape)
 
 
 def _activated(gate: Any, activation: GateActivation | None) -> Any:
@@ -244,7 +244,7 @@ def _derivative(gate: Any, a: Any, activation: GateActivation | None) -> Any:
     return s + a * (1 - s)
 
 
-def _summed_to(t: Any, shape: tuple[int, ...]) -> Any:
+def summed_to(t: Any, shape: tuple[int, ...]) -> Any:
     """The sum of t over what a tensor of this shape is broadcast along."""
     beyond = t.ndim - len(shape)
     along = tuple(i for i in range(t.ndim) if i < beyond or (shape[i - beyond] == 1 and t.shape[i] != 1))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .conditioned_reference import Gradients, _activated, _summed_to
+from .conditioned_reference import Gradients, _activated, summed_to
 from .spec import DynamicNorm
 
 
@@ -91,10 +91,10 @@ def _gradients(
     dv = (dy if weight is None else dy * weight) * _slope(spec, v)
     return (
         dv * alpha.reshape(()),
-        _summed_to(dv * x, alpha.shape),
-        None if shift is None else _summed_to(dv, shift.shape),
-        None if weight is None else _summed_to(dy * f, weight.shape),
-        None if bias is None else _summed_to(dy, bias.shape),
+        summed_to(dv * x, alpha.shape),
+        None if shift is None else summed_to(dv, shift.shape),
+        None if weight is None else summed_to(dy * f, weight.shape),
+        None if bias is None else summed_to(dy, bias.shape),
     )
 
 

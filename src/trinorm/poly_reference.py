@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .conditioned_reference import Gradients, _summed_to
+from .conditioned_reference import Gradients, summed_to
 
 # The powers, in the order of the weight.
 POWERS = (3, 2, 1)
@@ -68,7 +68,7 @@ def _gradients(eps: float, dy: Any, x: Any, weight: Any, bias: Any) -> tuple[Any
         g = dy * n
         dx = dx + weight[i] * r * (dy - n * g.mean(axis=-1, keepdims=True)) * k * x ** (k - 1)
         parts.append(g.sum().reshape(1))
-    return dx, _concatenated(parts), None if bias is None else _summed_to(dy, bias.shape)
+    return dx, _concatenated(parts), None if bias is None else summed_to(dy, bias.shape)
 
 
 def _concatenated(parts: list[Any]) -> Any:

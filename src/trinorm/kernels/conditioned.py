@@ -136,6 +136,47 @@ def weighted(xhat, w, b, dtype: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.co
 
 
 @triton.jit
+def normalize_held(
+    outs,
+    held,
+    rows,
+    live,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    CENTER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
+    ROUND_N: tl.constexpr,
+    GATE: tl.constexpr,
+    ACC: tl.constexpr,
+    RESCUE: tl.constexpr,
+    STREAM: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """y and the statistics of the ``live`` rows of a tile, stored where fp32 held the squares; returns where it did. outs:
+    (Y, MEAN, RSTD); held: (s, z, w, b), each as chunks. GATE: what y is multiplied by.
+    """
+    Y, MEAN, RSTD = outs
+    ss, zs, ws, bs = held
+    CHUNK: tl.constexpr = ss[0].shape[1]
+    mean, rstd, good = held_stats(ss, eps, N, K, D, CENTER, ACC, SCALED)
+    if not RESCUE:
+        good = rows >= 0
+    store_stats(MEAN, RSTD, rows, mean, rstd, live & good, CENTER)
+    for i in tl.static_range(len(ss)):
+        columns = chunk_columns(i * CHUNK, CHUNK)
+        mask = live & good & columns_live(columns, (i + 1) * CHUNK, N)
+        xhat = (widened(ss[i], ACC) - mean) * rstd
+        y = weighted(xhat, ws[i], bs[i], Y.dtype.element_ty, OFFSET, ROUND, ROUND_N)
+        if GATE is not None:
+            y *= gate_of(widened(zs[i], ACC), GATE)
+        store_once(Y + rows * N + columns, y, mask, STREAM)
+    return good
+
+
+@triton.jit
 def normalize_tile(
     outs,
     given,
@@ -158,10 +199,7 @@ def normalize_tile(
     STREAM: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """y and the statistics of the ``live`` rows of a tile, stored where fp32 held the squares; returns where it did. outs:
-    (Y, MEAN, RSTD); given: (X, Z, W, B); offsets: where the rows of each begin.
-    """
-    Y, MEAN, RSTD = outs
+    """normalize_held of rows in memory. given: (X, Z, W, B); offsets: where the rows of each begin."""
     X, Z, W, B = given
     of_x, of_z, of_w, of_b = offsets
     xs = load_rows(X, of_x, live, N, CHUNK, STREAM)
@@ -169,19 +207,27 @@ def normalize_tile(
     ws = load_rows_or(W, of_w, live, N, CHUNK, NO_WEIGHT)
     bs = load_rows_or(B, of_b, live, N, CHUNK, NO_BIAS)
     ss = gated(xs, zs, GATE if GATE_FIRST else None, ACC)
-    mean, rstd, good = held_stats(ss, eps, N, K, D, CENTER, ACC, SCALED)
-    if not RESCUE:
-        good = rows >= 0
-    store_stats(MEAN, RSTD, rows, mean, rstd, live & good, CENTER)
-    for i in tl.static_range(len(xs)):
-        columns = chunk_columns(i * CHUNK, CHUNK)
-        mask = live & good & columns_live(columns, (i + 1) * CHUNK, N)
-        xhat = (widened(ss[i], ACC) - mean) * rstd
-        y = weighted(xhat, ws[i], bs[i], Y.dtype.element_ty, OFFSET, ROUND, ROUND_N)
-        if GATE is not None and not GATE_FIRST:
-            y *= gate_of(widened(zs[i], ACC), GATE)
-        store_once(Y + rows * N + columns, y, mask, STREAM)
-    return good
+    behind: tl.constexpr = None if GATE_FIRST else GATE
+    held = ss, zs, ws, bs
+    return normalize_held(
+        outs,
+        held,
+        rows,
+        live,
+        eps,
+        N,
+        K,
+        D,
+        CENTER,
+        OFFSET,
+        ROUND,
+        ROUND_N,
+        behind,
+        ACC,
+        RESCUE,
+        STREAM,
+        SCALED,
+    )
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -73,12 +73,12 @@ def sets_of(rows: tuple[int, ...], own: tuple[int, ...]) -> Sets | None:
 
 
 def shared_sets(problem: Conditioned, x: Tensor, *parameters: Tensor | None) -> Sets | None:
-    """How x's rows share weight and bias, each there or not; None where there are no such sets, or others for each."""
+    """How x's rows share parameters, each there or not; None where there are no such sets, or others for each."""
     given = [t for t in parameters if t is not None]
     rows = problem.rows(x)
     found = [sets_of(rows, problem.rows(t)) for t in given] or [sets_of(rows, ())]
     # Shapes first: of two equal sets torch 2.11's Dynamo would hold the sizes fast.
-    alike = len(given) < 2 or given[0].shape == given[1].shape or found[0] == found[1]
+    alike = all(t.shape == given[0].shape or of_t == found[0] for t, of_t in zip(given[1:], found[1:], strict=False))
     return found[0] if alike else None
 
 
@@ -99,21 +99,18 @@ def broadcasts(t: Tensor, x: Tensor, dims: int) -> bool:
     return alike and all(a in (1, b) for a, b in zip(reversed(sizes), reversed(lead), strict=False))
 
 
-def aligned(
-    problem: Conditioned, x: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Both with the same sets of rows, which the backward sums over: themselves, as a rule. Others are expanded, in what
+def aligned(problem: Conditioned, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    """All with the same sets of rows, which the backward sums over: themselves, as a rule. Others are expanded, in what
     sums are taken in, so that torch's own sum over what was expanded rounds as the kernels do.
     """
-    if shared_sets(problem, x, weight, bias) is not None:
-        return weight, bias
-    given = [t for t in (weight, bias) if t is not None]
+    if shared_sets(problem, x, *parameters) is not None:
+        return parameters
+    given = [t for t in parameters if t is not None]
     rows = problem.rows(x)
     sizes = torch.broadcast_shapes(*(t.shape for t in given))
     shape = x.shape if sets_of(rows, (*sizes[: -problem.dims], rows[-1])) is None else sizes
     wide = road.accumulator_dtype(x, *given)
-    weight, bias = (None if t is None else t.to(wide).expand(shape) for t in (weight, bias))
-    return weight, bias
+    return tuple(None if t is None else t.to(wide).expand(shape) for t in parameters)
 
 
 def read(problem: Conditioned, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -166,8 +163,8 @@ class ConditionedCall(NormCall[Conditioned]):
         return conditioned_rows.backward(problem, conditioned_rows.Inputs(*inputs), dy, mean, rstd, wanted)
 
     @staticmethod
-    def composite_gradients(problem: Conditioned, wanted: tuple[bool, ...], dy: Tensor, *inputs: Any) -> Results:
-        return composite_gradients(problem, wanted, dy, *inputs)
+    def composite_gradients(problem: Conditioned, wanted: tuple[bool, ...], dy: Tensor, *saved: Any) -> Results:
+        return composite_gradients(problem, wanted, dy, *saved[:4])
 
     @staticmethod
     def is_watched(problem: Conditioned) -> bool:

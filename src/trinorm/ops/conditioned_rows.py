@@ -43,7 +43,7 @@ def forward(problem: Conditioned, inputs: Inputs, *, save: bool) -> tuple[Tensor
     rstd = empty(rows, stats, device) if save else None
     size = describe(device)
     plan = choose_conditioned_forward(m, n, widest(x.dtype, stats), size)
-    layouts = [_rows(problem, x, t) for t in inputs]
+    layouts = [rows_of_input(problem, x, t) for t in inputs]
     options = _options(problem, inputs, stats)
     options.update(
         ALIKE=layouts[2] == layouts[3],
@@ -84,8 +84,8 @@ def backward(
     )
     layouts = (
         *collapse((sets.outer, sets.repeat), (sets.middle * sets.repeat, 1)),
-        *(at for t in (dy, x, inputs.gate) for at in _rows(problem, x, t)),
-        *(at for t in inputs[2:] for at in _of_sets(problem, t)),
+        *(at for t in (dy, x, inputs.gate) for at in rows_of_input(problem, x, t)),
+        *(at for t in inputs[2:] for at in rows_of_sets(problem, t)),
     )
     options = _options(problem, inputs, stats)
     options.update(ROWS=plan.tile.rows, CHUNK=plan.tile.chunk, STAGES=plan.stages, STREAM=plan.stream)
@@ -99,12 +99,12 @@ def backward(
     return tuple(found)
 
 
-def _rows(problem: Conditioned, x: Tensor, t: Tensor | None) -> Rows:
+def rows_of_input(problem: Conditioned, x: Tensor, t: Tensor | None) -> Rows:
     """How t, which is broadcast to x, lies over x's rows."""
     return Rows((), (0,)) if t is None else collapse(problem.rows(x), problem.steps(t.expand(x.shape)))
 
 
-def _of_sets(problem: Conditioned, t: Tensor | None) -> Rows:
+def rows_of_sets(problem: Conditioned, t: Tensor | None) -> Rows:
     """How a parameter lies over the sets: over its own rows."""
     return Rows((), (0,)) if t is None else collapse(problem.rows(t), problem.steps(t))
 

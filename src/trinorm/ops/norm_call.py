@@ -51,7 +51,7 @@ class NormCall(ABC, Generic[P]):
         """
         if torch.is_grad_enabled() or not are_plain(dy, *saved) or road.observer() is not None:
             # Someone differentiates this backward, to whom a kernel's result would silently be a constant, or maps over it.
-            return self.composite_gradients(self.problem, wanted, dy, *saved[: len(wanted)])
+            return self.composite_gradients(self.problem, wanted, dy, *saved)
         tensors = self.restored(dy, *saved)
         key = wanted, *(None if t is None else (t.stride(), t.dtype) for t in tensors)
         if (repeated := self._gradients.get(key)) is None:
@@ -75,7 +75,7 @@ class NormCall(ABC, Generic[P]):
 
     @staticmethod
     @abstractmethod
-    def composite_gradients(problem: Any, wanted: tuple[bool, ...], dy: Tensor, *inputs: Any) -> Results:
+    def composite_gradients(problem: Any, wanted: tuple[bool, ...], dy: Tensor, *saved: Any) -> Results:
         """The same by ATen's ops, differentiable."""
 
     @staticmethod

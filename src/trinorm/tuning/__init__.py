@@ -16,6 +16,7 @@ from .conditioned import (
     programs_of_a_set,
 )
 from .dynamic import OF_ONE_NUMBER, choose_dynamic_backward, choose_dynamic_forward, programs_of_a_chunk
+from .gated_sum import choose_gated_sum_backward, choose_gated_sum_forward
 from .heads import Heads, choose_heads_backward, choose_heads_forward
 from .kinds import (
     ChannelCombine,
@@ -66,6 +67,8 @@ __all__ = [
     "choose_dynamic_backward",
     "choose_dynamic_forward",
     "choose_forward",
+    "choose_gated_sum_backward",
+    "choose_gated_sum_forward",
     "choose_heads_backward",
     "choose_heads_forward",
     "choose_layer_backward",

@@ -1,0 +1,50 @@
+"""Which launch each problem of a gated sum gets: by what was compiled for sm_90, in bf16; no GPU has timed them yet."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from ..launch import Device
+from .conditioned import choose_conditioned_forward, programs_of_a_set
+from .kinds import RowBackward, RowForward, Tile
+from .row import _fitted, _large_from, _narrowed
+
+# (N up to, tile of rows, stages, programs per multiprocessor): as conditioned norms' without a gate, with room for the sums
+# of a third parameter row and for x beside the sum.
+_BACKWARD = (
+    (64, Tile(32, 64, 8), 3, 2),
+    (128, Tile(16, 128, 8), 3, 2),
+    (256, Tile(8, 256, 8), 3, 2),
+    (1024, Tile(1, 1024, 4), 3, 4),
+    (2048, Tile(1, 2048, 8), 3, 2),
+    (4096, Tile(1, 4096, 16), 3, 1),
+    (8192, Tile(1, 4096, 16), 1, 1),
+)
+_BACKWARD_FP64 = Tile(1, 1024, 8), 1, 1
+
+# Read and written by a forward, and read by a backward, of a row: x, residual, sum and y; dy, ds, x and sum.
+_TENSORS = 4
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_gated_sum_forward(m: int, n: int, itemsize: int, device: Device) -> RowForward:
+    """The forward's launch for m rows of n elements of ``itemsize`` bytes: a conditioned norm's, of twice as many bytes."""
+    plan = choose_conditioned_forward(m, n, itemsize, device)
+    return dataclasses.replace(plan, stream=plan.stream or m >= _large_from(_TENSORS * n * itemsize, device))
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_gated_sum_backward(
+    members: int, sets: int, n: int, itemsize: int, device: Device, any_members: bool
+) -> RowBackward:
+    """The backward's launch for ``sets`` of ``members`` rows. any_members: as choose_conditioned_backward's."""
+    tile, stages, per_sm = _BACKWARD_FP64 if itemsize == 8 else next(row[1:] for row in _BACKWARD if n <= row[0])
+    tile = _narrowed(tile, n)
+    while not any_members and tile.rows >= 2 * members:
+        tile = Tile(tile.rows // 2, tile.chunk, max(1, tile.warps // 2))
+    stream = members * sets >= _large_from((_TENSORS + 1) * n * itemsize, device)
+    plan = RowBackward(tile, 1, stages, per_sm, stream)
+    if -(-members // tile.rows) <= programs_of_a_set(plan, members, sets, n, device):
+        return dataclasses.replace(plan, stages=1)  # a program with one turn has nothing to fetch ahead
+    return _fitted(plan, n, itemsize, device, _TENSORS)
