@@ -222,7 +222,7 @@ def _modulated(
                 f"{tuple(shape)}; {name} must end in that, and its dims before be broadcast to the input's"
             )
     if not alone:
-        scale, shift = _folded(x.dtype, scale, shift, weight, bias)
+        scale, shift = folded(x.dtype, scale, shift, weight, bias)
         asked = None if asked is None else (*asked, "folded")
         if asked is not None and (call := conditioned.CALLS.recall(asked, x, None, scale, shift)) is not None:
             return call(x, None, scale, shift)
@@ -230,7 +230,7 @@ def _modulated(
     return conditioned_norm(op, spec, len(shape), shape.numel(), eps, asked, invariant, x, None, scale, shift)
 
 
-def _folded(
+def folded(
     dtype: torch.dtype, scale: Tensor, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """``w·(1 + scale)`` and ``b·(1 + scale) + shift``: weight and bias of the same norm. dtype: the input's."""

@@ -75,6 +75,38 @@ class ModulatedRMSNorm(torch.nn.RMSNorm):
         return super().extra_repr() + shown(self)
 
 
+class AddModulatedLayerNorm(ModulatedLayerNorm):
+    r"""The same of a gated sum, adaLN-Zero's: ``y, residual = norm(x, residual, gate, scale, shift)``; see
+    :func:`trinorm.functional.add_modulated_layer_norm` for the formula, shapes, dtypes and errors. Constructor, parameters
+    and ``state_dict`` are :class:`ModulatedLayerNorm`'s.
+
+    Source: Peebles, Xie, "Scalable Diffusion Models with Transformers", arXiv:2212.09748.
+    """
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, residual: Tensor, gate: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        given = input, residual, gate, self.normalized_shape, scale, shift
+        return functional.add_modulated_layer_norm(
+            *given, self.weight, self.bias, self.eps, batch_invariant=self.batch_invariant
+        )
+
+
+class AddModulatedRMSNorm(ModulatedRMSNorm):
+    r"""The same of a gated sum: ``y, residual = norm(x, residual, gate, scale, shift)``; see
+    :func:`trinorm.functional.add_modulated_rms_norm` for the formula, shapes, dtypes and errors. Constructor, parameters
+    and ``state_dict`` are :class:`ModulatedRMSNorm`'s.
+
+    Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        given = x, residual, gate, self.normalized_shape, scale, shift
+        return functional.add_modulated_rms_norm(*given, self.weight, self.eps, batch_invariant=self.batch_invariant)
+
+
 class _Gated(torch.nn.Module):
     weight: torch.nn.Parameter | None
     bias: torch.nn.Parameter | None

@@ -18,6 +18,7 @@ from .conditioned_functional import (
     modulated_rms_norm,
 )
 from .dynamic_functional import dynamic_erf, dynamic_tanh
+from .gated_sum_functional import add_modulated_layer_norm, add_modulated_rms_norm
 from .linear_functional import layer_norm_linear, rms_norm_linear
 from .ops import CALLS, channel, channel_norm, jagged, row_norm
 from .per_head_functional import per_head_layer_norm, per_head_rms_norm
@@ -30,6 +31,8 @@ from .spec import CHANNEL_LAYER_NORM, LAYER_NORM, RMS_NORM, Cast
 __all__ = [
     "Quantized",
     "add_layer_norm",
+    "add_modulated_layer_norm",
+    "add_modulated_rms_norm",
     "add_rms_norm",
     "batch_norm",
     "channel_layer_norm",

@@ -23,11 +23,22 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from .launch import plain
-from .ops import channel_layers, channels, conditioned_rows, dynamic_rows, heads, poly_rows, quantized_rows, rows, start
+from .ops import (
+    channel_layers,
+    channels,
+    conditioned_rows,
+    dynamic_rows,
+    gated_sum_rows,
+    heads,
+    poly_rows,
+    quantized_rows,
+    rows,
+    start,
+)
 from .targets import TARGETS, Target
 
 # Where launches are made.
-_HOSTS = rows, channels, channel_layers, conditioned_rows, dynamic_rows, heads, poly_rows, quantized_rows
+_HOSTS = rows, channels, channel_layers, conditioned_rows, dynamic_rows, gated_sum_rows, heads, poly_rows, quantized_rows
 
 # Kinds of instruction, by how their mnemonics start; the first that fits counts. What none fits is "alu": integers, logic,
 # comparisons, moves. Widening bf16 is one of those (a shift); narrowing to it is a conversion.
@@ -319,17 +330,7 @@ def recorded(target: str = "sm_90") -> Iterator[list[Call]]:
         calls.append(Call(kernel, plain(grid), plain(args), options))
 
     with contextlib.ExitStack() as stack:
-        for module in (
-            rows,
-            channels,
-            channel_layers,
-            conditioned_rows,
-            dynamic_rows,
-            heads,
-            poly_rows,
-            quantized_rows,
-            start,
-        ):
+        for module in (*_HOSTS, start):
             stack.enter_context(mock.patch.object(module, "describe", return_value=TARGETS[target].device))
             if module is not start:
                 stack.enter_context(mock.patch.object(module, "launch", record))

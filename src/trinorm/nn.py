@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .conditioned_nn import GatedLayerNorm, GatedRMSNorm, ModulatedLayerNorm, ModulatedRMSNorm
+from .conditioned_nn import (
+    AddModulatedLayerNorm,
+    AddModulatedRMSNorm,
+    GatedLayerNorm,
+    GatedRMSNorm,
+    ModulatedLayerNorm,
+    ModulatedRMSNorm,
+)
 from .dynamic_nn import DynamicErf, DynamicTanh
 from .heads_nn import PerHeadLayerNorm, PerHeadRMSNorm, QKNorm
 from .linear_nn import LayerNormLinear, RMSNormLinear
@@ -32,6 +39,8 @@ from .spec import Activation
 
 __all__ = [
     "AddLayerNorm",
+    "AddModulatedLayerNorm",
+    "AddModulatedRMSNorm",
     "AddRMSNorm",
     "BatchNorm1d",
     "BatchNorm2d",

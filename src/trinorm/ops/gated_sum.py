@@ -39,16 +39,17 @@ def read(problem: GatedSum, *tensors: Tensor | None) -> tuple[Tensor | None, ...
 def composite(problem: GatedSum, *tensors: Any) -> tuple[Tensor, Tensor]:
     """(y, sum) of (x, residual, gate, weight, bias) by ATen's ops."""
     spec, dims, size, eps, dtype, _ = problem.norm
-    y, total = gated_sum_reference.composite(spec, dims, size, *tensors, eps, dtype)
+    x, residual, gate, weight, bias = tensors
+    y, total = gated_sum_reference.composite(spec, dims, size, x, residual, gate, weight, bias, eps, dtype)
     return y.contiguous(), total.contiguous()
 
 
 def composite_gradients(problem: GatedSum, wanted: tuple[bool, ...], dy: Tensor, *saved: Any) -> Results:
     """Those of GatedSumCall.backward, by ATen's ops."""
     spec, dims, size, eps, dtype, _ = problem.norm
-    *inputs, total, _, _, dsum = saved
-    how = eps, dy, dsum, problem.residual, dtype
-    found = gated_sum_reference.composite_gradients(spec, dims, size, *inputs, total, *how)
+    x, gate, weight, bias, total, _, _, dsum = saved
+    of = x, gate, weight, bias, total, eps, dy, dsum
+    found = gated_sum_reference.composite_gradients(spec, dims, size, *of, problem.residual, dtype)
     return tuple(t if want else None for t, want in zip(found, wanted, strict=True))
 
 

@@ -19,6 +19,8 @@ from . import (
     channel_library,
     conditioned,
     conditioned_library,
+    gated_sum,
+    gated_sum_library,
     library,
     qk,
     qk_library,
@@ -30,6 +32,7 @@ from .added import AddedCall, AddedProblem
 from .channel import CALLS, ChannelCall
 from .channel_problem import Problem
 from .conditioned import Conditioned, ConditionedCall
+from .gated_sum import GatedSumCall
 from .layout import beside, channels_readable, dense, readable
 from .qk import QKCall, QKProblem
 from .quantized import Given as Quantizable
@@ -174,10 +177,11 @@ def conditioned_norm(
     to_fp32 = x.dtype != torch.float64 and reference.autocast_to_fp32(spec.norm, x.device.type)
     dtype = torch.float32 if to_fp32 else x.dtype
     problem = Conditioned(spec, dims, size, eps, dtype, batch_invariant)
-    given = tensors = x, gate, weight, bias
+    given = x, gate, weight, bias
     if not x.numel():
         return conditioned.composite(problem, *given)
-    tensors = x, gate, *conditioned.aligned(problem, x, weight, bias)
+    weight, bias = conditioned.aligned(problem, x, weight, bias)
+    tensors = x, gate, weight, bias
     lacking = conditioned.lacking(problem, *tensors)
     if lacking is None and road.takes_op(op, *tensors, whole=spec.norm.rounded or batch_invariant):
         return conditioned_library.norm(problem, *tensors)
@@ -192,6 +196,42 @@ def conditioned_norm(
         call = ConditionedCall(problem, road.accumulator_dtype(*inputs), differentiated=differentiated)
         if asked is not None:
             conditioned.CALLS.keep(asked, call, *inputs)
+    return call(*inputs)
+
+
+def gated_sum_norm(
+    spec: ConditionedNorm,
+    dims: int,
+    eps: float,
+    asked: Hashable,
+    batch_invariant: bool,
+    x: Tensor,
+    residual: Tensor,
+    *parameters: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(y, sum) of checked arguments. parameters: gate, weight and bias. asked: as channel_norm's."""
+    op, to_fp32 = gated_sum_library.NAMES[spec.norm.name], x.dtype != torch.float64
+    to_fp32 = to_fp32 and reference.autocast_to_fp32(spec.norm, x.device.type)
+    dtype = torch.float32 if to_fp32 else x.dtype
+    norm = Conditioned(spec, dims, x.shape[-dims:].numel(), eps, dtype, batch_invariant)
+    problem, given = gated_sum.problem_of(norm, x, residual), (x, residual, *parameters)
+    if not x.numel():
+        return gated_sum.composite(problem, *given)
+    others = residual, *conditioned.aligned(norm, x, *parameters)
+    tensors, lacking = (x, *others), conditioned.lacking(norm, x, *others)
+    if lacking is None and road.takes_op(op, *tensors, whole=batch_invariant):
+        return gated_sum_library.norm(problem, *tensors)
+    if not road.kernels_serve(op, x, *others, lacking=lacking):
+        return gated_sum.composite(problem, *tensors)
+    inputs = gated_sum.read(problem, *tensors)
+    call = None
+    if asked is not None and any(now is not before for now, before in zip(inputs, given, strict=True)):
+        call = gated_sum.CALLS.recall(asked, *inputs)
+    if call is None:
+        differentiated = road.is_differentiated(*inputs)
+        call = GatedSumCall(problem, road.accumulator_dtype(*inputs), differentiated=differentiated)
+        if asked is not None:
+            gated_sum.CALLS.keep(asked, call, *inputs)
     return call(*inputs)
 
 

@@ -6,9 +6,21 @@ import dataclasses
 import functools
 
 from ..launch import Device
-from .conditioned import choose_conditioned_forward, programs_of_a_set
+from .conditioned import programs_of_a_set
 from .kinds import RowBackward, RowForward, Tile
-from .row import _fitted, _large_from, _narrowed
+from .row import _STREAM_COLUMNS, _fitted, _large_from, _narrowed
+
+# (N up to, tile of rows): as conditioned norms', but for two warps to a row from 257 to 1536 columns, which by one take 152
+# to 221 registers.
+_FORWARD = (
+    (64, Tile(16, 64, 4)),
+    (128, Tile(8, 128, 4)),
+    (256, Tile(4, 256, 4)),
+    (1536, Tile(2, 512, 4)),
+    (3072, Tile(1, 1024, 4)),
+    (4096, Tile(1, 2048, 8)),
+    (8192, Tile(1, 4096, 16)),
+)
 
 # (N up to, tile of rows, stages, programs per multiprocessor): as conditioned norms' without a gate, with room for the sums
 # of a third parameter row and for x beside the sum.
@@ -19,7 +31,7 @@ _BACKWARD = (
     (1024, Tile(1, 1024, 4), 3, 4),
     (2048, Tile(1, 2048, 8), 3, 2),
     (4096, Tile(1, 4096, 16), 3, 1),
-    (8192, Tile(1, 4096, 16), 1, 1),
+    (8192, Tile(1, 4096, 16), 3, 1),
 )
 _BACKWARD_FP64 = Tile(1, 1024, 8), 1, 1
 
@@ -29,9 +41,11 @@ _TENSORS = 4
 
 @functools.lru_cache(maxsize=1024)
 def choose_gated_sum_forward(m: int, n: int, itemsize: int, device: Device) -> RowForward:
-    """The forward's launch for m rows of n elements of ``itemsize`` bytes: a conditioned norm's, of twice as many bytes."""
-    plan = choose_conditioned_forward(m, n, itemsize, device)
-    return dataclasses.replace(plan, stream=plan.stream or m >= _large_from(_TENSORS * n * itemsize, device))
+    """The forward's launch for m rows of n elements of ``itemsize`` bytes: of one tile, whatever m is."""
+    tile = next(tile for most, tile in _FORWARD if n <= most)
+    tile = Tile(max(1, tile.rows * 4 // max(4, itemsize)), tile.chunk, tile.warps)  # fp64 has two registers
+    stream = n >= _STREAM_COLUMNS and m >= _large_from(_TENSORS * n * itemsize, device)
+    return RowForward(_narrowed(tile, n), 1, stream, preload=True, early=True)
 
 
 @functools.lru_cache(maxsize=1024)
