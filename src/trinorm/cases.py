@@ -193,7 +193,8 @@ class Case:
             of_sum = torch.promote_types(dtype, of_residual)
             dsum = placed((normal(m, n).to(of_sum) / scale).to(of_sum))
         besides = norm.queries(self.shape), norm.angles(self.shape, of or dtype, device)
-        arguments = Arguments(placed(x.to(dtype)), weight, bias, self.values.eps, residual, *besides)
+        gate = normal(*norm.parameter_shape(self.shape)).to(of or dtype) if norm.of_gated_sum else None
+        arguments = Arguments(placed(x.to(dtype)), weight, bias, self.values.eps, residual, *besides, gate)
         return Inputs(arguments, placed(dy.to(dtype)), placed(scale), norm.of_sum, dsum)
 
 

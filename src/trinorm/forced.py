@@ -5,10 +5,29 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from .ops import CALLS, added, conditioned, conditioned_rows, dynamic_rows, heads, inputs_only, poly_rows, qk, rows
+from .ops import (
+    CALLS,
+    added,
+    conditioned,
+    conditioned_rows,
+    dynamic_rows,
+    gated_sum,
+    gated_sum_rows,
+    heads,
+    inputs_only,
+    poly_rows,
+    qk,
+    rows,
+)
 
 # Where tuning's choices are asked for, by how their names start.
-_FAMILIES = {"heads": heads, "conditioned": conditioned_rows, "dynamic": dynamic_rows, "poly": poly_rows}
+_FAMILIES = {
+    "heads": heads,
+    "conditioned": conditioned_rows,
+    "gated": gated_sum_rows,
+    "dynamic": dynamic_rows,
+    "poly": poly_rows,
+}
 
 
 @contextlib.contextmanager
@@ -35,5 +54,5 @@ def forced(**launches: object) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for calls in (CALLS, added.CALLS, qk.CALLS, conditioned.CALLS, inputs_only.CALLS):
+    for calls in (CALLS, added.CALLS, qk.CALLS, conditioned.CALLS, gated_sum.CALLS, inputs_only.CALLS):
         calls.clear()

@@ -6,6 +6,8 @@ conditioned_reference's.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,16 @@ from .reference import Exact
 from .spec import ConditionedNorm
 
 Gradients = tuple[Tensor | None, ...]
+
+
+class GatedSumGradients(NamedTuple):
+    """dL/dx, dL/dweight, dL/dbias, dL/dresidual and dL/dgate; None where there is no such input, or nobody asks."""
+
+    dx: Tensor | None
+    dw: Tensor | None
+    db: Tensor | None
+    dr: Tensor | None
+    dg: Tensor | None
 
 
 def gated_sum(x: Tensor, residual: Tensor, gate: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ CEILINGS = {"forward": "copy", "backward": "add", CHAIN: "copy"}
 SUM_CEILINGS = {"forward": "two copies", "backward": "addcmul", CHAIN: "two copies"}
 # With a gate: two that become one, and the bytes of three that become two, in one copy of half of these.
 GATED_CEILINGS = {"forward": "add", "backward": "2½ copies"}
+# Of a gated sum: two that become two; x, dy, the sum and its gradient that become two, in the bytes of three copies.
+GATED_SUM_CEILINGS = {"forward": "two copies", "backward": "three copies"}
 # What an eager call costs the host. The kernels' size does not enter, so these are measured at one small shape.
 HOST = "host"
 HOST_PASSES = ("host_forward", "host_forward_with_grad", "host_forward_and_backward")
@@ -77,6 +79,7 @@ HEAD_SHAPES: tuple[Shape, ...] = (
 # decoding, where each sample has one token.
 CONDITIONED_SHAPES: dict[str, tuple[Shape, ...]] = {
     "modulated_layer_norm": ((64, 256, 1152), (8, 4096, 1536), (4, 4096, 3072)),
+    "add_modulated_layer_norm": ((64, 256, 1152), (8, 4096, 1536), (4, 4096, 3072)),
     "gated_rms_norm": ((16384, 32, 128), (64, 32, 128)),
     "gated_rms_norm/first": ((8, 2048, 5120), (64, 1, 5120)),
     "gated_rms_norm/groups": ((8, 2048, 8192), (64, 1, 8192)),
@@ -150,6 +153,8 @@ class Op:
     @property
     def ceilings(self) -> Mapping[str, str]:
         """Of each pass, what torch moves the same bytes with."""
+        if self.norm.of_gated_sum:
+            return GATED_SUM_CEILINGS
         return SUM_CEILINGS if self.norm.of_sum else GATED_CEILINGS if self.norm.gated else CEILINGS
 
 
@@ -165,6 +170,7 @@ _TITLES = {
     "add_rms_norm": ("Add and RMSNorm", 1e-6),
     "qk_norm": ("QK-norm", 1e-6),
     "modulated_layer_norm": ("Modulated LayerNorm", 1e-6),
+    "add_modulated_layer_norm": ("Gate, add and modulated LayerNorm", 1e-6),
     "gated_rms_norm": ("RMSNorm and gate", 1e-6),
     "gated_rms_norm/first": ("Gate and RMSNorm", 1e-5),
     "gated_rms_norm/groups": ("Gate and RMSNorm of 8 groups", 1e-5),
@@ -281,6 +287,8 @@ class Case:
         """How many tensors of x's size are read, and how many written: by the ceiling, these alone."""
         if OPS[self.op].norm.gated:
             return (3, 2) if self.backward else (2, 1)
+        if OPS[self.op].norm.of_gated_sum:
+            return (4, 2) if self.backward else (2, 2)
         one_more = OPS[self.op].norm.of_sum
         return (2 + one_more, 1) if self.backward else (1 + one_more, 1 + one_more)
 
@@ -293,7 +301,8 @@ class Case:
         if norm.bare:
             return 0
         of_bias = math.prod(norm.bias_shape(self.shape)) if bias and norm.biased else 0
-        return (math.prod(norm.parameter_shape(self.shape)) + norm.numbers + of_bias) * self.weight_dtype.itemsize
+        of_weight = math.prod(norm.parameter_shape(self.shape)) * (1 + norm.of_gated_sum)
+        return (of_weight + norm.numbers + of_bias) * self.weight_dtype.itemsize
 
     def draw(self, device: torch.device, generator: torch.Generator | None = None) -> Inputs:
         """Random inputs; for a backward the leaves require grad and come with its gradients."""
@@ -339,12 +348,18 @@ class Case:
         return Inputs(query.detach(), weight, None, dy, key=key.detach(), key_weight=key_weight, dkey=dkey, angles=angles)
 
     def _of_condition(self, norm: OfConditioned, normal: Callable[..., Tensor]) -> Inputs:
-        """Scale and shift are chunks of a projection of six; x may be half of one, and a gate the other half."""
+        """Scale, shift and a sum's gate are chunks of a projection of six; x may be half of one, and another gate the other
+        half.
+        """
         *of_parameter, n = norm.parameter_shape(self.shape)
         dy = normal(*self.shape, dtype=self.dtype) if self.backward else None
         if norm.spec.modulated:
-            shift, scale, *_ = normal(*of_parameter, 6 * n, dtype=self.weight_dtype).chunk(6, -1)
-            return Inputs(normal(*self.shape, dtype=self.dtype), scale.detach(), shift.detach(), dy)
+            shift, scale, gate, *_ = normal(*of_parameter, 6 * n, dtype=self.weight_dtype).chunk(6, -1)
+            inputs = Inputs(normal(*self.shape, dtype=self.dtype), scale.detach(), shift.detach(), dy)
+            if not norm.of_gated_sum:
+                return inputs
+            residual, dsum = (normal(*self.shape, dtype=self.dtype) if one else None for one in (True, self.backward))
+            return inputs._replace(gate=gate.detach(), residual=residual, dsum=dsum)
         weight = None if norm.bare else 1 + normal(*of_parameter, n, dtype=self.weight_dtype) / 8
         packed, dim = [*self.shape], norm.packed_along
         if dim is None:

@@ -13,7 +13,8 @@ from ..norms import Arguments
 class Inputs(NamedTuple):
     """The arguments of one call, and the gradients that a backward starts from: y's, and the sum's where it is of one. A
     chain's have a row of weights a link. Of QK-norm x, weight and dy are the queries', beside the keys' own, and cos and
-    sin, which have no gradient. Of a modulated norm weight and bias are the scale and the shift. numbers: alpha, and shift.
+    sin, which have no gradient. Of a modulated norm weight and bias are the scale and the shift; of a sum gate is x's.
+    numbers: alpha, and shift.
     """
 
     x: Tensor
@@ -48,8 +49,10 @@ class Inputs(NamedTuple):
         """The same as Norm has them: queries and keys as one, and numbers."""
         if self.numbers:
             return Arguments(self.x, self.weight, self.bias, eps, torch.cat([t.detach() for t in self.numbers]))
+        if self.residual is not None:
+            return Arguments(self.x, self.weight, self.bias, eps, self.residual, gate=self.gate)
         if self.weight is None or self.key is None or self.key_weight is None:
-            return Arguments(self.x, self.weight, self.bias, eps, self.residual if self.gate is None else self.gate)
+            return Arguments(self.x, self.weight, self.bias, eps, self.gate)
         weights = torch.stack((self.weight.detach(), self.key_weight.detach()))
         return Arguments(self.whole, weights, None, eps, None, self.x.shape[-2], self.angles)
 

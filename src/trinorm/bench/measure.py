@@ -171,10 +171,13 @@ def ceiling_calls(case: Case, sets: Sequence[Inputs]) -> list[TimedCall]:
 def ceiling_call(inputs: Inputs, copy: Callable[[Tensor, Tensor], Tensor] = lambda x, out: out.copy_(x)) -> TimedCall:
     """The same of one call. copy: of x into out."""
     gradients = inputs.whole_gradients
-    if inputs.gate is not None and not gradients:
+    if inputs.gate is not None and inputs.residual is not None and gradients:
+        three = torch.stack((inputs.whole, *gradients))
+        return functools.partial(copy, three, torch.empty_like(three))
+    if inputs.gate is not None and inputs.residual is None and not gradients:
         x, gate = inputs.whole.contiguous(), inputs.gate.detach().contiguous()
         return functools.partial(torch.add, x, gate, out=torch.empty_like(x))
-    if inputs.gate is not None:
+    if inputs.gate is not None and inputs.residual is None:
         of_both = torch.cat([t.detach().flatten() for t in (inputs.whole, inputs.gate, gradients[0].flatten()[::2])])
         return functools.partial(copy, of_both, torch.empty_like(of_both))
     x = inputs.whole if gradients else _all_read(inputs)

@@ -184,13 +184,13 @@ def _by_torch(norm: Norm, inputs: Inputs) -> dict[str, Tensor]:
     mean, rstd = norm.torch_statistics(wide, of.eps)
     running = norm.running(of.x)
     results = dict(zip(norm.results, as_tuple(norm.composite(of, running)), strict=True))
-    dx, _, _, dr = norm.torch_gradients(of, *gradients)
+    whole = norm.torch_gradients(of, *gradients)
     # A NaN or Inf in one row can be in all of torch's sums, also where the oracle's is finite: the other rows' sums then.
     rows = norm.rows(normalized)
     unsound = norm.of_rows(~norm.counted(rows).isfinite().all(-1, keepdim=True).expand_as(rows), of.x.shape)
     sound = [t.masked_fill(unsound, 0) for t in gradients]
-    _, dw, db, _ = norm.torch_gradients(of.zero_where(unsound), *sound)
-    return _present(**results, mean=mean, rstd=rstd, dx=dx, dw=dw, db=db, dr=dr, **_named(running))
+    sums = norm.torch_gradients(of.zero_where(unsound), *sound)._replace(dx=whole.dx, dr=whole.dr)
+    return _present(**results, mean=mean, rstd=rstd, **sums._asdict(), **_named(running))
 
 
 def _settled(norm: Norm, inputs: Inputs) -> tuple[Tensor, ...]:

@@ -21,6 +21,7 @@ from ..spec import (
 from .channels import OfChannels, num_groups
 from .conditioned import OfConditioned
 from .elements import OfDynamic, OfPoly
+from .gated_sums import OfGatedSums
 from .heads import OfHeads
 from .norm import Arguments, Norm, Results, Shape, as_tuple
 from .quantized import OfQuantized
@@ -40,6 +41,7 @@ __all__ = [
     "OfChannels",
     "OfConditioned",
     "OfDynamic",
+    "OfGatedSums",
     "OfHeads",
     "OfPoly",
     "OfQuantized",
@@ -53,10 +55,11 @@ __all__ = [
     "num_groups",
 ]
 
-# Those of each sample, as of a condition; of the gates, the one that transformers' models have behind the norm; of heads;
-# and those that differ by their statistic.
+# Those of each sample, as of a condition, of a gated sum too; of the gates, the one that transformers' models have behind
+# the norm; of heads; and those that differ by their statistic.
 _CONDITIONED = (
     *(OfConditioned(ConditionedNorm(spec, modulated=True), "sample") for spec in ROW_NORMS),
+    *(OfGatedSums(ConditionedNorm(spec, modulated=True), "sample") for spec in ROW_NORMS),
     *(OfConditioned(ConditionedNorm(spec, "silu")) for spec in ROW_NORMS),
     *(OfConditioned(ConditionedNorm(spec)) for spec in ROW_NORMS),
     OfRelative(ConditionedNorm(RMS_NORM, divisor=1)),
@@ -102,6 +105,8 @@ VARIANTS: dict[str, Norm] = {
     "qk_norm/gemma": OfHeads(RMS_NORM.with_cast("gemma")),
     "modulated_layer_norm/token": OfConditioned(ConditionedNorm(LAYER_NORM, modulated=True), "token"),
     "modulated_rms_norm/all": OfConditioned(ConditionedNorm(RMS_NORM, modulated=True)),
+    "add_modulated_layer_norm/stream": OfGatedSums(ConditionedNorm(LAYER_NORM, modulated=True), "sample", wide=True),
+    "add_modulated_rms_norm/all": OfGatedSums(ConditionedNorm(RMS_NORM, modulated=True)),
     "gated_layer_norm/first": OfConditioned(ConditionedNorm(LAYER_NORM, "sigmoid", gate_first=True)),
     "gated_rms_norm/first": OfConditioned(ConditionedNorm(RMS_NORM, "silu", gate_first=True)),
     "gated_rms_norm/groups": OfConditioned(ConditionedNorm(RMS_NORM, "silu", gate_first=True), groups=8),

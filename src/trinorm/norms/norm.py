@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..channel_reference import ChannelGradients as Gradients
-from ..channel_reference import Given
+from ..channel_reference import ChannelGradients, Given
+from ..gated_sum_reference import GatedSumGradients
 from ..reference import Exact
 from ..spec import RowNorm
 
 Shape = tuple[int, ...]
+
+Gradients = ChannelGradients | GatedSumGradients
 
 # y, or (y, sum).
 Results = Tensor | tuple[Tensor, ...]
@@ -25,12 +27,13 @@ MOMENTUM = 0.1
 
 
 # Gradients' names, and what they are of: in the order of Norm.function.
-_DIFFERENTIABLE = dict(dx="x", dr="residual", dw="weight", db="bias")
+_DIFFERENTIABLE = dict(dx="x", dr="residual", dg="gate", dw="weight", db="bias")
 
 
 class Arguments(NamedTuple):
     """What every norm takes; a residual, of which OfChannels and OfSums know, or OfConditioned's gate, or OfDynamic's
-    alpha and shift; and what OfHeads does: how many of x's heads are queries', and cos and sin.
+    alpha and shift; what OfHeads does: how many of x's heads are queries', and cos and sin; and the gate of OfGatedSums'
+    x, beside a residual.
     """
 
     x: Tensor
@@ -40,6 +43,7 @@ class Arguments(NamedTuple):
     residual: Tensor | None = None
     queries: int = 0
     angles: tuple[Tensor, Tensor] | None = None
+    gate: Tensor | None = None
 
     @property
     def parameters(self) -> tuple[Tensor | None, Tensor | None, float]:
@@ -48,7 +52,7 @@ class Arguments(NamedTuple):
 
     @property
     def differentiable(self) -> dict[str, Tensor]:
-        """What there is of x, residual, weight and bias, in the order of Norm.function, by their gradients' names."""
+        """What there is of x, residual, gate, weight and bias, in the order of Norm.function, by their gradients' names."""
         return {name: t for name, field in _DIFFERENTIABLE.items() if (t := getattr(self, field)) is not None}
 
     def with_these(self, *tensors: Tensor) -> Arguments:
@@ -146,6 +150,11 @@ class Norm(ABC):
         return False
 
     @property
+    def of_gated_sum(self) -> bool:
+        """Whether x is multiplied by a gate of the weight's shape before that."""
+        return False
+
+    @property
     def results(self) -> tuple[str, ...]:
         """What the function returns."""
         return ("y", "sum") if self.of_sum else ("y",)
@@ -237,13 +246,14 @@ class Norm(ABC):
     def function(
         self, functions: ModuleType, shape: Shape, eps: float, running: Given | None = None
     ) -> Callable[..., Results]:
-        """Of x; the residual, where there is one; weight; and bias, where there may be one: trinorm.functional's or
-        torch.nn.functional's, called as users call it, with nothing of this class in the way. shape: x's.
+        """Of x; the residual, where there is one, and a gate beside it; weight; and bias, where there may be one:
+        trinorm.functional's or torch.nn.functional's, called as users call it, with nothing of this class in the way.
+        shape: x's.
         """
 
     def call(self, functions: ModuleType, of: Arguments, running: Given | None = None) -> tuple[Tensor, ...]:
         """The results of that function."""
-        given = (of.x, *[of.residual] * self.residual, of.weight, *[of.bias] * self.biased)
+        given = (of.x, *[of.residual] * self.residual, *[of.gate] * self.of_gated_sum, of.weight, *[of.bias] * self.biased)
         return as_tuple(self.function(functions, of.x.shape, of.eps, running)(*given))
 
     @abstractmethod
@@ -282,7 +292,7 @@ class Norm(ABC):
             return found[: len(gradients)]
 
         inputs = of.x, of.weight, of.bias, of.residual
-        return Gradients(*reference.gradients_by_autograd(composite, inputs, gradients))
+        return ChannelGradients(*reference.gradients_by_autograd(composite, inputs, gradients))
 
     @abstractmethod
     def torch_statistics(self, x: Tensor, eps: float) -> tuple[Tensor | None, Tensor]:

@@ -5,7 +5,8 @@ by any leading dim; samples of GroupNorm; samples and positions of LayerNorm ove
 and bias are whole on every device, whose sums dw and db are, or lie as the channels or samples do that they belong to. Of
 QK-norm tokens stay, with cos and sin beside them, and heads: those of the queries and the keys, or, where keys are fewer
 than devices and so whole on each, of the queries alone. Of conditioned norms all leading dims stay, heads that have
-weights among them, and scale, shift and weight lie as those do, or are whole where they are broadcast along them. Of a
+weights among them, and scale, shift, weight and a sum's gate lie as those do, or are whole where they are broadcast along
+them. Of a
 quantized result rows stay, and their scales with them; a scale of the whole tensor is whole, as parameters are. Of DyT,
 Derf and PolyNorm rows stay, by any leading dim, and all parameters are whole. What lies otherwise, as by a normalized dim
 or as a sum not yet taken, is redistributed first, in the way that DTensor finds cheapest. registering.know_distributed
@@ -27,6 +28,7 @@ from torch.distributed.tensor.experimental import register_sharding
 from ..formats import FORMATS
 from ..spec import BATCH_NORM, CHANNEL_LAYER_NORM, DYNAMIC_NORMS, GROUP_NORM, LAYER_NORM, ROW_NORMS
 from .conditioned_library import NAMES as CONDITIONED_NORMS
+from .gated_sum_library import NAMES as GATED_SUM_NORMS
 from .poly import NAME as POLY_NORM
 from .qk import NAME as QK_NORM
 from .quantized_library import NAMES as QUANTIZED_NORMS
@@ -128,21 +130,24 @@ def _rule_of_heads(op: OpOverload, *args: Any) -> list[tuple[Placements, Placeme
     return found
 
 
-def _rule_of_conditions(op: OpOverload, *args: Any) -> list[tuple[Placements, Placements]]:
-    """The same of conditioned norms."""
+def _rule_of_conditions(
+    op: OpOverload, *args: Any, parameters: tuple[str, ...] = ("weight", "bias")
+) -> list[tuple[Placements, Placements]]:
+    """The same of conditioned norms. parameters: what is broadcast to the rows, as a gated sum's gate is."""
     call = _named(op, args)
     dims = call["input"].ndim
     found: list[tuple[Placements, Placements]] = []
     for dim in (None, *range(dims - call["dims"])):
         of_x: Placement = Replicate() if dim is None else Shard(dim)
-        laid = dict.fromkeys(("input", "gate", "dy", "mean", "rstd"), of_x)
-        of_parameters = [Replicate() if dim is None else _beside(call[name], dim, dims) for name in ("weight", "bias")]
-        laid |= zip(("weight", "bias"), of_parameters, strict=True)
+        laid = dict.fromkeys(("input", "residual", "gate", "sum", "dy", "dsum", "mean", "rstd"), of_x)
+        laid |= {name: Replicate() if dim is None else _beside(call[name], dim, dims) for name in parameters}
         results: Placements = [of_x] * len(op._schema.returns)
         if "dy" in call:
-            sums = (Partial("sum") if dim is not None and p.is_replicate() else p for p in of_parameters)
-            wanted = zip(("dinput", "dgate", "dweight", "dbias"), (of_x, of_x, *sums), strict=True)
-            results = [p if call[name] else None for name, p in wanted]
+            results = []
+            for name in ("input", "residual", "gate", "weight", "bias"):
+                is_sum = name in parameters and dim is not None and laid[name].is_replicate()
+                if f"d{name}" in call:
+                    results.append((Partial("sum") if is_sum else laid[name]) if call[f"d{name}"] else None)
         found.append((results, _of_arguments(call, laid)))
     return found
 
@@ -200,6 +205,8 @@ _RULES: dict[str, Callable[..., list[tuple[Placements, Placements]]]] = {
 }
 _RULES[QK_NORM] = _rule_of_heads
 _RULES |= dict.fromkeys(CONDITIONED_NORMS.values(), _rule_of_conditions)
+_OF_GATED_SUMS = functools.partial(_rule_of_conditions, parameters=("gate", "weight", "bias"))
+_RULES |= dict.fromkeys(GATED_SUM_NORMS.values(), _OF_GATED_SUMS)
 _RULES |= dict.fromkeys(QUANTIZED_NORMS.values(), _rule_of_quantized)
 _RULES |= dict.fromkeys((*(spec.name for spec in DYNAMIC_NORMS), POLY_NORM), _rule_of_inputs_only)
 
