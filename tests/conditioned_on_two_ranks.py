@@ -112,6 +112,33 @@ def every_layout_of_conditions(spec: RowNorm, mesh: DeviceMesh) -> None:
         assert_same(found, results(of(spec), dy, inputs))
 
 
+# Of a gated sum: how x and the residual lie; how gate, scale and shift, which are of this shape, do; and their gradients.
+OF_GATED_SUMS: list[tuple[Placement, tuple[int, ...], Placement, Placement]] = [
+    (S[0], (2, 1, SIZE), S[0], S[0]),
+    (S[1], (2, 1, SIZE), R, P),
+    (S[1], X, S[1], S[1]),
+    (S[0], (SIZE,), R, P),
+    (R, (2, 1, SIZE), R, R),
+]
+
+
+def every_layout_of_gated_sums(spec: RowNorm, mesh: DeviceMesh) -> None:
+    function = getattr(functional, f"add_modulated_{spec.name}")
+
+    def norm(x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        return function(x, residual, gate, (SIZE,), scale, shift, eps=1e-5)
+
+    wanted = (True,) * 5
+    for of_x, shape, of_parameters, of_sums in OF_GATED_SUMS:
+        dy, inputs = drawn(mesh, X, X, shape, shape, shape)
+        given = dy, torch.randn_like(dy)
+        there = lay_each(inputs, mesh, of_x, of_x, *[of_parameters] * 3)
+        with by_kernels():
+            found = results(norm, tuple(lay(t, mesh, of_x) for t in given), there, wanted)
+        assert [t.placements for t in found] == [(p,) for p in (*[of_x] * 4, *[of_sums] * 3)], (of_x, shape)
+        assert_same(found, results(norm, given, inputs, wanted))
+
+
 def ranks_with_more_samples_and_with_none(spec: RowNorm, mesh: DeviceMesh) -> None:
     """Samples, tokens and heads that two ranks cannot share evenly."""
     for samples, tokens, dim in ((3, 2, 0), (1, 3, 0), (2, 3, 1), (2, 1, 1)):
@@ -195,6 +222,7 @@ def module_of_gates(spec: RowNorm, mesh: DeviceMesh) -> None:
 # As test_distributed.CHECKS.
 CHECKS: dict[Callable[[Any, DeviceMesh], None], tuple[tuple[RowNorm, ...], tuple[RowNorm, ...]]] = {
     every_layout_of_conditions: (ROW_NORMS, (RMS_NORM,)),
+    every_layout_of_gated_sums: (ROW_NORMS, (LAYER_NORM,)),
     ranks_with_more_samples_and_with_none: ((RMS_NORM,), (LAYER_NORM,)),
     gradients_of_conditions_wanted_in_any_order: ((LAYER_NORM,), ()),
     another_order_of_the_gate_and_other_groups: ((RMS_NORM,), ()),

@@ -7,7 +7,18 @@ from torch import Tensor
 
 from trinorm.forced import forced
 from trinorm.formats import FORMATS
-from trinorm.ops import channel_layers, channels, conditioned_rows, dynamic_rows, heads, poly_rows, quantized_rows, rows
+from trinorm.ops import (
+    channel_layers,
+    channels,
+    conditioned_rows,
+    dynamic_rows,
+    gated_sum,
+    gated_sum_rows,
+    heads,
+    poly_rows,
+    quantized_rows,
+    rows,
+)
 from trinorm.ops.conditioned import MOST_OF_ROW, Conditioned
 from trinorm.ops.quantized import Given, Quantizing
 from trinorm.spec import (
@@ -98,6 +109,7 @@ ELEMENTS = ((1, 1), (37, 80), (3000, 130), (20000, 1000), (70, 8192), (5, 70001)
 def main() -> None:
     norms_of_elements()
     conditioned_norms()
+    gated_sums()
     quantized_norms()
     heads_norms()
     row_norms()
@@ -164,6 +176,24 @@ def conditioned_norms() -> None:
                 conditioned_rows.backward(problem, inputs, dy, mean, rstd, wanted)
             torch.cuda.synchronize()
             print("conditioned", spec.norm.name, spec.gate, spec.counted, *sizes, own, size, flush=True)
+
+
+def gated_sums() -> None:
+    for sizes, own, size in CONDITIONED:
+        if sizes[-1] != size:
+            continue
+        x, residual, dy, dsum = (torch.randn(sizes, device="cuda").bfloat16() for _ in range(4))
+        residual[..., ::3, :] *= 1e30
+        gate, weight, bias = torch.randn(3, *own, size, device="cuda").bfloat16()
+        for spec in (ConditionedNorm(LAYER_NORM, modulated=True), ConditionedNorm(RMS_NORM)):
+            problem = gated_sum.problem_of(Conditioned(spec, 1, size, 1e-6, x.dtype), x, residual)
+            inputs: tuple[Any, ...] = (gate, weight, bias if spec.modulated else None)
+            _, total, mean, rstd = gated_sum_rows.forward(problem, x, residual, *inputs, save=True)
+            assert total is not None and rstd is not None
+            for wanted, of_sum in (((True, True, True, True, spec.modulated), dsum), ((True, *[False] * 4), None)):
+                gated_sum_rows.backward(problem, wanted, dy, x, *inputs, total, mean, rstd, of_sum)
+            torch.cuda.synchronize()
+            print("gated sum", spec.norm.name, *sizes, own, flush=True)
 
 
 def relatives(size: int) -> tuple[ConditionedNorm, ...]:

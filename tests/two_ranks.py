@@ -26,6 +26,8 @@ from trinorm.ops import (
     conditioned,
     conditioned_rows,
     dynamic_rows,
+    gated_sum,
+    gated_sum_rows,
     heads,
     inputs_only,
     poly_rows,
@@ -120,10 +122,11 @@ def assert_same(found: list[Any], expected: list[Any]) -> None:
 @contextlib.contextmanager
 def by_kernels() -> Iterator[None]:
     """That kernels of both directions are launched on this rank; or, where there are none, nothing."""
-    for calls in (CALLS, added.CALLS, channel.CALLS, qk.CALLS, conditioned.CALLS, inputs_only.CALLS):
-        calls.clear()  # what other shards had recorded would be repeated, past who looks at launches here
+    CALLS.clear()
+    for family in (added, channel, qk, conditioned, gated_sum, inputs_only):
+        family.CALLS.clear()  # what other shards had recorded would be repeated, past who looks at launches here
     names: set[str] = set()
-    hosts = rows, channels, channel_layers, heads, conditioned_rows, dynamic_rows, poly_rows
+    hosts = rows, channels, channel_layers, heads, conditioned_rows, gated_sum_rows, dynamic_rows, poly_rows
     actual = rows.launch
     for host in hosts:
         host.launch = lambda kernel, *args: (names.add(kernel.__name__), actual(kernel, *args))[1]

@@ -83,7 +83,9 @@ class OfGatedSums(OfConditioned):
         assert of.residual is not None and of.gate is not None
         return gated_sum_reference.oracle_sum(of.x, of.residual, of.gate)
 
-    def oracle_gradients(self, of: Arguments, dy: Tensor, dsum: Tensor | None = None) -> GatedSumGradients:
+    def oracle_gradients(  # type: ignore[override]
+        self, of: Arguments, dy: Tensor, dsum: Tensor | None = None
+    ) -> GatedSumGradients:
         assert of.gate is not None
         given = of.x, of.gate, of.weight, of.bias, self.normalized(of), of.eps, dy, dsum
         dx, dr, dg, dw, db = gated_sum_reference.oracle_gradients(self.spec, 1, self._size(of.x.shape), *given)

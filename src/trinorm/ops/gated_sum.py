@@ -13,7 +13,7 @@ from .calls import Known
 from .conditioned import Conditioned
 from .layout import dense, readable
 from .norm_call import NormCall, launches_are_watched
-from .row import _as_saved
+from .row import _as_saved, are_plain
 
 if TYPE_CHECKING:
     from ..replay import Results
@@ -70,6 +70,12 @@ class GatedSumCall(NormCall[GatedSum]):
         if self._differentiated:
             return _apply(*inputs, self)
         return self.results(*inputs)[:2]  # type: ignore[return-value]
+
+    def backward(self, wanted: tuple[bool, ...], dy: Tensor, *saved: Tensor | None) -> Results:
+        dsum = saved[-1]
+        if dsum is not None and not are_plain(dsum):
+            return self.composite_gradients(self.problem, wanted, dy, *saved)
+        return super().backward(wanted, dy, *saved)
 
     def restored(self, dy: Tensor, *saved: Tensor | None) -> Results:
         *inputs, total, mean, rstd, dsum = saved

@@ -6,11 +6,10 @@ and bias are whole on every device, whose sums dw and db are, or lie as the chan
 QK-norm tokens stay, with cos and sin beside them, and heads: those of the queries and the keys, or, where keys are fewer
 than devices and so whole on each, of the queries alone. Of conditioned norms all leading dims stay, heads that have
 weights among them, and scale, shift, weight and a sum's gate lie as those do, or are whole where they are broadcast along
-them. Of a
-quantized result rows stay, and their scales with them; a scale of the whole tensor is whole, as parameters are. Of DyT,
-Derf and PolyNorm rows stay, by any leading dim, and all parameters are whole. What lies otherwise, as by a normalized dim
-or as a sum not yet taken, is redistributed first, in the way that DTensor finds cheapest. registering.know_distributed
-imports this when the first distributed tensor comes.
+them. Of a quantized result rows stay, and their scales with them; a scale of the whole tensor is whole, as parameters are.
+Of DyT, Derf and PolyNorm rows stay, by any leading dim, and all parameters are whole. What lies otherwise, as by a
+normalized dim or as a sum not yet taken, is redistributed first, in the way that DTensor finds cheapest.
+registering.know_distributed imports this when the first distributed tensor comes.
 """
 
 from __future__ import annotations
