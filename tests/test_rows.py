@@ -94,13 +94,22 @@ def test_held(spec: RowNorm, n: int, path: str, device: str, force: Callable[[ob
     _check(spec, 7, n, device)
 
 
-# Rows of 16-bit numbers by what their moments depend on: how near the mean the four elements are that a pivot is made of.
+def _at_pivots(x: torch.Tensor, value: float) -> torch.Tensor:
+    """x with this in the places of which a pivot is the mean (stats.row_pivot)."""
+    at = torch.arange(16, device=x.device) * x.shape[1] // 16
+    return x.index_fill(1, at, value)
+
+
+# Rows of 16-bit numbers by what their moments depend on: how near the mean the elements are that a pivot is made of.
 ROWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "normal": lambda x: x,
     "far from 0": lambda x: x / 64 + 100,
     "equal": lambda x: torch.full_like(x, 3.14159),
     "equal and large": lambda x: torch.full_like(x, 1e36),
-    "far pivots": lambda x: x.scatter(1, torch.arange(4, device=x.device).expand(len(x), 4) * (x.shape[1] // 4), 1000.0),
+    "far pivots": lambda x: _at_pivots(x, 1000.0),
+    "pivots just near enough": lambda x: _at_pivots(x, 0.85),
+    "pivots just too far": lambda x: _at_pivots(x, 0.9),
+    "a wave": lambda x: torch.cos(torch.arange(x.shape[1], device=x.device) * (32 * torch.pi / x.shape[1])) + 0.01 * x,
     "large": lambda x: x * 1e4,
     "small": lambda x: x * 1e-7,
     "infinite": lambda x: torch.cat([x[:1] / 0, x[1:]]),
@@ -108,7 +117,7 @@ ROWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("n", [1, 2, 3, 17, 1000, 4096])
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 1100, 4096])
 @pytest.mark.parametrize("case", ROWS)
 def test_moments_about_a_pivot(
     case: str, n: int, dtype: torch.dtype, device: str, force: Callable[[object, object], None]

@@ -266,7 +266,9 @@ QUICK = Sizes(
 # The interpreter takes milliseconds a program: few rows, and a shape for each of the kernels. Of channels, of which
 # tests/test_channels.py has more: groups of 3, single positions, a single sample.
 INTERPRETED = Sizes(
-    rows=Shapes(every_weight=((33, 1), (600, 5), (8, 129)), same_weight=((8, 1000), (8, 4097)), nasty=((8, 129),)),
+    rows=Shapes(
+        every_weight=((33, 1), (600, 5), (8, 129)), same_weight=((8, 1000), (8, 4097)), nasty=((8, 129), (8, 1100))
+    ),
     channels=Shapes(every_weight=((2, 6, 5, 7),), same_weight=((3, 12, 1, 1),), nasty=((1, 12, 3, 3),), turns=True),
     heads=Shapes(every_weight=((2, 9, 4, 2, 80),), same_weight=((40, 3, 1, 2),), nasty=((5, 6, 3, 20),), ordered=False),
     conditioned=Shapes(
@@ -281,7 +283,7 @@ GPU = Sizes(
     rows=Shapes(
         every_weight=((4099, 1), (128, 768), (1030, 768)),
         same_weight=((1030, 128), (1030, 1000), (1030, 4096), (600, 8192), (600, 12288), (33, 100003), (8, 1048576)),
-        nasty=((40, 129), (1030, 768), (600, 4097), (8, 65536)),
+        nasty=((40, 129), (1030, 768), (40, 1536), (600, 4097), (8, 65536)),
     ),
     channels=Shapes(
         every_weight=((8, 320, 32, 32),),

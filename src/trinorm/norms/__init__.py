@@ -82,7 +82,7 @@ NORMS: dict[str, Norm] = {
     **{norm.name: norm for norm in _ELEMENTS},
 }
 ROW_OPS = tuple(spec.name for spec in ROW_NORMS)
-SUM_OPS = tuple(name for name, norm in NORMS.items() if norm.of_sum)
+SUM_OPS = tuple(name for name, norm in NORMS.items() if norm.of_sum and not norm.of_gated_sum)
 CONDITIONED_OPS = tuple(norm.name for norm in _CONDITIONED)
 ELEMENT_OPS = tuple(norm.name for norm in _ELEMENTS)
 
