@@ -13,13 +13,14 @@ from torch import Tensor
 from .. import reference
 from ..channel_reference import ChannelGradients as Gradients
 from ..channel_reference import Given
+from ..formats import Format
 from ..reference import Exact
 from ..spec import RowNorm
 
 Shape = tuple[int, ...]
 
-# y, or (y, sum).
-Results = Tensor | tuple[Tensor, ...]
+# y, (y, sum), or a Quantized.
+Results = Tensor | tuple[Any, ...]
 
 MOMENTUM = 0.1
 
@@ -66,9 +67,9 @@ class Arguments(NamedTuple):
 
 
 class Normalized(NamedTuple):
-    """What kernels leave: y, and the statistics of the rows, where a backward asks for them."""
+    """What kernels leave: y, or what is stored of it, and the statistics of the rows, where a backward asks for them."""
 
-    y: Tensor
+    y: Results
     mean: Tensor | None
     rstd: Tensor | None
 
@@ -146,6 +147,11 @@ class Norm(ABC):
         return False
 
     @property
+    def form(self) -> Format | None:
+        """What y is stored in; None where it has x's dtype."""
+        return None
+
+    @property
     def results(self) -> tuple[str, ...]:
         """What the function returns."""
         return ("y", "sum") if self.of_sum else ("y",)
@@ -171,6 +177,14 @@ class Norm(ABC):
         """Whether there is such a norm of an x of this shape."""
         return len(shape) >= 2
 
+    def serves(self, shape: Shape, dtype: torch.dtype) -> bool:
+        """Whether there is a kernel for it in this dtype too."""
+        return True
+
+    def bytes_stored(self, shape: Shape) -> int:
+        """How many a form has of an x of this shape: of its elements, and of the scales that are taken of them."""
+        return 0
+
     def x_shape(self, shape: Shape) -> Shape:
         """x's, which is the shape but of OfHeads."""
         return shape
@@ -189,6 +203,10 @@ class Norm(ABC):
 
     def angles(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """(cos, sin) where there is a rotary embedding."""
+        return None
+
+    def tensor_scale(self, device: torch.device) -> Tensor | None:
+        """The number of the whole tensor that a format may ask for."""
         return None
 
     def parts(self, of: Arguments, what: str, t: Tensor) -> dict[str, Tensor]:
@@ -237,8 +255,9 @@ class Norm(ABC):
     def function(
         self, functions: ModuleType, shape: Shape, eps: float, running: Given | None = None
     ) -> Callable[..., Results]:
-        """Of x; the residual, where there is one; weight; and bias, where there may be one: trinorm.functional's or
-        torch.nn.functional's, called as users call it, with nothing of this class in the way. shape: x's.
+        """Of x; the residual, where there is one; weight; bias, where there may be one; tensor_scale, where there is one:
+        trinorm.functional's or torch.nn.functional's, called as users call it, with nothing of this class in the way.
+        shape: x's.
         """
 
     def call(self, functions: ModuleType, of: Arguments, running: Given | None = None) -> tuple[Tensor, ...]:
