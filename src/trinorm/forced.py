@@ -5,10 +5,29 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from .ops import CALLS, added, conditioned, conditioned_rows, dynamic_rows, heads, inputs_only, poly_rows, qk, rows
+from .ops import (
+    CALLS,
+    added,
+    conditioned,
+    conditioned_rows,
+    dynamic_rows,
+    heads,
+    inputs_only,
+    poly_rows,
+    qk,
+    quantized,
+    quantized_rows,
+    rows,
+)
 
 # Where tuning's choices are asked for, by how their names start.
-_FAMILIES = {"heads": heads, "conditioned": conditioned_rows, "dynamic": dynamic_rows, "poly": poly_rows}
+_FAMILIES = {
+    "heads": heads,
+    "conditioned": conditioned_rows,
+    "dynamic": dynamic_rows,
+    "poly": poly_rows,
+    "quantized": quantized_rows,
+}
 
 
 @contextlib.contextmanager
@@ -17,9 +36,9 @@ def forced(**launches: object) -> Iterator[None]:
     size.
 
     By the names of tuning's choices: ``forced(forward=launch)`` is what ``choose_forward`` then gives, and QK-norm's
-    are ``heads_forward`` and ``heads_backward``, conditioned norms' ``conditioned_forward`` and so on. Remembered
-    calls are forgotten before and after; a call captured in a graph stays what it is, and a backward is its
-    forward's.
+    are ``heads_forward`` and ``heads_backward``, conditioned norms' ``conditioned_forward`` and so on, a quantized
+    result's ``quantized``. Remembered calls are forgotten before and after; a call captured in a graph stays what it
+    is, and a backward is its forward's.
     """
     families = {name: _FAMILIES.get(name.split("_")[0], rows) for name in launches}
     actual = {name: getattr(family, f"choose_{name}") for name, family in families.items()}
@@ -35,5 +54,5 @@ def forced(**launches: object) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for calls in (CALLS, added.CALLS, qk.CALLS, conditioned.CALLS, inputs_only.CALLS):
+    for calls in (CALLS, added.CALLS, qk.CALLS, conditioned.CALLS, inputs_only.CALLS, quantized.CALLS):
         calls.clear()

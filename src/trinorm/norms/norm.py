@@ -185,6 +185,10 @@ class Norm(ABC):
         """How many a form has of an x of this shape: of its elements, and of the scales that are taken of them."""
         return 0
 
+    def choice(self, pass_: str) -> str:
+        """Which of tuning's choices is its launch of a pass, by the name that ``forced`` knows."""
+        return f"{self.family}_{pass_}"
+
     def x_shape(self, shape: Shape) -> Shape:
         """x's, which is the shape but of OfHeads."""
         return shape

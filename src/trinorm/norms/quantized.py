@@ -56,6 +56,9 @@ class OfQuantized(OfRows):
         scales = 0 if form.scaling == "tensor" else form.scales(n) * form.scale_dtype.itemsize
         return m * (n // form.packed + scales)
 
+    def choice(self, pass_: str) -> str:
+        return "quantized"
+
     def held_bytes(self, dtype: torch.dtype) -> int:
         """Of an element of an x of this dtype, as a program holds it."""
         from ..ops import quantized
