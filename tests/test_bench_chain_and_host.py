@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trinorm import cli
 from trinorm.bench import cases, host, measure, predict, providers, report, timing
-from trinorm.bench.cases import CHAIN, CONDITIONED_SHAPES, HOST_PASSES, LINKS, NAMED_SHAPES, Case
+from trinorm.bench.cases import CHAIN, CONDITIONED_SHAPES, HOST, HOST_PASSES, LINKS, NAMED_SHAPES, Case
 from trinorm.bench.providers import OURS, Provider
 from trinorm.bench.records import Provenance, Record
 from trinorm.cli import bench
@@ -189,7 +189,7 @@ def measured(op: str, who: list[Provider], started: list[str]) -> list[Record]:
     return host.measure_host(of, who, HERE, torch.device("cpu"), _Silent(), started.append)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("op", cases.OPS)
+@pytest.mark.parametrize("op", [op for op in cases.OPS if not cases.OPS[op].lacking(HOST)])
 def test_functions_and_modules_are_measured_without_grad_with_it_and_with_the_backward(
     op: str, counted: list[tuple[bool, list[bool]]]
 ) -> None:

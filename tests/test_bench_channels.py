@@ -18,7 +18,7 @@ from trinorm.bench.cases import CHANNEL_SHAPES, CONDITIONED_SHAPES, OPS, PASSES,
 from trinorm.bench.providers import OURS, Provider
 from trinorm.bench.records import Provenance, Record
 from trinorm.cli import bench, inspect, main
-from trinorm.norms import ELEMENT_OPS, ROW_OPS, SUM_OPS
+from trinorm.norms import ELEMENT_OPS, QUANTIZED_OPS, ROW_OPS, SUM_OPS
 
 HERE = Provenance(gpu="Made-up GPU 9", torch="0.0", triton="0.0", commit=None, date="2000-01-01")
 STILL = SimpleNamespace(synchronize=lambda: None)
@@ -34,7 +34,7 @@ def case(op: str, pass_: str, layout: str = "channels_last") -> Case:
 def test_every_op_is_of_rows_of_channels_or_of_heads() -> None:
     assert (
         {op for op in OPS if OPS[op].of_rows}
-        == {*ROW_OPS, *SUM_OPS}
+        == {*ROW_OPS, *SUM_OPS, *QUANTIZED_OPS}
         == set(OPS) - {*CHANNELS, *CONDITIONED_SHAPES, *ELEMENT_OPS, "qk_norm"}
     )
 

@@ -76,7 +76,8 @@ def test_the_ceiling_is_one_copy_of_both_or_one_addcmul(op: str) -> None:
     inputs = case(op, "backward").draw(CPU)
     (three,) = measure.ceiling_calls(case(op, "backward"), [inputs])
     assert torch.equal(_tensor(three()), torch.addcmul(inputs.x, *inputs.gradients))
-    negated = measure.ceiling_call(case(op, "forward").draw(CPU), copy=lambda x, out: torch.neg(x, out=out))
+    of = case(op, "forward")
+    negated = measure.ceiling_call(of, of.draw(CPU), copy=lambda x, out: torch.neg(x, out=out))
     assert _tensor(negated()).numel() == 2 * inputs.x.numel()
 
 

@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 
 from trinorm.bench import counters
-from trinorm.bench.cases import OPS, PASSES, Case
+from trinorm.bench.cases import CHANNEL_SHAPES, OPS, PASSES, Case
 from trinorm.bench.counters import Kernel, Refused
 from trinorm.cli import main, profile
+from trinorm.norms import ROW_OPS, SUM_OPS
 
 SAMPLE = (Path(__file__).parent / "data" / "ncu.csv").read_text()
 CASE = Case("layer_norm", "backward", (8192, 4096), torch.bfloat16, torch.bfloat16)
@@ -121,7 +122,7 @@ def test_table_stands_between_the_ceiling_and_the_fewest_bytes() -> None:
 
 
 @pytest.mark.parametrize("pass_", PASSES)
-@pytest.mark.parametrize("op", [op for op in OPS if OPS[op].norm.family in ("rows", "channels")])
+@pytest.mark.parametrize("op", [*ROW_OPS, *SUM_OPS, *CHANNEL_SHAPES])
 def test_bytes_are_read_or_written(op: str, pass_: str) -> None:
     case = Case(op, pass_, (6, 40), torch.float16, torch.float32)
     x, weights = 6 * 40 * 2, 40 * 4 * (1 + OPS[op].norm.biased)

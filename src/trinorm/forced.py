@@ -17,6 +17,8 @@ from .ops import (
     inputs_only,
     poly_rows,
     qk,
+    quantized,
+    quantized_rows,
     rows,
 )
 
@@ -27,6 +29,7 @@ _FAMILIES = {
     "gated": gated_sum_rows,
     "dynamic": dynamic_rows,
     "poly": poly_rows,
+    "quantized": quantized_rows,
 }
 
 
@@ -36,9 +39,9 @@ def forced(**launches: object) -> Iterator[None]:
     size.
 
     By the names of tuning's choices: ``forced(forward=launch)`` is what ``choose_forward`` then gives, and QK-norm's
-    are ``heads_forward`` and ``heads_backward``, conditioned norms' ``conditioned_forward`` and so on. Remembered
-    calls are forgotten before and after; a call captured in a graph stays what it is, and a backward is its
-    forward's.
+    are ``heads_forward`` and ``heads_backward``, conditioned norms' ``conditioned_forward`` and so on, a quantized
+    result's ``quantized``. Remembered calls are forgotten before and after; a call captured in a graph stays what it
+    is, and a backward is its forward's.
     """
     families = {name: _FAMILIES.get(name.split("_")[0], rows) for name in launches}
     actual = {name: getattr(family, f"choose_{name}") for name, family in families.items()}
@@ -54,5 +57,6 @@ def forced(**launches: object) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for calls in (CALLS, added.CALLS, qk.CALLS, conditioned.CALLS, gated_sum.CALLS, inputs_only.CALLS):
-        calls.clear()
+    CALLS.clear()
+    for family in (added, qk, conditioned, gated_sum, inputs_only, quantized):
+        family.CALLS.clear()

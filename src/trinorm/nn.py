@@ -1,8 +1,8 @@
-"""Modules: torch.nn's own norms, computed by trinorm; AddLayerNorm and AddRMSNorm, which take a residual besides, and
-ModulatedLayerNorm and ModulatedRMSNorm, which take a scale and a shift, AddModulatedLayerNorm and AddModulatedRMSNorm, which
-take a residual and a gate too; QuantizedLayerNorm and QuantizedRMSNorm, which are told a format of 8 bits or 4; and ChannelLayerNorm, QKNorm, GatedLayerNorm, GatedRMSNorm, PerHeadLayerNorm, PerHeadRMSNorm,
-L2Norm, ScaleNorm, PartialRMSNorm, LayerNormLinear, RMSNormLinear, DynamicTanh, DynamicErf and PolyNorm, which torch.nn has
-not.
+"""Modules: torch.nn's own norms, computed by trinorm; AddLayerNorm and AddRMSNorm, which take a residual besides,
+ModulatedLayerNorm and ModulatedRMSNorm, which take a scale and a shift, and AddModulatedLayerNorm and AddModulatedRMSNorm,
+which take a residual and a gate too; QuantizedLayerNorm and QuantizedRMSNorm, which are told a format of 8 bits or 4; and
+ChannelLayerNorm, QKNorm, GatedLayerNorm, GatedRMSNorm, PerHeadLayerNorm, PerHeadRMSNorm, L2Norm, ScaleNorm, PartialRMSNorm,
+LayerNormLinear, RMSNormLinear, DynamicTanh, DynamicErf and PolyNorm, which torch.nn has not.
 
 Each but these fourteen is a subclass of torch's with the same constructor, parameters, ``state_dict`` and repr, so
 checkpoints load both ways and ``isinstance`` keeps working; only ``forward`` differs. The attributes ``save`` ("input"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cases import LAYOUTS, layouts
-from ..norms import ELEMENT_OPS, NORMS, ROW_OPS, SUM_OPS, VARIANTS, Norm, OfConditioned, OfHeads, Shape
+from ..norms import ELEMENT_OPS, NORMS, ROW_OPS, SUM_OPS, VARIANTS, Norm, OfConditioned, OfHeads, OfQuantized, Shape
 from .inputs import Inputs
 
 # The passes of one norm. A chain is a forward many times over, each norm's y the next one's x, and its sum, where there is
@@ -26,6 +26,8 @@ SUM_CEILINGS = {"forward": "two copies", "backward": "addcmul", CHAIN: "two copi
 GATED_CEILINGS = {"forward": "add", "backward": "2½ copies"}
 # Of a gated sum: two that become two; x, dy, the sum and its gradient that become two, in the bytes of three copies.
 GATED_SUM_CEILINGS = {"forward": "two copies", "backward": "three copies"}
+# Of a quantized result: half of the bytes that move, in one copy.
+QUANTIZED_CEILINGS = {"forward": "equal copy"}
 # What an eager call costs the host. The kernels' size does not enter, so these are measured at one small shape.
 HOST = "host"
 HOST_PASSES = ("host_forward", "host_forward_with_grad", "host_forward_and_backward")
@@ -88,7 +90,7 @@ CONDITIONED_SHAPES: dict[str, tuple[Shape, ...]] = {
     "partial_rms_norm": ((4, 2048, 4096), (64, 1, 4096)),
 }
 
-# Of DyT, Derf and PolyNorm, rows × columns: as of rows, fewer.
+# Of DyT, Derf, PolyNorm and quantized results, rows × columns: as of rows, fewer.
 ELEMENT_SHAPES: tuple[Shape, ...] = ((32768, 1024), (8192, 4096), (8192, 8192), (16, 4096))
 
 # Shapes by name, for --shapes, of each op that they are for. Of rows, every width from 64 to 262144 and the row counts of
@@ -155,7 +157,15 @@ class Op:
         """Of each pass, what torch moves the same bytes with."""
         if self.norm.of_gated_sum:
             return GATED_SUM_CEILINGS
+        if self.norm.form is not None:
+            return QUANTIZED_CEILINGS
         return SUM_CEILINGS if self.norm.of_sum else GATED_CEILINGS if self.norm.gated else CEILINGS
+
+    def lacking(self, pass_: str) -> str | None:
+        """Why a pass is not measured; None where it is."""
+        if self.norm.form is None or pass_ in self.ceilings:
+            return None
+        return "a quantized result's forward is measured alone, as its backward is the row norms' own"
 
 
 # By the function's name, or a variant's: what a table calls it, and its usual eps.
@@ -184,10 +194,13 @@ _TITLES = {
 # Those that are measured unless others are named, and those of a host's passes.
 _SHAPES = CHANNEL_SHAPES | dict.fromkeys(ROW_OPS, SHAPES) | dict.fromkeys(SUM_OPS, SUM_SHAPES) | {"qk_norm": HEAD_SHAPES}
 _HOSTS: dict[str, Shape] = dict.fromkeys(CHANNEL_SHAPES, (2, 64, 8, 8)) | dict.fromkeys(ROW_OPS + SUM_OPS, SEED_SHAPE)
-_SHAPES |= CONDITIONED_SHAPES | dict.fromkeys(ELEMENT_OPS, ELEMENT_SHAPES)
-_HOSTS |= {"qk_norm": (128, 8, 2, 64)} | dict.fromkeys(CONDITIONED_SHAPES, (2, 64, 768))
-_HOSTS |= dict.fromkeys(ELEMENT_OPS, SEED_SHAPE)
 _NORMS = NORMS | VARIANTS
+_QUANTIZED = {name: norm for name, norm in _NORMS.items() if isinstance(norm, OfQuantized)}
+_OF_ROWS = {name: _TITLES[norm.spec.name] for name, norm in _QUANTIZED.items()}
+_TITLES |= {name: (f"{title} to {_QUANTIZED[name].format}", eps) for name, (title, eps) in _OF_ROWS.items()}
+_SHAPES |= CONDITIONED_SHAPES | dict.fromkeys((*ELEMENT_OPS, *_QUANTIZED), ELEMENT_SHAPES)
+_HOSTS |= {"qk_norm": (128, 8, 2, 64)} | dict.fromkeys(CONDITIONED_SHAPES, (2, 64, 768))
+_HOSTS |= dict.fromkeys((*ELEMENT_OPS, *_QUANTIZED), SEED_SHAPE)
 OPS = {name: Op(title, _NORMS[name], eps, _SHAPES[name], _HOSTS[name]) for name, (title, eps) in _TITLES.items()}
 
 
@@ -256,8 +269,13 @@ class Case:
 
     @property
     def worthwhile(self) -> bool:
-        """Whether its time says something: a chain of large norms takes what they take alone."""
-        return self.pass_ != CHAIN or (OPS[self.op].chained and self.elements < SMALL_BELOW)
+        """Whether its time says something: a chain of large norms takes what they take alone; and where no kernel serves,
+        it would be that of torch's operators.
+        """
+        op = OPS[self.op]
+        if op.lacking(self.pass_) is not None or not op.norm.serves(self.shape, self.dtype):
+            return False
+        return self.pass_ != CHAIN or (op.chained and self.elements < SMALL_BELOW)
 
     @property
     def bytes(self) -> int:
@@ -265,26 +283,40 @@ class Case:
 
         forward, and each link of a chain: x, weight, bias; y. backward: x, dy, weight; dx, dw, db. Of a sum, forward: the
         residual too; and the sum. backward: the sum in x's place, and its gradient; dx, which is the residual's gradient.
-        Of QK-norm both read cos and sin too; a gate is read by both, and has a gradient, as numbers do. The saved
-        statistics are not counted: they follow from x.
+        Of QK-norm both read cos and sin too; a gate is read by both, and has a gradient, as numbers do. Of a quantized
+        result: its elements and scales in y's place. The saved statistics are not counted: they follow from x.
         """
         return self.bytes_read + self.bytes_written
 
     @property
     def bytes_read(self) -> int:
         """Those of ``bytes`` that are read."""
-        angles = OPS[self.op].norm.angles(self.shape, self.dtype, torch.device("meta")) or ()
+        norm, meta = OPS[self.op].norm, torch.device("meta")
+        besides = (*(norm.angles(self.shape, self.dtype, meta) or ()), norm.tensor_scale(meta))
         read = self._bytes(self.moved[0]) + self._bytes_of_parameters(bias=not self.backward)
-        return read + sum(t.nbytes for t in angles)
+        return read + sum(t.nbytes for t in besides if t is not None)
 
     @property
     def bytes_written(self) -> int:
         """Those of ``bytes`` that are written."""
-        return self._bytes(self.moved[1]) + (self._bytes_of_parameters(bias=True) if self.backward else 0)
+        parameters = self._bytes_of_parameters(bias=True) if self.backward else 0
+        return self._bytes(self.moved[1]) + self.bytes_stored + parameters
+
+    @property
+    def bytes_stored(self) -> int:
+        """Those of a quantized result."""
+        return OPS[self.op].norm.bytes_stored(self.shape)
+
+    @property
+    def bytes_of_ceiling(self) -> int:
+        """What the ceiling reads and writes."""
+        return self._bytes(sum(self.moved)) + self.bytes_stored
 
     @property
     def moved(self) -> tuple[int, int]:
-        """How many tensors of x's size are read, and how many written: by the ceiling, these alone."""
+        """How many tensors of x's size are read, and how many written: by the ceiling, these alone, and what is stored."""
+        if OPS[self.op].norm.form is not None:
+            return (1, 0)
         if OPS[self.op].norm.gated:
             return (3, 2) if self.backward else (2, 1)
         if OPS[self.op].norm.of_gated_sum:
@@ -335,6 +367,7 @@ class Case:
             residual=like_x(norm.of_sum),
             dsum=like_x(norm.of_sum and self.backward),
             numbers=tuple(0.5 + normal(1, dtype=self.weight_dtype) / 8 for _ in range(norm.numbers)),
+            tensor_scale=norm.tensor_scale(x.device),
         )
 
     def _of_heads(self, norm: OfHeads, normal: Callable[..., Tensor], device: torch.device) -> Inputs:

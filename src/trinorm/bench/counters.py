@@ -120,7 +120,7 @@ def run_once(op: str, pass_: str, shape: Shape, dtype: str, layout: str) -> None
     with torch.set_grad_enabled(case.backward):
         (norm,) = calls_of(ours.build(case), [inputs])
     # torch's copy is no kernel, and is not counted; its neg reads and writes the same.
-    ceiling = ceiling_call(inputs, copy=lambda x, out: torch.neg(x, out=out))
+    ceiling = ceiling_call(case, inputs, copy=lambda x, out: torch.neg(x, out=out))
 
     def run() -> None:
         with torch.set_grad_enabled(case.backward):

@@ -15,6 +15,7 @@ class Inputs(NamedTuple):
     chain's have a row of weights a link. Of QK-norm x, weight and dy are the queries', beside the keys' own, and cos and
     sin, which have no gradient. Of a modulated norm weight and bias are the scale and the shift; of a sum gate is x's.
     numbers: alpha, and shift.
+    tensor_scale: the number of the whole tensor that a format may ask for.
     """
 
     x: Tensor
@@ -29,11 +30,14 @@ class Inputs(NamedTuple):
     angles: tuple[Tensor, Tensor] | None = None
     gate: Tensor | None = None
     numbers: tuple[Tensor, ...] = ()
+    tensor_scale: Tensor | None = None
 
     @property
     def arguments(self) -> tuple[Tensor, ...]:
-        """As Norm.function takes them: x, key, residual, gate, numbers, weight, key's, bias, cos and sin: what there is."""
-        return *self.leaves, *(self.angles or ())
+        """As Norm.function takes them, what there is: x, key, residual, gate, numbers, weight, key's, bias, cos and sin,
+        tensor_scale.
+        """
+        return *self.leaves, *(self.angles or ()), *_present(self.tensor_scale)
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:

@@ -98,8 +98,7 @@ class Prediction:
         speed, case = TARGETS[self.target].speed, self.case
         if speed is None or self.microseconds is None:
             return None
-        moved = sum(case.moved) * case.elements * case.dtype.itemsize
-        return (speed.launch + moved / speed.memory) * 1e6 / self.microseconds
+        return (speed.launch + case.bytes_of_ceiling / speed.memory) * 1e6 / self.microseconds
 
     def to_json(self) -> Iterator[str]:
         """One line for each kernel, which says with what it was compiled."""

@@ -61,10 +61,10 @@ class Record:
 
     device_us: median device time of a call, or of one norm of a chain. host_us: median host time of an eager call: of the
     forward without grad, of ``torch.autograd.grad`` alone, or of what a pass of HOST_PASSES names. ceiling_us: the copy
-    (forward), the add (backward) or a link of the chain of copies, of the same run; of a sum, two copies or addcmul. bytes:
-    the fewest that the pass can move. rotated: the sets of buffers rotated through. ok: whether ``trinorm.compare`` finds
-    the result right; error_ratio: its largest distance from float64 over that of torch's own. failure: why a figure is
-    missing.
+    (forward), the add (backward) or a link of the chain of copies, of the same run; of a sum, two copies or addcmul; of a
+    quantized result, a copy of half of what moves. bytes: the fewest that the pass can move. rotated: the sets of buffers
+    rotated through. ok: whether ``trinorm.compare`` finds the result right; error_ratio: its largest distance from float64
+    over that of torch's own. failure: why a figure is missing.
     first_call_s: wall seconds from before the provider builds its norm until its first result is on the GPU, a backward's
     forward included; where nothing is cached that is mostly compiling, but for torch, which has nothing to compile. A chain
     has none, since its first call is one of those that warm its graph up, nor has a host time, whose norm is called in

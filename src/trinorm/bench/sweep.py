@@ -17,8 +17,8 @@ from .. import tuning
 from ..forced import forced
 from ..inspection import compile_call
 from ..launch import describe
-from ..norms import OfConditioned, OfHeads, OfRows, Shape
-from ..ops import heads
+from ..norms import OfConditioned, OfDynamic, OfHeads, OfPoly, OfQuantized, OfRows, Shape
+from ..ops import dynamic_rows, heads
 from ..tuning import Heads, RowBackwardSplit, RowBackwardWide, RowForwardSplit, RowForwardWide, Tile
 from .cases import OPS, Case, Inputs
 from .measure import TimedCall, ceiling_calls, compared, expect, reason
@@ -28,15 +28,6 @@ from .timing import device_time, sets_past_l2
 
 # One of tuning's frozen dataclasses.
 Launch = Any
-
-_CHOOSE: dict[str, Callable[..., Launch]] = {
-    "forward": tuning.choose_forward,
-    "backward": tuning.choose_backward,
-    "heads_forward": tuning.choose_heads_forward,
-    "heads_backward": tuning.choose_heads_backward,
-    "conditioned_forward": tuning.choose_conditioned_forward,
-    "conditioned_backward": tuning.choose_conditioned_backward,
-}
 
 # What each field besides the tiles may be. A new field needs a line here to be swept.
 _VALUES: dict[str, Sequence[Any]] = {
@@ -52,8 +43,8 @@ _VALUES: dict[str, Sequence[Any]] = {
     "heads": (1, 2, 4, 8, 16),
 }
 
-# What conditioned norms' kernels know of a launch.
-_OF_CONDITIONED = ("tile", "stages", "per_sm", "stream")
+# What kernels of other norms of rows than LayerNorm and RMSNorm know of a launch.
+_OF_OTHERS = ("tile", "stages", "per_sm", "stream")
 
 # Launches that go through a row in steps, and do not hold it.
 _STEPPING = (RowForwardWide, RowForwardSplit, RowBackwardWide, RowBackwardSplit)
@@ -65,6 +56,8 @@ _HELD = 64
 _SHARED_TILE = 16384
 _CHUNKS = (256, 8192)
 _MOST_ROWS, _MOST_WARPS = 64, 32
+# Of programs that have columns of their own: a chunk, and warps.
+_COLUMNS, _WARPS_OF_COLUMNS = (128, 2048), (2, 8)
 
 # How many of the best so far the next field is varied for.
 _KEPT = 4
@@ -109,29 +102,37 @@ class Trial:
 
 def choice(op: str, pass_: str) -> str:
     """Which of tuning's choices is an op's, by the name that ``forced`` knows."""
-    family = OPS[op].norm.family
-    return pass_ if family == "rows" else f"{family}_{pass_}"
+    return OPS[op].norm.choice(pass_)
+
+
+def _choose(op: str, pass_: str) -> Callable[..., Launch]:
+    found: Callable[..., Launch] = getattr(tuning, f"choose_{choice(op, pass_)}")
+    return found
 
 
 def kinds(op: str, pass_: str) -> dict[str, type]:
     """The kinds of launch that tuning may choose for a pass of an op, by name."""
-    hint = get_type_hints(_CHOOSE[choice(op, pass_)])["return"]
+    hint = get_type_hints(_choose(op, pass_))["return"]
     return {kind.__name__: kind for kind in get_args(hint) or (hint,)}
 
 
 def chosen(case: Case, device: torch.device) -> Launch:
     """What tuning chooses for the case."""
     itemsize = 8 if torch.float64 in (case.dtype, case.weight_dtype) else case.dtype.itemsize
-    norm, choose = OPS[case.op].norm, _CHOOSE[choice(case.op, case.pass_)]
+    norm, choose = OPS[case.op].norm, _choose(case.op, case.pass_)
     if isinstance(norm, OfHeads):
         *tokens, queries, keys, n = case.shape
         return choose(math.prod(tokens), (queries, keys), n, itemsize, describe(device))
     if isinstance(norm, OfConditioned):
         members, sets, n = norm.sets(case.shape)
         if case.backward:
-            return choose(members, sets, n, itemsize, describe(device), norm.gated, False)
+            gated = () if norm.of_gated_sum else (norm.gated,)
+            return choose(members, sets, n, itemsize, describe(device), *gated, False)
         return choose(members * sets, n, itemsize, describe(device))
+    if isinstance(norm, OfDynamic | OfPoly):
+        return choose(*case.shape, itemsize, describe(device))
     assert isinstance(norm, OfRows)
+    itemsize = norm.held_bytes(case.dtype) if isinstance(norm, OfQuantized) else itemsize
     return choose(norm.spec, *case.shape, itemsize, describe(device))
 
 
@@ -168,6 +169,15 @@ def tiles_of_heads(n: int) -> Iterator[Tile]:
             yield Tile(rows_, chunk, warps)
 
 
+def tiles_of_columns(n: int) -> Iterator[Tile]:
+    """Tiles worth trying where a program has some of the columns of rows of n elements, and needs no others."""
+    row = 1 << (n - 1).bit_length()
+    sizes = (_powers(*(min(row, bound) for bound in _COLUMNS)), _powers(1, _MOST_ROWS), _powers(*_WARPS_OF_COLUMNS))
+    for chunk, rows_, warps in itertools.product(*sizes):
+        if _LOADED[0] <= rows_ * chunk / (32 * warps) <= _LOADED[1]:
+            yield Tile(rows_, chunk, warps)
+
+
 def _powers(least: int, most: int) -> list[int]:
     """The powers of two between two numbers."""
     return [1 << k for k in range(most.bit_length()) if least <= 1 << k]
@@ -178,10 +188,12 @@ def variants(launch: Launch, field: str, case: Case) -> Iterator[Launch]:
     norm, n = OPS[case.op].norm, case.shape[-1]
     if isinstance(norm, OfConditioned):
         *_, n = norm.sets(case.shape)
-        if field not in _OF_CONDITIONED:
-            return
     if isinstance(launch, Heads):
         yield from _variants_of_heads(launch, field, case)
+    elif choice(case.op, case.pass_) != case.pass_ and field not in _OF_OTHERS:
+        return
+    elif field == "tile" and isinstance(norm, OfDynamic):
+        yield from (replace(launch, tile=tile) for tile in tiles_of_columns(n))
     elif field == "tile":
         for tile in tiles(n, held=not isinstance(launch, _STEPPING)):
             # The columns' tile of a launch that has one goes by the same warps.
@@ -249,12 +261,14 @@ def direct(case: Case, inputs: Inputs) -> TimedCall:
     op = OPS[case.op]
     if isinstance(op.norm, OfHeads):
         return _direct_of_heads(op.norm, op.eps, inputs)
+    if isinstance(op.norm, OfDynamic):
+        return _direct_of_dynamic(op.norm, inputs)
     of = inputs.of(op.eps)
     if inputs.dy is None:
         return lambda: op.norm.forward(of, save=False).y
     dy = inputs.dy
     _, mean, rstd = op.norm.forward(of, save=True)
-    assert rstd is not None
+    rstd = dy.new_empty(0) if rstd is None else rstd  # of a norm that keeps none
 
     def backward() -> tuple[torch.Tensor, ...]:
         dx, dw, db, *of_gate = op.norm.backward(dy, of, mean, rstd)
@@ -276,6 +290,22 @@ def _direct_of_heads(norm: OfHeads, eps: float, inputs: Inputs) -> TimedCall:
 
     def backward() -> tuple[torch.Tensor, ...]:
         found = heads.backward(norm.spec, query, key, of_query, of_key, turn)
+        return tuple(gradient for gradient in found if gradient is not None)
+
+    return backward
+
+
+def _direct_of_dynamic(norm: OfDynamic, inputs: Inputs) -> TimedCall:
+    """Alpha and shift are tensors of their own, as a caller has them."""
+    alpha, shift = (*inputs.numbers, None)[:2]
+    assert alpha is not None
+    given = dynamic_rows.Inputs(inputs.x, alpha, shift, inputs.weight, inputs.bias)
+    if inputs.dy is None:
+        return lambda: dynamic_rows.forward(norm.spec, 1, given)
+    dy, wanted = inputs.dy, (True,) * len(given)
+
+    def backward() -> tuple[torch.Tensor, ...]:
+        found = dynamic_rows.backward(norm.spec, 1, given, dy, wanted)
         return tuple(gradient for gradient in found if gradient is not None)
 
     return backward

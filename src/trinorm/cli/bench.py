@@ -49,8 +49,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[
         description=(
             "Check each result against float64, then time it: device time by CUDA-graph replay over buffers rotated past "
             "L2, host time of an eager call, beside what torch moves the same bytes with in the same run: copy (forward) "
-            "or add (backward), of a sum two copies or addcmul, with a gate add or copies of half of what moves. With no "
-            "GPU: check through Triton's interpreter, and show what compiling for an H200 tells."
+            "or add (backward), of a sum two copies or addcmul, with a gate add or copies of half of what moves, as of a "
+            "quantized result, whose forward is measured alone. With no GPU: check through Triton's interpreter, and show "
+            "what compiling for an H200 tells."
         ),
         epilog=(
             "The exit status is 1 where a result of trinorm's is wrong or was not measured, or, by --compare, worse or "
@@ -323,15 +324,16 @@ def _plan(args: argparse.Namespace, passes: Sequence[str], sweeps: bool) -> _Pla
         shapes = _shapes(args, op) if sweeps else shapes_of(op, args.shapes)
         # Of the host one small shape, whose record is a backward's but for the time.
         of = [Case(op, "backward", OPS[op].host, dtype, dtype)] if pass_ == HOST else _cases(table, shapes)
-        found[table] = [case for case in of if case.layout in args.layout]
+        found[table] = [case for case in of if case.worthwhile and case.layout in args.layout]
     return found
 
 
 def _nothing_of(plan: _Plan) -> list[str]:
     """A line for each table that nothing is measured for."""
     but = {CHAIN: "a chain is of norms below 2^22 elements", HOST: "host times are of contiguous tensors"}
+    other = "no such shape in such a layout"
     return [
-        f"{op} {pass_}, {str(dtype).removeprefix('torch.')}: {but.get(pass_, 'no such shape in such a layout')}"
+        f"{op} {pass_}, {str(dtype).removeprefix('torch.')}: {OPS[op].lacking(pass_) or but.get(pass_, other)}"
         for (op, pass_, dtype), cases in plan.items()
         if not cases
     ]

@@ -73,7 +73,8 @@ def steps_of(ops: Iterable[str], dtypes: Iterable[torch.dtype], device: torch.de
             known = road.HAS_TRITON or not case.values.extreme
             known = known and not (norm.weighted and case.weight == "absent")
             known = known and (norm.smooth or case.values.numbers)
-            if known and norm.takes(case.shape) and (norm.follows_scale or not case.values.scaled):
+            known = known and norm.takes(case.shape) and norm.serves(case.shape, dtype)
+            if known and (norm.follows_scale or not case.values.scaled):
                 by_width[case.shape[1:]].append(case)
         steps += [functools.partial(check_op, op, dtype, device, cases) for cases in by_width.values()]
         if dtype == torch.float64 and norm.smooth:

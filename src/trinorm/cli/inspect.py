@@ -106,6 +106,9 @@ def run(args: argparse.Namespace) -> int:
         for dtype, op, pass_ in itertools.product(args.dtype, args.op, args.passes)
         for case in Case.all(op, pass_, by_op[op], DTYPES[dtype])
     ]
+    if not cases:
+        nothing = dict.fromkeys(OPS[op].lacking(pass_) for op in args.op for pass_ in args.passes)
+        return refuse("inspect", "nothing to compile; " + "; ".join(filter(None, nothing)))
     shown = track(cases, "compile", console=Console(stderr=True), transient=True)
     predictions = predict(shown, args.target)
     if args.json is not None:

@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("rich") is None:
         return refuse("profile", "rich is not installed; pip install 'trinorm[bench]'")
 
+    if (lacking := OPS[args.op].lacking(args.pass_)) is not None:
+        return refuse("profile", f"--pass {args.pass_}: {lacking}")
     dtype = DTYPES[args.dtype]
     try:
         (shape,) = shapes_of(args.op, [args.shape])

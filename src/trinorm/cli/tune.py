@@ -19,7 +19,7 @@ import torch
 from ..bench.cases import CONDITIONED_SHAPES, OPS, PASSES, Case, shapes_of
 from ..bench.records import provenance
 from ..cases import DTYPES
-from ..norms import ROW_OPS
+from ..norms import ELEMENT_OPS, QUANTIZED_OPS, ROW_OPS
 from ..ops.road import HAS_TRITON, INTERPRETED
 from . import CONDITIONED, HEADS, refuse, shapes, unwritable, wide_console
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 5
 
-SWEPT = (*ROW_OPS, "qk_norm", *CONDITIONED_SHAPES)
+SWEPT = (*ROW_OPS, "qk_norm", *CONDITIONED_SHAPES, *ELEMENT_OPS, *QUANTIZED_OPS)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     from ..bench import sweep
     from ..targets import TARGETS
 
+    if (lacking := OPS[args.op].lacking(args.pass_)) is not None:
+        return refuse("tune", f"--pass {args.pass_}: {lacking}")
     kinds = sweep.kinds(args.op, args.pass_)
     if args.kind not in (None, *kinds):
         return refuse("tune", f"{args.kind!r} is not one of {', '.join(kinds)}")

@@ -5,6 +5,7 @@ What else a function takes is fixed here. ``trinorm check``, ``bench`` and ``ins
 
 from __future__ import annotations
 
+from ..formats import FORMAT_NAMES
 from ..relatives_functional import PART
 from ..spec import (
     BATCH_NORM,
@@ -33,6 +34,7 @@ __all__ = [
     "CONDITIONED_OPS",
     "ELEMENT_OPS",
     "NORMS",
+    "QUANTIZED_OPS",
     "ROW_OPS",
     "SUM_OPS",
     "VARIANTS",
@@ -113,9 +115,10 @@ VARIANTS: dict[str, Norm] = {
     "gated_rms_norm/sigmoid": OfConditioned(ConditionedNorm(RMS_NORM, "sigmoid")),
     "gated_rms_norm/llama": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("llama"), "silu")),
     "gated_rms_norm/gemma": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("gemma"), "silu")),
-    "quantized_rms_norm/int8_token": OfQuantized(RMS_NORM, "int8_token"),
-    "quantized_rms_norm/mxfp8": OfQuantized(RMS_NORM, "mxfp8"),
-    "quantized_rms_norm/nvfp4": OfQuantized(RMS_NORM, "nvfp4"),
+    **{f"quantized_rms_norm/{name}": OfQuantized(RMS_NORM, name) for name in FORMAT_NAMES if name != "fp8_token"},
     "per_head_rms_norm/llama": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("llama"))),
     "per_head_rms_norm/gemma": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("gemma"))),
 }
+
+# Both names and variants: each has a format.
+QUANTIZED_OPS = tuple(name for name, norm in (NORMS | VARIANTS).items() if norm.form is not None)

@@ -74,6 +74,9 @@ class OfDynamic(_OfElements):
     def name(self) -> str:
         return self.spec.name
 
+    def choice(self, pass_: str) -> str:
+        return f"dynamic_{pass_}"
+
     @property
     def residual(self) -> bool:
         return True
@@ -177,6 +180,9 @@ class OfPoly(_OfElements):
         from ..ops.conditioned import MOST_OF_ROW
 
         return f"rows x columns, of which there are at most {MOST_OF_ROW}"
+
+    def choice(self, pass_: str) -> str:
+        return f"poly_{pass_}"
 
     @property
     def weighted(self) -> bool:

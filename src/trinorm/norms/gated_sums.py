@@ -45,6 +45,9 @@ class OfGatedSums(OfConditioned):
     def of_gated_sum(self) -> bool:
         return True
 
+    def choice(self, pass_: str) -> str:
+        return f"gated_sum_{pass_}"
+
     def residual_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.promote_types(dtype, torch.float32) if self.wide else dtype
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from ..channel_reference import ChannelGradients, Given
+from ..formats import Format
 from ..gated_sum_reference import GatedSumGradients
 from ..reference import Exact
 from ..spec import RowNorm
@@ -20,8 +21,8 @@ Shape = tuple[int, ...]
 
 Gradients = ChannelGradients | GatedSumGradients
 
-# y, or (y, sum).
-Results = Tensor | tuple[Tensor, ...]
+# y, (y, sum), or a Quantized.
+Results = Tensor | tuple[Any, ...]
 
 MOMENTUM = 0.1
 
@@ -70,9 +71,9 @@ class Arguments(NamedTuple):
 
 
 class Normalized(NamedTuple):
-    """What kernels leave: y, and the statistics of the rows, where a backward asks for them."""
+    """What kernels leave: y, or what is stored of it, and the statistics of the rows, where a backward asks for them."""
 
-    y: Tensor
+    y: Results
     mean: Tensor | None
     rstd: Tensor | None
 
@@ -155,6 +156,11 @@ class Norm(ABC):
         return False
 
     @property
+    def form(self) -> Format | None:
+        """What y is stored in; None where it has x's dtype."""
+        return None
+
+    @property
     def results(self) -> tuple[str, ...]:
         """What the function returns."""
         return ("y", "sum") if self.of_sum else ("y",)
@@ -180,6 +186,18 @@ class Norm(ABC):
         """Whether there is such a norm of an x of this shape."""
         return len(shape) >= 2
 
+    def serves(self, shape: Shape, dtype: torch.dtype) -> bool:
+        """Whether there is a kernel for it in this dtype too."""
+        return True
+
+    def bytes_stored(self, shape: Shape) -> int:
+        """How many a form has of an x of this shape: of its elements, and of the scales that are taken of them."""
+        return 0
+
+    def choice(self, pass_: str) -> str:
+        """Which of tuning's choices is its launch of a pass, by the name that ``forced`` knows."""
+        return f"{self.family}_{pass_}"
+
     def x_shape(self, shape: Shape) -> Shape:
         """x's, which is the shape but of OfHeads."""
         return shape
@@ -198,6 +216,10 @@ class Norm(ABC):
 
     def angles(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """(cos, sin) where there is a rotary embedding."""
+        return None
+
+    def tensor_scale(self, device: torch.device) -> Tensor | None:
+        """The number of the whole tensor that a format may ask for."""
         return None
 
     def parts(self, of: Arguments, what: str, t: Tensor) -> dict[str, Tensor]:
@@ -246,7 +268,8 @@ class Norm(ABC):
     def function(
         self, functions: ModuleType, shape: Shape, eps: float, running: Given | None = None
     ) -> Callable[..., Results]:
-        """Of x; the residual, where there is one, and a gate beside it; weight; and bias, where there may be one:
+        """Of x; the residual, where there is one, and a gate beside it; weight; bias, where there may be one; tensor_scale,
+        where there is one:
         trinorm.functional's or torch.nn.functional's, called as users call it, with nothing of this class in the way.
         shape: x's.
         """
