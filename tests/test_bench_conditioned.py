@@ -81,6 +81,7 @@ def test_parameters_and_gates_are_chunks_of_projections() -> None:
 @pytest.mark.parametrize("op", CONDITIONED_SHAPES)
 def test_the_ceiling_moves_as_many_bytes(op: str) -> None:
     names = ("add", "2½ copies") if op in GATED else ("copy", "add")
+    names = ("two copies", "three copies") if op.startswith("add_") else names
     for pass_, name in zip(PASSES, names, strict=True):
         of = case(op, pass_)
         assert OPS[op].ceilings[pass_] == name
@@ -118,11 +119,13 @@ def test_trinorm_and_torchs_users_are_found_right(op: str, pass_: str, device: t
     """Those in fp32: of 16 bits they round more often than torch's own, and a table says so."""
     names = ["dx", "dgate", "dw"] if op in GATED else ["dx", "dscale", "dshift"] if "modulated" in op else ["dx", "dw"]
     names = ["dx"] if op == "l2_norm" else names  # of no weight
+    results = ["y", "sum"] if op.startswith("add_") else ["y"]
+    names = ["dx", "dr", "dgate", *names[1:]] if op.startswith("add_") else names
     for provider in providers.load(["torch"])[0]:
         for dtype in (torch.float32, torch.bfloat16)[: 2 if provider.name == providers.OURS else 1]:
             of = case(op, pass_, dtype)
             found = verified(provider.build(of), of, device)
-            assert [one.what for one in found] == (names if pass_ == "backward" else ["y"])
+            assert [one.what for one in found] == (names if pass_ == "backward" else results)
             assert all(one.ok for one in found), (provider.name, found)
 
 

@@ -119,6 +119,8 @@ def test_public_names_are_there_and_documented() -> None:
     assert trinorm.functional.__all__ == [
         "Quantized",
         "add_layer_norm",
+        "add_modulated_layer_norm",
+        "add_modulated_rms_norm",
         "add_rms_norm",
         "batch_norm",
         "channel_layer_norm",

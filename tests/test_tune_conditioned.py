@@ -14,7 +14,7 @@ from trinorm.bench import sweep
 from trinorm.bench.cases import CONDITIONED_SHAPES, OPS, PASSES, Case
 from trinorm.cli.tune import SWEPT
 from trinorm.forced import forced
-from trinorm.ops import conditioned, conditioned_rows
+from trinorm.ops import conditioned_rows, gated_sum_rows
 from trinorm.tuning import RowBackward, RowForward, Tile
 
 META = torch.device("meta")
@@ -28,8 +28,9 @@ def case(op: str, pass_: str, shape: tuple[int, ...] = SMALL, dtype: torch.dtype
 def asked(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]]:
     """What tuning's choice of this name is asked from here on."""
     found: list[tuple[Any, ...]] = []
-    choose = getattr(conditioned_rows, name)
-    monkeypatch.setattr(conditioned_rows, name, lambda *given: (found.append(given), choose(*given))[1])
+    host = conditioned_rows if "conditioned" in name else gated_sum_rows
+    choose = getattr(host, name)
+    monkeypatch.setattr(host, name, lambda *given: (found.append(given), choose(*given))[1])
     return found
 
 
@@ -40,10 +41,10 @@ def test_what_is_chosen_today_is_what_runs_and_among_the_candidates(
 ) -> None:
     assert op in SWEPT
     of = case(op, pass_)
-    given = asked(monkeypatch, f"choose_conditioned_{pass_}")
-    conditioned.CALLS.clear()
+    name = f"choose_{sweep.choice(op, pass_)}"
+    given = asked(monkeypatch, name)
     sweep.direct(of, of.draw(device))()
-    choose = getattr(sweep.tuning, f"choose_conditioned_{pass_}")
+    choose = getattr(sweep.tuning, name)
     today = sweep.chosen(of, device)
     assert today == choose(*given[-1])
     assert sweep.kinds(op, pass_) == {type(today).__name__: type(today)}

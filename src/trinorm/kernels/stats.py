@@ -17,7 +17,7 @@ TRUSTED_MIN: tl.constexpr = tl.constexpr(1e-30)
 TRUSTED_MAX: tl.constexpr = tl.constexpr(3e38)
 
 # A mean whose square is so many times the variance, both from a pivot on, leaves rstd within 1.7e-7, where plain sums leave
-# it within 1.2e-7 and torch within 1.6e-7 (1200 rows, of 1100 and 4096 columns; by 4 times it was 7.7e-7): further off is one
+# it within 1.2e-7 and torch within 1.6e-7 (1200 rows of 1100 and 4096 columns; by 4 times it was 7.7e-7): further off is one
 # row of 1900, where elements are normal and the pivot the mean of sixteen.
 _FAR: tl.constexpr = tl.constexpr(0.75)
 
