@@ -132,9 +132,9 @@ def test_scales_or_data_of_another_are_found(op: str, device: torch.device) -> N
     assert right.ok
     scale = found.scale.view(torch.uint8) if found.scale.itemsize == 1 else found.scale
     others = scale + 8 if scale.dtype == torch.uint8 else 2 * scale
-    wrong = (found._replace(scale=others.view(found.scale.dtype)), found._replace(data=found.data.roll(1, 0)))
-    for one in wrong if found.data.dtype != torch.float4_e2m1fn_x2 else wrong[:1]:
-        assert not measure.compared(one, expected)[0].ok
+    data = found.data.view(torch.uint8).roll(1, 0).view(found.data.dtype)
+    for wrong in (found._replace(scale=others.view(found.scale.dtype)), found._replace(data=data)):
+        assert not measure.compared(wrong, expected)[0].ok
 
 
 # --- what is compiled ---
