@@ -78,10 +78,14 @@ def trusted(power):
 
 @triton.jit
 def power_of_two_below(largest):
-    """The power of two under ``largest`` (fp32, >= 0), within 2^±126 so that its reciprocal is normal too."""
-    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
-    unit = exponent.to(tl.float32, bitcast=True)
-    return tl.minimum(tl.maximum(unit, 1.1754943508222875e-38), 8.507059173023462e37)
+    """The power of two under ``largest`` (>= 0), within 2^±126 (fp64: 2^±1022) so that its reciprocal is normal too."""
+    if largest.dtype == tl.float64:
+        unit = (largest.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+        return tl.minimum(tl.maximum(unit, 2.2250738585072014e-308), 4.49423283715579e307)
+    else:
+        exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+        unit = exponent.to(tl.float32, bitcast=True)
+        return tl.minimum(tl.maximum(unit, 1.1754943508222875e-38), 8.507059173023462e37)
 
 
 @triton.constexpr_function
