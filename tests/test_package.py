@@ -143,6 +143,7 @@ def test_public_names_are_there_and_documented() -> None:
         "rms_norm",
         "rms_norm_linear",
         "scale_norm",
+        "weight_norm",
     ]
     for owner, name in (
         *((trinorm, name) for name in trinorm.__all__),

@@ -32,6 +32,7 @@ from trinorm.ops import (
     qk,
     road,
     rows,
+    weight_rows,
 )
 from trinorm.spec import (
     BATCH_NORM,
@@ -123,7 +124,7 @@ def by_kernels() -> Iterator[None]:
     for calls in (CALLS, added.CALLS, channel.CALLS, qk.CALLS, conditioned.CALLS, inputs_only.CALLS):
         calls.clear()  # what other shards had recorded would be repeated, past who looks at launches here
     names: set[str] = set()
-    hosts = rows, channels, channel_layers, heads, conditioned_rows, dynamic_rows, poly_rows
+    hosts = rows, channels, channel_layers, heads, conditioned_rows, dynamic_rows, poly_rows, weight_rows
     actual = rows.launch
     for host in hosts:
         host.launch = lambda kernel, *args: (names.add(kernel.__name__), actual(kernel, *args))[1]

@@ -23,11 +23,22 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from .launch import plain
-from .ops import channel_layers, channels, conditioned_rows, dynamic_rows, heads, poly_rows, quantized_rows, rows, start
+from .ops import (
+    channel_layers,
+    channels,
+    conditioned_rows,
+    dynamic_rows,
+    heads,
+    poly_rows,
+    quantized_rows,
+    rows,
+    start,
+    weight_rows,
+)
 from .targets import TARGETS, Target
 
 # Where launches are made.
-_HOSTS = rows, channels, channel_layers, conditioned_rows, dynamic_rows, heads, poly_rows, quantized_rows
+_HOSTS = rows, channels, channel_layers, conditioned_rows, dynamic_rows, heads, poly_rows, quantized_rows, weight_rows
 
 # Kinds of instruction, by how their mnemonics start; the first that fits counts. What none fits is "alu": integers, logic,
 # comparisons, moves. Widening bf16 is one of those (a shift); narrowing to it is a conversion.
@@ -329,6 +340,7 @@ def recorded(target: str = "sm_90") -> Iterator[list[Call]]:
             poly_rows,
             quantized_rows,
             start,
+            weight_rows,
         ):
             stack.enter_context(mock.patch.object(module, "describe", return_value=TARGETS[target].device))
             if module is not start:
