@@ -71,6 +71,7 @@ FLOW = (
     "relatives_nn",
     "dynamic_nn",
     "poly_nn",
+    "weight_nn",
     "row_nn",
     "linear_nn",
     "quantized_nn",

@@ -165,5 +165,7 @@ def test_public_names_are_there_and_documented() -> None:
         (trinorm.nn, "QuantizedRMSNorm"),
         (trinorm.nn, "RMSNorm"),
         (trinorm.nn, "RMSNormLinear"),
+        (trinorm.nn, "WeightNorm"),
+        (trinorm.nn, "weight_norm"),
     ):
         assert getattr(owner, name).__doc__, name
