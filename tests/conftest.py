@@ -69,11 +69,22 @@ def _nothing_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The kernels that a test has launched, one by one."""
-    from trinorm.ops import channel_layers, channels, conditioned_rows, dynamic_rows, gated_sum_rows, heads, poly_rows, rows
+    from trinorm.ops import (
+        channel_layers,
+        channels,
+        conditioned_rows,
+        dynamic_rows,
+        gated_sum_rows,
+        heads,
+        poly_rows,
+        rows,
+        weight_rows,
+    )
 
     kernels: list[object] = []
     actual = rows.launch
-    for family in (rows, channels, channel_layers, conditioned_rows, dynamic_rows, gated_sum_rows, heads, poly_rows):
+    hosts = rows, channels, channel_layers, conditioned_rows, dynamic_rows, gated_sum_rows, heads, poly_rows, weight_rows
+    for family in hosts:
         monkeypatch.setattr(family, "launch", lambda kernel, *args: (kernels.append(kernel), actual(kernel, *args))[1])
     return kernels
 

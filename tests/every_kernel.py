@@ -18,6 +18,7 @@ from trinorm.ops import (
     poly_rows,
     quantized_rows,
     rows,
+    weight_rows,
 )
 from trinorm.ops.conditioned import MOST_OF_ROW, Conditioned
 from trinorm.ops.quantized import Given, Quantizing
@@ -102,7 +103,7 @@ CONDITIONED = (
 QUANTIZED = ((37, 130), (300, 1000), (70, 8192))
 
 
-# DyT and Derf, PolyNorm: rows and columns: ragged tiles of both; enough rows that programs walk.
+# DyT and Derf, PolyNorm, weight normalization: rows and columns: ragged tiles of both; enough rows that programs walk.
 ELEMENTS = ((1, 1), (37, 80), (3000, 130), (20000, 1000), (70, 8192), (5, 70001))
 
 
@@ -154,6 +155,12 @@ def norms_of_elements() -> None:
                 poly_rows.backward(1e-6, of, dy, x, numbers[2:], numbers[:1])
             torch.cuda.synchronize()
             print("poly_norm", m, n, flush=True)
+        for dim, g in ((0, torch.rand(m, 1, device="cuda").bfloat16()), (None, numbers[:1])):
+            weight_rows.forward(dim, x, g)
+            for both in ((True, True), (True, False), (False, True)):
+                weight_rows.backward(dim, both, dy, x, g)
+            torch.cuda.synchronize()
+            print("weight_norm", dim, m, n, flush=True)
 
 
 def conditioned_norms() -> None:

@@ -1,4 +1,6 @@
-"""What the tests of DyT, Derf and PolyNorm share: a call, its result and every gradient beside float64 and torch's own."""
+"""What the tests of DyT, Derf, PolyNorm and weight normalization share: a call, its result and every gradient beside
+float64 and torch's own.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trinorm import dynamic_reference, functional, poly_reference
+from trinorm import dynamic_reference, functional, poly_reference, weight_reference
 from trinorm.compare import assert_no_worse
-from trinorm.norms import Arguments, Norm, OfDynamic, OfPoly
+from trinorm.norms import Arguments, Norm, OfDynamic, OfPoly, OfWeight
 from trinorm.ops.dynamic import Dynamic
 from trinorm.ops.inputs_only import InputsOnly, options_of
 from trinorm.ops.poly import Poly
+from trinorm.ops.weight import Weight
 from trinorm.spec import DYNAMIC_ERF, DYNAMIC_TANH, DynamicNorm
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DRAWS = 8
-KINDS = (DYNAMIC_TANH.name, DYNAMIC_ERF.name, "poly_norm")
+ELEMENTS = (DYNAMIC_TANH.name, DYNAMIC_ERF.name, "poly_norm")
+KINDS = (*ELEMENTS, "weight_norm")
 
 
 class Call(NamedTuple):
@@ -48,6 +52,8 @@ class Call(NamedTuple):
         """By the function."""
         if isinstance(self.problem, Poly):
             return functional.poly_norm(*self.tensors, self.problem.eps)  # type: ignore[arg-type]
+        if isinstance(self.problem, Weight):
+            return functional.weight_norm(*self.tensors, self.problem.dim)  # type: ignore[arg-type]
         assert isinstance(self.problem, Dynamic)
         x, alpha, shift, *parameters = self.tensors
         numbers = (alpha, shift) if self.problem.spec.shifted else (alpha,)
@@ -68,17 +74,23 @@ class Call(NamedTuple):
     def oracle(self) -> Tensor:
         if isinstance(self.problem, Poly):
             return poly_reference.oracle(self.problem.eps, *self.tensors)  # type: ignore[arg-type]
+        if isinstance(self.problem, Weight):
+            return weight_reference.oracle(self.problem.dim, *self.tensors)  # type: ignore[arg-type]
         assert isinstance(self.problem, Dynamic)
         return dynamic_reference.oracle(self.problem.spec, *self.tensors)  # type: ignore[arg-type]
 
     def oracle_gradients(self, dy: Tensor) -> tuple[Tensor | None, ...]:
         if isinstance(self.problem, Poly):
             return poly_reference.oracle_gradients(self.problem.eps, dy, *self.tensors)  # type: ignore[arg-type]
+        if isinstance(self.problem, Weight):
+            return weight_reference.oracle_gradients(self.problem.dim, dy, *self.tensors)  # type: ignore[arg-type]
         assert isinstance(self.problem, Dynamic)
         return dynamic_reference.oracle_gradients(self.problem.spec, dy, *self.tensors)  # type: ignore[arg-type]
 
     def terms(self, name: str, dy: Tensor) -> Tensor | None:
         """How large what a result, or the gradient of a tensor, is a sum of is: as ``trinorm check`` has it."""
+        if isinstance(self.problem, Weight):
+            return self._terms_of_weight(self.problem.dim, name, dy)
         _, *others, weight, bias = self.tensors
         dims = self.problem.dims if isinstance(self.problem, Dynamic) else 1
         n = self.x.shape[self.x.dim() - dims :].numel()
@@ -94,6 +106,19 @@ class Call(NamedTuple):
         like = self.x if name == "y" else self.tensors[self.names.index(name)]
         assert like is not None
         return (found if what != "dr" else found[("alpha", "shift").index(name)]).reshape(like.shape)
+
+    def _terms_of_weight(self, dim: int | None, name: str, dy: Tensor) -> Tensor | None:
+        """Of the rows that v's slices are."""
+
+        def rows(t: Tensor) -> Tensor:
+            return t.detach().reshape(1, -1) if dim is None else t.detach().movedim(dim, 0).reshape(t.shape[dim], -1)
+
+        v, g = self.present
+        of = Arguments(rows(v), rows(g), None, 0.0)
+        found = OfWeight().terms(of, {"x": "dx", "g": "dw"}.get(name, name), rows(dy))
+        if found is None or name == "g":
+            return None if found is None else found.reshape(g.shape)
+        return found.reshape(v.shape) if dim is None else found.reshape(v.movedim(dim, 0).shape).movedim(0, dim)
 
 
 def dynamic(
@@ -116,6 +141,10 @@ def poly(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-
     return Call(Poly(eps), (x, weight, bias))
 
 
+def weight(v: Tensor, g: Tensor, dim: int | None = 0) -> Call:
+    return Call(Weight(dim), (v, g))
+
+
 def example(kind: str, dtype: torch.dtype, device: torch.device, lead: tuple[int, ...] = (2, 3), n: int = 8) -> Call:
     """One of a kind, all of its tensors given."""
 
@@ -124,6 +153,9 @@ def example(kind: str, dtype: torch.dtype, device: torch.device, lead: tuple[int
 
     if kind == "poly_norm":
         return poly(t(*lead, n), t(3), t(1))
+    if kind == "weight_norm":
+        v = t(*lead, n)
+        return weight(v, t(*weight_reference.g_shape(0, v.shape)))
     spec = DYNAMIC_ERF if kind == DYNAMIC_ERF.name else DYNAMIC_TANH
     return dynamic(spec, t(*lead, n), t(n), t(n))
 

@@ -1,4 +1,4 @@
-"""``trinorm bench`` and ``inspect`` of DyT, Derf and PolyNorm: shapes, bytes, what is right, what is compiled."""
+"""``trinorm bench`` and ``inspect`` of DyT, Derf, PolyNorm and weight norm: shapes, bytes, what is right and compiled."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ GRADIENTS = {
     "dynamic_tanh": ["dx", "dalpha", "dw", "db"],
     "dynamic_erf": ["dx", "dalpha", "dshift", "dw", "db"],
     "poly_norm": ["dx", "dw", "db"],
+    "weight_norm": ["dx", "dw"],
 }
 
 
@@ -49,6 +50,7 @@ def test_numbers_stand_between_x_and_the_weight() -> None:
         "dynamic_tanh": [(12, 40), (1,), (40,), (40,)],
         "dynamic_erf": [(12, 40), (1,), (1,), (40,), (40,)],
         "poly_norm": [(12, 40), (3,), (1,)],
+        "weight_norm": [(12, 40), (12, 1)],
     }
 
 
@@ -57,7 +59,7 @@ def test_numbers_stand_between_x_and_the_weight() -> None:
 def test_trinorm_and_torchs_users_are_found_right(op: str, pass_: str, device: torch.device) -> None:
     of = case(op, pass_)
     expected = measure.expect(of, of.draw(device))
-    assert "dalpha" in expected.terms or pass_ == "forward" or op == "poly_norm"
+    assert "dalpha" in expected.terms or pass_ == "forward" or not op.startswith("dynamic")
     for provider in providers.load(["torch"])[0]:
         found = measure.verify(lambda p=provider: p.build(of), expected, STILL).comparisons  # type: ignore[misc, arg-type]
         assert [one.what for one in found] == (GRADIENTS[op] if pass_ == "backward" else ["y"])
@@ -96,6 +98,10 @@ def test_every_tensor_is_given_to_the_kernels_once() -> None:
     assert given(numbers) == of_numbers + 2 * 2
     (forward,) = predict.launches(case("poly_norm", "forward", torch.bfloat16, (8192, 4096)))
     assert given(forward) == 2 * of_x + 4 * 2
+    sums, backward = predict.launches(case("weight_norm", "backward", torch.bfloat16, (512, 65536)))
+    of_sums = 512 * 3 * 16 * 4
+    assert given(sums) == 2 * of_x + of_sums
+    assert given(backward) == 3 * of_x + of_sums + 2 * 512 * 2
 
 
 def test_there_are_no_chains(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

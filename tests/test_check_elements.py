@@ -1,4 +1,4 @@
-"""``trinorm check`` of DyT, Derf and PolyNorm: what it draws, what it reports, and that it can fail."""
+"""``trinorm check`` of DyT, Derf, PolyNorm and weight norm: what it draws, what it reports, and that it can fail."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 from trinorm.cases import DTYPES, GPU, INTERPRETED, NASTY, QUICK, Case, Inputs
 from trinorm.cli import check
 from trinorm.norms import ELEMENT_OPS
-from trinorm.ops import dynamic_rows, inputs_only, poly_rows
+from trinorm.ops import dynamic_rows, inputs_only, poly_rows, weight_rows
 
 CASE = Case((9, 24))
 EVERYTHING = {
     "dynamic_tanh": {"y", "dx", "dalpha", "dw", "db"},
     "dynamic_erf": {"y", "dx", "dalpha", "dshift", "dw", "db"},
     "poly_norm": {"y", "dx", "dw", "db"},
+    "weight_norm": {"y", "dx", "dw"},
 }
 
 
@@ -38,6 +39,7 @@ def test_numbers_and_the_parameters_of_a_polynomial_are_few() -> None:
     assert shapes("dynamic_tanh") == [(1,), (24,), (24,)]
     assert shapes("dynamic_erf") == [(2,), (24,), (24,)]
     assert shapes("poly_norm") == [(3,), (1,)]
+    assert shapes("weight_norm") == [(9, 1)]
 
 
 @pytest.mark.parametrize("sizes", [QUICK, INTERPRETED, GPU], ids=["quick", "interpreted", "gpu"])
@@ -50,7 +52,8 @@ def test_its_cases_meet_every_kind_of_value(sizes: Any) -> None:
                 if check.OPS[op].takes(case.shape) and (check.OPS[op].follows_scale or not case.values.scaled):
                     met[op].add(case.values.name)
     mixed = {NASTY[-1].name} if sizes is QUICK else set()  # 1e30 and 1e-30 are met, each alone
-    assert met["poly_norm"] >= {values.name for values in NASTY} - mixed
+    for op in ("poly_norm", "weight_norm"):
+        assert met[op] >= {values.name for values in NASTY} - mixed
     for op in ("dynamic_tanh", "dynamic_erf"):
         assert met[op] >= {values.name for values in NASTY if not values.scaled}
 
@@ -68,6 +71,7 @@ def wrong(op: str, device: torch.device) -> set[str]:
     [
         ("dynamic_erf", dynamic_rows, ("dx", "dalpha", "dshift", "dw", "db")),
         ("poly_norm", poly_rows, ("dx", "dw", "db")),
+        ("weight_norm", weight_rows, ("dx", "dw")),
     ],
 )
 def test_a_wrong_result_is_found(

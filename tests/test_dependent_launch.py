@@ -13,7 +13,17 @@ import every_kernel
 from trinorm import inspection
 from trinorm.forced import forced
 from trinorm.formats import FORMATS
-from trinorm.ops import channel_layers, channels, conditioned_rows, dynamic_rows, heads, poly_rows, quantized_rows, rows
+from trinorm.ops import (
+    channel_layers,
+    channels,
+    conditioned_rows,
+    dynamic_rows,
+    heads,
+    poly_rows,
+    quantized_rows,
+    rows,
+    weight_rows,
+)
 from trinorm.ops.conditioned import Conditioned
 from trinorm.ops.quantized import Given, Quantizing
 from trinorm.spec import DYNAMIC_TANH, LAYER_NORM, RMS_NORM, ConditionedNorm
@@ -129,6 +139,9 @@ def element_calls() -> list[inspection.Call]:
         dynamic_rows.backward(DYNAMIC_TANH, 1, inputs, x, (True,) * 5)
         poly_rows.forward(1e-6, x, meta(3), meta(1))
         poly_rows.backward(1e-6, (True,) * 3, x, x, meta(3), meta(1))
+        for dim, g in ((0, meta(700, 1)), (None, meta(1))):
+            weight_rows.forward(dim, x, g)
+            weight_rows.backward(dim, (True, True), x, x, g)
     return calls
 
 

@@ -1,4 +1,4 @@
-"""DyT, Derf and PolyNorm as torch's citizens: derivatives, registered ops, compiled, remembered, as modules, bad input."""
+"""DyT, Derf, PolyNorm and weight norm as torch's citizens: derivatives, registered ops, compiled, remembered, bad input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OF_EACH = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.mark.filterwarnings("ignore:.*runs torch's own operator")  # a GPU says so of torch.func and forward mode
 @pytest.mark.parametrize(
-    ("norm", "kind"), [*((Call.__call__, kind) for kind in KINDS), (Call.registered, KINDS[1]), (Call.registered, KINDS[2])]
+    ("norm", "kind"), [*((Call.__call__, kind) for kind in KINDS), *((Call.registered, kind) for kind in KINDS[1:])]
 )
 def test_derivatives(norm: Callable[[Call], Tensor], kind: str, device: torch.device) -> None:
     """Numerically, and twice; batched; by torch.func; and, by torch's operators, in forward mode."""
@@ -195,7 +195,8 @@ def test_a_tensor_may_have_its_own_say(kind: str, device: torch.device) -> None:
     call = example(kind, torch.float32, device)
     of = call.given([call.present[0], call.present[1].as_subclass(Watching), *call.present[2:]])
     assert of() == "seen"
-    assert seen == [(getattr(functional, kind), {"dynamic_tanh": 5, "dynamic_erf": 6, "poly_norm": 4}[kind])]
+    arguments = dict(zip(KINDS, (5, 6, 4, 3), strict=True))
+    assert seen == [(getattr(functional, kind), arguments[kind])]
 
 
 @pytest.mark.parametrize(("kind", "function"), [(nn.DynamicTanh, "dynamic_tanh"), (nn.DynamicErf, "dynamic_erf")])

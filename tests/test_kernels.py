@@ -271,6 +271,10 @@ def test_power_of_two_below(device: torch.device) -> None:
     _power_kernel[(1,)](out, x, N=8)
     assert out.tolist() == [1.0, 1.0, 2.0, 2.0**99, 2.0**126, 2.0**126, 2.0**-126, 2.0**-126]
     assert torch.isfinite(1 / out).all()
+    x = torch.tensor([1.0, 1.5, 2.0, 1e300, 1.7e308, torch.inf, 1e-320, 0.0], device=device, dtype=torch.float64)
+    out = torch.empty_like(x)
+    _power_kernel[(1,)](out, x, N=8)
+    assert out.tolist() == [1.0, 1.0, 2.0, 2.0**996, 2.0**1022, 2.0**1022, 2.0**-1022, 2.0**-1022]
 
 
 @triton.jit

@@ -228,6 +228,26 @@ def test_a_polynomial_of_normalized_powers(problem: tuple[Tensor, ...], s: float
     assert_formula("dx", dx, torch.autograd.grad(y, leaf, dy)[0])
 
 
+@pytest.mark.parametrize("s", [1.0, 0.25])
+def test_a_length_and_a_direction(problem: tuple[Tensor, ...], s: float) -> None:
+    v, _, _, dw = problem
+    g = torch.linspace(0.5, 2, len(v), dtype=v.dtype)[:, None]
+    leaves = [t.clone().requires_grad_() for t in (v, g)]
+    w = leaves[1] * leaves[0] / leaves[0].norm(dim=-1, keepdim=True)
+    t = v / s
+    r, d = t.square().sum(-1, keepdim=True).rsqrt(), (dw * t).sum(-1, keepdim=True)
+    assert_formula("w", t * g * r, w)
+    formulas = (dw - t * d * r**2) * g * r / s, d * r
+    for formula, exact in zip(formulas, torch.autograd.grad(w, leaves, dw), strict=True):
+        assert_formula("of a length and a direction", formula, exact)
+    # Of two parts, each in a unit of its own.
+    parts = [(v[:, :2] / 0.5, dw[:, :2], 0.5), (v[:, 2:] / 4, dw[:, 2:], 4.0)]
+    squares = sum((unit / 4) ** 2 * t.square().sum(-1) for t, _, unit in parts)
+    products = sum(unit / 4 * (t * of).sum(-1) for t, of, unit in parts)
+    assert_formula("Σ t²", squares, (v / 4).square().sum(-1))
+    assert_formula("d", products, (dw * v / 4).sum(-1))
+
+
 # Statistics, exactly.
 
 

@@ -145,6 +145,7 @@ def test_public_names_are_there_and_documented() -> None:
         "rms_norm",
         "rms_norm_linear",
         "scale_norm",
+        "weight_norm",
     ]
     for owner, name in (
         *((trinorm, name) for name in trinorm.__all__),
@@ -166,5 +167,7 @@ def test_public_names_are_there_and_documented() -> None:
         (trinorm.nn, "QuantizedRMSNorm"),
         (trinorm.nn, "RMSNorm"),
         (trinorm.nn, "RMSNormLinear"),
+        (trinorm.nn, "WeightNorm"),
+        (trinorm.nn, "weight_norm"),
     ):
         assert getattr(owner, name).__doc__, name

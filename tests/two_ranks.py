@@ -34,6 +34,7 @@ from trinorm.ops import (
     qk,
     road,
     rows,
+    weight_rows,
 )
 from trinorm.spec import (
     BATCH_NORM,
@@ -126,7 +127,7 @@ def by_kernels() -> Iterator[None]:
     for family in (added, channel, qk, conditioned, gated_sum, inputs_only):
         family.CALLS.clear()  # what other shards had recorded would be repeated, past who looks at launches here
     names: set[str] = set()
-    hosts = rows, channels, channel_layers, heads, conditioned_rows, gated_sum_rows, dynamic_rows, poly_rows
+    hosts = rows, channels, channel_layers, heads, conditioned_rows, gated_sum_rows, dynamic_rows, poly_rows, weight_rows
     actual = rows.launch
     for host in hosts:
         host.launch = lambda kernel, *args: (names.add(kernel.__name__), actual(kernel, *args))[1]

@@ -27,6 +27,7 @@ from .qk_functional import qk_norm
 from .quantized_functional import Quantized, quantized_layer_norm, quantized_rms_norm
 from .relatives_functional import l2_norm, partial_rms_norm, scale_norm
 from .spec import CHANNEL_LAYER_NORM, LAYER_NORM, RMS_NORM, Cast
+from .weight_functional import weight_norm
 
 __all__ = [
     "Quantized",
@@ -57,6 +58,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_linear",
     "scale_norm",
+    "weight_norm",
 ]
 
 # What is kept for the backward.

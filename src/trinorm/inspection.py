@@ -34,11 +34,15 @@ from .ops import (
     quantized_rows,
     rows,
     start,
+    weight_rows,
 )
 from .targets import TARGETS, Target
 
 # Where launches are made.
-_HOSTS = rows, channels, channel_layers, conditioned_rows, dynamic_rows, gated_sum_rows, heads, poly_rows, quantized_rows
+_HOSTS = (
+    *(rows, channels, channel_layers, heads, quantized_rows),
+    *(conditioned_rows, gated_sum_rows, dynamic_rows, poly_rows, weight_rows),
+)
 
 # Kinds of instruction, by how their mnemonics start; the first that fits counts. What none fits is "alu": integers, logic,
 # comparisons, moves. Widening bf16 is one of those (a shift); narrowing to it is a conversion.

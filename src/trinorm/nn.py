@@ -11,6 +11,8 @@ unless it is set), ``cast`` ("output"), ``batch_invariant`` (None), ``activation
 arguments of these names of the functions that have them. GroupNorm, BatchNorm and the two that add take the functions'
 other tensors too: ``bn(x, residual=shortcut)``. With ``cast`` "gemma" the weight is its distance from 1, where a fresh
 one is 1: it is to be loaded, or zeroed, as that model's is.
+
+weight_norm, with the parametrization WeightNorm, is torch.nn.utils.parametrizations' function of this name.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from .relatives_nn import L2Norm, PartialRMSNorm, ScaleNorm
 from .row_nn import LayerNorm, RMSNorm
 from .shown import shown
 from .spec import Activation
+from .weight_nn import WeightNorm, weight_norm
 
 __all__ = [
     "AddLayerNorm",
@@ -69,6 +72,8 @@ __all__ = [
     "RMSNorm",
     "RMSNormLinear",
     "ScaleNorm",
+    "WeightNorm",
+    "weight_norm",
 ]
 
 

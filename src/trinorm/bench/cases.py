@@ -90,7 +90,7 @@ CONDITIONED_SHAPES: dict[str, tuple[Shape, ...]] = {
     "partial_rms_norm": ((4, 2048, 4096), (64, 1, 4096)),
 }
 
-# Of DyT, Derf, PolyNorm and quantized results, rows × columns: as of rows, fewer.
+# Of DyT, Derf, PolyNorm, weight normalization and quantized results, rows × columns: as of rows, fewer.
 ELEMENT_SHAPES: tuple[Shape, ...] = ((32768, 1024), (8192, 4096), (8192, 8192), (16, 4096))
 
 # Shapes by name, for --shapes, of each op that they are for. Of rows, every width from 64 to 262144 and the row counts of
@@ -190,6 +190,7 @@ _TITLES = {
     "dynamic_tanh": ("DyT", 0.0),
     "dynamic_erf": ("Derf", 0.0),
     "poly_norm": ("PolyNorm", 1e-6),
+    "weight_norm": ("Weight normalization", 0.0),
 }
 # Those that are measured unless others are named, and those of a host's passes.
 _SHAPES = CHANNEL_SHAPES | dict.fromkeys(ROW_OPS, SHAPES) | dict.fromkeys(SUM_OPS, SUM_SHAPES) | {"qk_norm": HEAD_SHAPES}

@@ -13,5 +13,6 @@ Launched families over small jit helpers:
 - ``channel_layer``  the launched kernels of LayerNorm over channels that are first in memory
 - ``added``, ``heads``, ``conditioned``  norms of sums, of heads, and of rows with parameters of their own
 - ``dynamic``, ``poly``  functions of an element (DyT, Derf), and a polynomial of normalized powers (PolyNorm)
+- ``weight``  weight normalization, of rows held and of those that several programs share
 - ``overlap`` what lets a kernel be put on the device before the one ahead of it ends
 """

@@ -17,8 +17,8 @@ TRUSTED_MIN: tl.constexpr = tl.constexpr(1e-30)
 TRUSTED_MAX: tl.constexpr = tl.constexpr(3e38)
 
 # A mean whose square is so many times the variance, both from a pivot on, leaves rstd within 1.7e-7, where plain sums leave
-# it within 1.2e-7 and torch within 1.6e-7 (1200 rows of 1100 and 4096 columns; by 4 times it was 7.7e-7): further off is one
-# row of 1900, where elements are normal and the pivot the mean of sixteen.
+# it within 1.2e-7 and torch within 1.6e-7 (1200 rows of 1100 and 4096 columns; by 4 times it was 7.7e-7): further off is
+# one row of 1900, where elements are normal and the pivot the mean of sixteen.
 _FAR: tl.constexpr = tl.constexpr(0.75)
 
 # How many elements a pivot is the mean of. Of four it is two deviations from the mean as often as of sixteen half of one.
@@ -82,10 +82,14 @@ def trusted(power):
 
 @triton.jit
 def power_of_two_below(largest):
-    """The power of two under ``largest`` (fp32, >= 0), within 2^±126 so that its reciprocal is normal too."""
-    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
-    unit = exponent.to(tl.float32, bitcast=True)
-    return tl.minimum(tl.maximum(unit, 1.1754943508222875e-38), 8.507059173023462e37)
+    """The power of two under ``largest`` (>= 0), within 2^±126 (fp64: 2^±1022) so that its reciprocal is normal too."""
+    if largest.dtype == tl.float64:
+        unit = (largest.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+        return tl.minimum(tl.maximum(unit, 2.2250738585072014e-308), 4.49423283715579e307)
+    else:
+        exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+        unit = exponent.to(tl.float32, bitcast=True)
+        return tl.minimum(tl.maximum(unit, 1.1754943508222875e-38), 8.507059173023462e37)
 
 
 @triton.constexpr_function

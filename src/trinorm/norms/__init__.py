@@ -29,6 +29,7 @@ from .quantized import OfQuantized
 from .relatives import OfRelative
 from .rows import OfRows, OverChannels
 from .sums import OfSums
+from .weight import OfWeight
 
 __all__ = [
     "CONDITIONED_OPS",
@@ -50,6 +51,7 @@ __all__ = [
     "OfRelative",
     "OfRows",
     "OfSums",
+    "OfWeight",
     "OverChannels",
     "Results",
     "Shape",
@@ -69,7 +71,7 @@ _CONDITIONED = (
     OfRelative(ConditionedNorm(RMS_NORM), part=PART),
 )
 
-_ELEMENTS = (*map(OfDynamic, DYNAMIC_NORMS), OfPoly())
+_ELEMENTS = (*map(OfDynamic, DYNAMIC_NORMS), OfPoly(), OfWeight())
 
 # By the function's name.
 NORMS: dict[str, Norm] = {

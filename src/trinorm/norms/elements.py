@@ -20,7 +20,7 @@ from ..spec import DynamicNorm
 from .norm import Arguments, Norm, Normalized, Results, Shape
 
 
-class _OfElements(Norm):
+class OfElements(Norm):
     """Of rows × columns, with nothing kept between forward and backward but the inputs."""
 
     @property
@@ -65,7 +65,7 @@ class _OfElements(Norm):
 
 
 @dataclass(frozen=True)
-class OfDynamic(_OfElements):
+class OfDynamic(OfElements):
     """DyT and Derf. Alpha and shift stand where others have a residual, as one tensor."""
 
     spec: DynamicNorm
@@ -103,8 +103,8 @@ class OfDynamic(_OfElements):
         f = dynamic_reference._saturated(self.spec, v)
         dv = dy.double() * (1 if weight is None else weight) * dynamic_reference._slope(self.spec, v)
         if what == "dr":
-            return torch.cat([_on_the_way(t.reshape(-1, 1)) for t in (dv * x, dv)[: self.numbers]])
-        return _on_the_way(dy.double() * (f if what == "dw" else 1))
+            return torch.cat([on_the_way(t.reshape(-1, 1)) for t in (dv * x, dv)[: self.numbers]])
+        return on_the_way(dy.double() * (f if what == "dw" else 1))
 
     def function(
         self, functions: ModuleType, shape: Shape, eps: float, running: Given | None = None
@@ -168,7 +168,7 @@ class OfDynamic(_OfElements):
 
 
 @dataclass(frozen=True)
-class OfPoly(_OfElements):
+class OfPoly(OfElements):
     """PolyNorm, whose weight has three elements, and whose bias one."""
 
     @property
@@ -202,10 +202,10 @@ class OfPoly(_OfElements):
     def terms(self, of: Arguments, what: str, dy: Tensor) -> Tensor | None:
         x, g = of.x.double(), dy.double()
         if what == "db":
-            return _on_the_way(g.reshape(-1, 1))
+            return on_the_way(g.reshape(-1, 1))
         powers = [poly_reference._normalized(x**k, of.eps) for k in poly_reference.POWERS]
         if what == "dw":
-            return torch.cat([_on_the_way((g * n).reshape(-1, 1)) for n, _ in powers])
+            return torch.cat([on_the_way((g * n).reshape(-1, 1)) for n, _ in powers])
         if of.weight is None or what not in ("y", "dx"):
             return None
         w = of.weight.double().abs()
@@ -264,7 +264,7 @@ class OfPoly(_OfElements):
         return of.x, of.weight, of.bias
 
 
-def _on_the_way(terms: Tensor) -> Tensor:
+def on_the_way(terms: Tensor) -> Tensor:
     """How large what the sums of these over rows are rounded in is. A term goes through log2(m) additions at the least, and
     those of a kind make sums as large as the root of the terms' squares' sum; roundings add up as squares do.
     """

@@ -7,9 +7,10 @@ QK-norm tokens stay, with cos and sin beside them, and heads: those of the queri
 than devices and so whole on each, of the queries alone. Of conditioned norms all leading dims stay, heads that have
 weights among them, and scale, shift, weight and a sum's gate lie as those do, or are whole where they are broadcast along
 them. Of a quantized result rows stay, and their scales with them; a scale of the whole tensor is whole, as parameters are.
-Of DyT, Derf and PolyNorm rows stay, by any leading dim, and all parameters are whole. What lies otherwise, as by a
-normalized dim or as a sum not yet taken, is redistributed first, in the way that DTensor finds cheapest.
-registering.know_distributed imports this when the first distributed tensor comes.
+Of DyT, Derf and PolyNorm rows stay, by any leading dim, and all parameters are whole. Of weight normalization what has a
+length of its own stays, and g with it. What lies otherwise, as by a normalized dim or as a sum not yet taken, is
+redistributed first, in the way that DTensor finds cheapest. registering.know_distributed imports this when the first
+distributed tensor comes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .gated_sum_library import NAMES as GATED_SUM_NORMS
 from .poly import NAME as POLY_NORM
 from .qk import NAME as QK_NORM
 from .quantized_library import NAMES as QUANTIZED_NORMS
+from .weight import NAME as WEIGHT_NORM
 
 
 class _Way(NamedTuple):
@@ -185,6 +187,17 @@ def _rule_of_inputs_only(op: OpOverload, *args: Any) -> list[tuple[Placements, P
     return found
 
 
+def _rule_of_weights(op: OpOverload, *args: Any) -> list[tuple[Placements, Placements]]:
+    """The same of weight normalization."""
+    call = _named(op, args)
+    found: list[tuple[Placements, Placements]] = []
+    for of_all in (Replicate(), *([] if call["dim"] is None else [Shard(call["dim"])])):
+        laid: dict[str, Placement] = dict.fromkeys(("input", "g", "dy"), of_all)
+        wanted = [call[name] for name in ("dinput", "dg")] if "dy" in call else [True]
+        found.append(([of_all if want else None for want in wanted], _of_arguments(call, laid)))
+    return found
+
+
 def _beside(t: Any, dim: int, dims: int) -> Placement:
     """How a tensor lies that is broadcast to one of ``dims`` dims, which is sharded by a dim: alike, or whole where it is
     broadcast along that.
@@ -208,6 +221,7 @@ _OF_GATED_SUMS = functools.partial(_rule_of_conditions, parameters=("gate", "wei
 _RULES |= dict.fromkeys(GATED_SUM_NORMS.values(), _OF_GATED_SUMS)
 _RULES |= dict.fromkeys(QUANTIZED_NORMS.values(), _rule_of_quantized)
 _RULES |= dict.fromkeys((*(spec.name for spec in DYNAMIC_NORMS), POLY_NORM), _rule_of_inputs_only)
+_RULES[WEIGHT_NORM] = _rule_of_weights
 
 for _norm, _of_norm in _RULES.items():
     for _name in (_norm, f"{_norm}_backward"):

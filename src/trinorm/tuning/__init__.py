@@ -37,6 +37,7 @@ from .kinds import (
 from .poly import OF_THREE_NUMBERS, choose_poly_backward, choose_poly_forward
 from .quantized import choose_quantized
 from .row import FORGET, backward_turns, choose_backward, choose_forward, choose_total, forward_turns
+from .weight import WeightRows, choose_weight
 
 __all__ = [
     "FORGET",
@@ -57,6 +58,7 @@ __all__ = [
     "RowForwardSplit",
     "RowForwardWide",
     "Tile",
+    "WeightRows",
     "backward_turns",
     "choose_apply",
     "choose_backward",
@@ -78,6 +80,7 @@ __all__ = [
     "choose_quantized",
     "choose_sums",
     "choose_total",
+    "choose_weight",
     "choose_whole",
     "forward_turns",
     "programs_of_a_chunk",
