@@ -15,9 +15,11 @@ from trinorm.bench.cases import CONDITIONED_SHAPES, OPS, PASSES, Case
 from trinorm.cli.tune import SWEPT
 from trinorm.forced import forced
 from trinorm.ops import conditioned, conditioned_rows
-from trinorm.tuning import RowBackward, RowForward, Tile
+from trinorm.tuning import RowBackward, RowBackwardWide, RowForward, RowForwardWide, Tile
 
 META = torch.device("meta")
+# Those of rows that no program holds.
+WIDE = {"forward": RowForwardWide, "backward": RowBackwardWide}
 SMALL = (3, 11, 72)
 
 
@@ -46,8 +48,9 @@ def test_what_is_chosen_today_is_what_runs_and_among_the_candidates(
     choose = getattr(sweep.tuning, f"choose_conditioned_{pass_}")
     today = sweep.chosen(of, device)
     assert today == choose(*given[-1])
-    assert sweep.kinds(op, pass_) == {type(today).__name__: type(today)}
+    assert sweep.kinds(op, pass_) == {kind.__name__: kind for kind in (type(today), WIDE[pass_])}
     assert sweep.start(of, type(today), device) == today
+    assert isinstance(sweep.start(of, WIDE[pass_], device), WIDE[pass_])
     large = case(op, pass_, CONDITIONED_SHAPES[op][0], torch.bfloat16)
     today = sweep.chosen(large, META)
     tried = {field.name for field in fields(today) if [*sweep.variants(today, field.name, large)]}
