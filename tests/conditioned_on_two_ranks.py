@@ -15,6 +15,7 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distr
 
 from trinorm import functional, nn
 from trinorm.ops import road
+from trinorm.ops.conditioned import MOST_OF_ROW
 from trinorm.spec import LAYER_NORM, RMS_NORM, ROW_NORMS, RowNorm
 from two_ranks import assert_same, by_kernels, lay, lay_each, results
 
@@ -181,10 +182,10 @@ def second_derivatives_of_conditions(spec: RowNorm, mesh: DeviceMesh) -> None:
 
 def rows_too_long_for_the_kernels(spec: RowNorm, mesh: DeviceMesh) -> None:
     """Which torch's operators compute, of DTensors too."""
-    shape = 2, 2056
+    shape = 2, MOST_OF_ROW + 8
     dy, inputs = drawn(mesh, shape, shape)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*a row has over 2048 elements", UserWarning)  # as a GPU says
+        warnings.filterwarnings("ignore", ".*a row has over 1048576 elements", UserWarning)  # as a GPU says
         found = results(gated(spec), lay(dy, mesh, S[0]), lay_each(inputs, mesh, S[0], S[0]))
         assert_same(found, results(gated(spec), dy, inputs))
 

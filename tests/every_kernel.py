@@ -20,7 +20,8 @@ from trinorm.ops import (
     rows,
     weight_rows,
 )
-from trinorm.ops.conditioned import MOST_OF_ROW, Conditioned
+from trinorm.ops.conditioned import Conditioned
+from trinorm.ops.poly import MOST_OF_ROW
 from trinorm.ops.quantized import Given, Quantizing
 from trinorm.spec import (
     BATCH_NORM,
@@ -96,6 +97,10 @@ CONDITIONED = (
     ((1, 3000, 1024), (), 1024),
     ((4, 50, 3072), (4, 1), 3072),
     ((2, 70, 8192), (), 8192),
+    # Rows that no program holds: of a sample, of a group, of a token.
+    ((2, 300, 8200), (2, 1), 8200),
+    ((2, 70, 20002), (), 10001),
+    ((1, 3, 65536), (1, 3), 65536),
 )
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from trinorm.bench import cases, measure, plots, predict, providers, records, report, timing
+from trinorm.bench import cases, measure, plots, predict, providers, records, report, shapes, timing
 from trinorm.bench.cases import Case
 from trinorm.bench.providers import OURS, Provider
 from trinorm.bench.records import Provenance, Record
@@ -65,7 +65,7 @@ def test_defaults_are_every_op_pass_and_peer_in_bf16() -> None:
     assert (args.op, args.passes, args.dtype) == (["layer_norm", "rms_norm"], ["forward", "backward"], ["bf16"])
     assert args.peers == ["torch", "compile", "liger", "quack"]
     assert args.shapes is None
-    assert cases.SHAPES[0] == (128, 768)
+    assert shapes.SHAPES[0] == (128, 768)
 
 
 def test_arguments_are_lists() -> None:
@@ -157,7 +157,7 @@ def test_a_provider_gets_the_weights_it_takes() -> None:
 
 
 @pytest.mark.parametrize("pass_", cases.PASSES)
-@pytest.mark.parametrize("op", [*ROW_OPS, *SUM_OPS, *cases.CHANNEL_SHAPES])
+@pytest.mark.parametrize("op", [*ROW_OPS, *SUM_OPS, *shapes.CHANNEL_SHAPES])
 def test_trinorm_and_torch_are_found_right(op: str, pass_: str, device: torch.device) -> None:
     of = case(op, pass_)
     expected = measure.expect(of, of.draw(device))

@@ -16,10 +16,11 @@ from rich.console import Console
 from torch import Tensor
 
 from trinorm import cli
-from trinorm.bench import cases, host, measure, predict, providers, report, timing
-from trinorm.bench.cases import CHAIN, CONDITIONED_SHAPES, HOST, HOST_PASSES, LINKS, NAMED_SHAPES, Case
+from trinorm.bench import cases, host, measure, predict, providers, report, shapes, timing
+from trinorm.bench.cases import CHAIN, HOST, HOST_PASSES, LINKS, Case
 from trinorm.bench.providers import OURS, Provider
 from trinorm.bench.records import Provenance, Record
+from trinorm.bench.shapes import CONDITIONED_SHAPES, NAMED_SHAPES
 from trinorm.cli import bench
 from trinorm.norms import ELEMENT_OPS, ROW_OPS, SUM_OPS
 
@@ -38,7 +39,7 @@ def test_the_matrix_has_every_width_and_the_rows_of_decoding() -> None:
     matrix = cases.shapes_of("rms_norm", ["matrix"])
     assert len(matrix) == len(set(matrix)) == 25
     assert {1 << k for k in range(6, 19) if k != 9} <= {n for _, n in matrix}
-    assert {(m, 4096) for m in (1, 16, 64, 256)} | {cases.SEED_SHAPE} <= set(matrix)
+    assert {(m, 4096) for m in (1, 16, 64, 256)} | {shapes.SEED_SHAPE} <= set(matrix)
     assert set(cases.shapes_of("layer_norm", ["quartet"])) <= set(matrix)
 
 

@@ -14,9 +14,10 @@ from rich.console import Console
 
 from trinorm import cli
 from trinorm.bench import cases, changes, measure, predict, providers, report, timing
-from trinorm.bench.cases import CHANNEL_SHAPES, CONDITIONED_SHAPES, OPS, PASSES, Case
+from trinorm.bench.cases import OPS, PASSES, Case
 from trinorm.bench.providers import OURS, Provider
 from trinorm.bench.records import Provenance, Record
+from trinorm.bench.shapes import CHANNEL_SHAPES, CONDITIONED_SHAPES
 from trinorm.cli import bench, inspect, main
 from trinorm.norms import ELEMENT_OPS, QUANTIZED_OPS, ROW_OPS, SUM_OPS
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from trinorm import cli
 from trinorm.bench import cases, measure, predict, providers
-from trinorm.bench.cases import CHAIN, CONDITIONED_SHAPES, OPS, PASSES, Case
+from trinorm.bench.cases import CHAIN, OPS, PASSES, Case
+from trinorm.bench.shapes import CONDITIONED_SHAPES
 from trinorm.cli import main
 from trinorm.compare import Comparison
 
@@ -43,12 +44,12 @@ def test_shapes_are_batch_tokens_and_columns(op: str) -> None:
 @pytest.mark.parametrize(
     ("op", "shape", "wanted"),
     [
-        ("modulated_layer_norm", "8x768", "batch x tokens x columns, of which there are at most 8192"),
-        ("modulated_layer_norm", "2x8x8200", "batch x tokens x columns, of which there are at most 8192"),
+        ("modulated_layer_norm", "8x768", "batch x tokens x columns, of which there are at most 1048576"),
+        ("modulated_layer_norm", "2x8x1048577", "batch x tokens x columns, of which there are at most 1048576"),
         ("gated_rms_norm", "2x2x8x768", "(batch x) rows x columns"),
-        ("gated_rms_norm/groups", "2x8x100", "(batch x) rows x columns in 8 groups, of which each has at most 8192"),
+        ("gated_rms_norm/groups", "2x8x100", "(batch x) rows x columns in 8 groups, of which each has at most 1048576"),
         ("per_head_rms_norm", "8x768", "(batch x) tokens x heads x elements of a head"),
-        ("l2_norm", "8x8200", "(batch x) rows x columns, of which there are at most 8192"),
+        ("l2_norm", "2x8x1048577", "(batch x) rows x columns, of which there are at most 1048576"),
     ],
 )
 def test_another_shape_is_refused(op: str, shape: str, wanted: str) -> None:

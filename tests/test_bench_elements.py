@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trinorm import cli
-from trinorm.bench import cases, measure, predict, providers
+from trinorm.bench import cases, measure, predict, providers, shapes
 from trinorm.bench.cases import CHAIN, OPS, PASSES, Case
 from trinorm.cli import inspect, main
 from trinorm.norms import ELEMENT_OPS
@@ -36,7 +36,7 @@ def case(op: str, pass_: str, dtype: torch.dtype = torch.float32, shape: tuple[i
 def test_shapes_are_rows_and_columns() -> None:
     for op in ELEMENT_OPS:
         assert cases.shapes_of(op, cli.shapes("8192x4096")) == [(8192, 4096)]
-        assert cases.shapes_of(op, None) == list(cases.ELEMENT_SHAPES)
+        assert cases.shapes_of(op, None) == list(shapes.ELEMENT_SHAPES)
         assert not OPS[op].chained
         with pytest.raises(ValueError, match=f"{op} takes no 8x16x32, but rows x columns"):
             cases.shapes_of(op, cli.shapes("8x16x32"))

@@ -27,8 +27,14 @@ KINDS = {
 # Of the L2 norm, which has no weight, and of a part of a row that ends within a chunk.
 RELATIVES = {"L2": ConditionedNorm(RMS_NORM, divisor=1), "partial": ConditionedNorm(RMS_NORM, counted=188, divisor=188)}
 
-# Registers of a thread: (forward, backward) by the elements of a row, bf16, at the most of KINDS.
+# Registers of a thread: (forward, backward) by the elements of a row, bf16, at the most of KINDS; of rows that no program
+# holds, by the kernel: forward, the inputs' gradients, the parameters'.
 REGISTERS = {64: (48, 128), 128: (48, 128), 1024: (96, 96), 3072: (80, 168), 4096: (80, 128)}
+WIDE = {
+    "conditioned_forward_wide": 64,
+    "conditioned_inputs_backward_wide": 80,
+    "conditioned_parameters_backward_wide": 64,
+}
 
 
 def compiled(target: str, kind: str, n: int, asked: tuple[bool, ...] = (True, True, True, True)) -> list[Compiled]:
@@ -72,6 +78,25 @@ def test_compiled(case: tuple[str, str, int], compiling: Executor) -> None:
     assert target != "sm_90" or there.programs >= plan.per_sm, "all persistent programs are at work at once"
 
 
+WIDE_CASES = [("sm_80", "adaLN", 65536), ("gfx942", "gate first", 16384), ("sm_90", "partial", 10000)]
+WIDE_CASES += [("sm_90", kind, 16384) for kind in KINDS]
+
+
+@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
+def test_compiled_for_rows_that_no_program_holds(case: tuple[str, str, int], compiling: Executor) -> None:
+    target, kind, _ = case
+    found = compiling.submit(compiled, *case).result()
+    assert [kernel.kernel for kernel in found] == list(WIDE)
+    for kernel in found:
+        assert kernel.spills == 0, kernel
+        assert target != "sm_90" or kernel.registers <= WIDE[kernel.kernel], kernel
+        assert target == "gfx942" or min(max(kernel.loads), max(kernel.stores)) >= 128, kernel
+    summing, spec = found[2], (KINDS | RELATIVES)[kind]
+    there = occupancy(TARGETS[target], summing.warps, summing.registers, summing.shared, grid=1 << 20)
+    plan = choose_conditioned_backward(4096, 4, 16384, 2, TARGETS[target].device, spec.gate is not None, False)
+    assert target == "gfx942" or there.programs >= plan.per_sm, "all persistent programs are at work at once"
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_what_is_not_asked_for_compiles_too(kind: str, compiling: Executor) -> None:
     for asked in ((True, False, False, False), (False, True, False, False), (False, False, True, False)):
@@ -81,7 +106,7 @@ def test_what_is_not_asked_for_compiles_too(kind: str, compiling: Executor) -> N
         assert sum(part.instructions.values()) < sum(whole.instructions.values())
 
 
-@pytest.mark.parametrize("n", [1, 3, 64, 80, 128, 768, 1000, 3072, 8192])
+@pytest.mark.parametrize("n", [1, 3, 64, 80, 128, 768, 1000, 3072, 8192, 8193, 65536, 1 << 20])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("sets", [1, 8, 300, 1 << 16])

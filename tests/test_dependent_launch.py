@@ -107,14 +107,16 @@ def head_calls() -> list[inspection.Call]:
 
 
 def conditioned_calls() -> list[inspection.Call]:
-    x, gate = meta(4, 700, 128), meta(4, 700, 128)
     with inspection.recorded() as calls:
         for spec, weight in (
             (ConditionedNorm(LAYER_NORM, modulated=True), meta(4, 1, 128)),
             (ConditionedNorm(RMS_NORM, "silu"), meta(128)),
             (ConditionedNorm(RMS_NORM, "silu", gate_first=True), meta(128)),
+            (ConditionedNorm(LAYER_NORM, "silu"), meta(10000)),
         ):
-            problem = Conditioned(spec, 1, 128, 1e-6, x.dtype)
+            n = weight.shape[-1]
+            x, gate = meta(4, 700, n), meta(4, 700, n)
+            problem = Conditioned(spec, 1, n, 1e-6, x.dtype)
             inputs = conditioned_rows.Inputs(x, gate if spec.gate else None, weight, weight)
             y, mean, rstd = conditioned_rows.forward(problem, inputs, save=True)
             assert y is not None and rstd is not None

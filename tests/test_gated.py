@@ -34,7 +34,6 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) 
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
 @pytest.mark.parametrize(("n", "dtype"), EVERY_SIZE, ids=str)
 @ORDERS
-@pytest.mark.filterwarnings("ignore:.*over 2048 elements")
 def test_every_size(norm: RowNorm, dtype: torch.dtype, n: int, first: bool, device: torch.device) -> None:
     x, gate, weight, bias = draw(5, n, dtype=dtype, device=device)
     assert_right(gated(norm, x, gate, weight, bias if norm.center else None, first=first))

@@ -122,7 +122,6 @@ def assert_right(call: Call, dy: Tensor | None = None, dsum: Tensor | None = Non
 @pytest.mark.parametrize(
     ("n", "dtype"), [(n, dtype) for n in SIZES for dtype in (DTYPES if n in (65, 1000) else DTYPES[::2])], ids=str
 )
-@pytest.mark.filterwarnings("ignore:.*over 2048 elements")
 def test_every_size(norm: RowNorm, dtype: torch.dtype, n: int, device: torch.device) -> None:
     assert_right(drawn(norm, (2, 5), (2, 1), n, dtype, device))
 
@@ -372,6 +371,14 @@ def test_bad_input(
     with pytest.raises(error, match=rf"add_modulated_layer_norm\(\): {message}"):
         functional.add_modulated_layer_norm(**(right | given))  # type: ignore[arg-type]
     assert launched == []
+
+
+def test_long_rows(device: torch.device, launched: list[Any]) -> None:
+    """Are added by torch's operator, and normalized by the kernels of long rows."""
+    for n, dtype in ((9000, torch.bfloat16), (2100, torch.float64)):
+        launched.clear()
+        assert_right(drawn(LAYER_NORM, (2, 3), (2, 1), n, dtype, device))
+        assert launched[0].fn.__name__ == "conditioned_forward_wide"  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter takes minutes")

@@ -105,6 +105,7 @@ def test_every_kernel_is_compiled(target: str, compiled: Compiled) -> None:
     kernels = {record["kernel"] for record in compiled(target, *ASKED[target])}
     teams = {"forget_words", "row_forward_split", "row_backward_split"} if target.startswith("sm_") else set()
     others = {f"{family}_{pass_}" for family in ("heads", "conditioned") for pass_ in ("forward", "backward")}
+    others |= {f"conditioned_{of}_wide" for of in ("forward", "inputs_backward", "parameters_backward")}
     assert kernels == teams | (set() if ONCE[0] in ASKED[target] else others) | {
         "row_forward",
         "row_forward_streamed",
@@ -199,7 +200,8 @@ def test_all_programs_of_a_backward_run_at_once(target: str, compiled: Compiled)
     records = compiled(target, *((PLAIN, "--pass", "backward", "--shape", shapes) if shapes else ASKED[target]))
     walking = [record for record in records if "STAGES" in record["options"]]
     wider = set() if shapes == HELD else {"row_backward_split", "row_backward_apply"}
-    others = set() if shapes or ONCE[0] in ASKED[target] else {"heads_backward", "conditioned_backward"}
+    families = {"heads_backward", "conditioned_backward", "conditioned_parameters_backward_wide"}
+    others = set() if shapes or ONCE[0] in ASKED[target] else families
     assert {record["kernel"] for record in walking} == {"row_backward"} | wider | others
     for record in walking:
         case = target, record["op"], record["shape"][1]

@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 
 from trinorm.bench import counters
-from trinorm.bench.cases import CHANNEL_SHAPES, OPS, PASSES, Case
+from trinorm.bench.cases import OPS, PASSES, Case
 from trinorm.bench.counters import Kernel, Refused
+from trinorm.bench.shapes import CHANNEL_SHAPES
 from trinorm.cli import main, profile
 from trinorm.norms import ROW_OPS, SUM_OPS
 

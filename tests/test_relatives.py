@@ -301,18 +301,6 @@ def test_nothing_to_normalize(shape: tuple[int, ...], device: torch.device, laun
     assert launched == []
 
 
-@pytest.mark.filterwarnings("ignore:.*over 8192 elements")
-def test_rows_too_long_for_the_kernels(device: torch.device, launched: list[object]) -> None:
-    x, weight = draw(2, 8200, device=device)
-    for call, power in (
-        (relative(x, divisor=1), x.square().sum(-1, keepdim=True)),
-        (relative(x, weight, count=9), x[:, :9].square().mean(-1, keepdim=True)),
-    ):
-        by_users = x * torch.rsqrt(power + EPS) * (1 if call.weight is None else weight)
-        assert_no_worse("y", call(), conditioned_reference.oracle(*call).y, by_users)
-    assert launched == []
-
-
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter takes minutes")
 @pytest.mark.parametrize("n", [128, 1024, 4096, 8192])
 def test_the_launches_of_real_sizes(n: int, device: torch.device) -> None:

@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 
 from trinorm.bench import sweep, timing
-from trinorm.bench.cases import NAMED_SHAPES, PASSES, Case
+from trinorm.bench.cases import PASSES, Case
 from trinorm.bench.records import Provenance
+from trinorm.bench.shapes import NAMED_SHAPES
 from trinorm.bench.sweep import Launch, Trial
 from trinorm.cli import main, tune
 from trinorm.forced import forced

@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from trinorm.bench import sweep
-from trinorm.bench.cases import CONDITIONED_SHAPES, OPS, PASSES, Case
+from trinorm.bench.cases import OPS, PASSES, Case
+from trinorm.bench.shapes import CONDITIONED_SHAPES
 from trinorm.cli.tune import SWEPT
 from trinorm.forced import forced
 from trinorm.ops import conditioned_rows, gated_sum_rows
-from trinorm.tuning import RowBackward, RowForward, Tile
+from trinorm.tuning import RowBackward, RowBackwardWide, RowForward, RowForwardWide, Tile
 
 META = torch.device("meta")
+# Those of rows that no program holds.
+WIDE = {"forward": RowForwardWide, "backward": RowBackwardWide}
 SMALL = (3, 11, 72)
 
 
@@ -47,8 +50,10 @@ def test_what_is_chosen_today_is_what_runs_and_among_the_candidates(
     choose = getattr(sweep.tuning, name)
     today = sweep.chosen(of, device)
     assert today == choose(*given[-1])
-    assert sweep.kinds(op, pass_) == {type(today).__name__: type(today)}
+    kinds = (type(today),) if OPS[op].norm.of_gated_sum else (type(today), WIDE[pass_])
+    assert sweep.kinds(op, pass_) == {kind.__name__: kind for kind in kinds}
     assert sweep.start(of, type(today), device) == today
+    assert all(isinstance(sweep.start(of, kind, device), kind) for kind in kinds)
     large = case(op, pass_, CONDITIONED_SHAPES[op][0], torch.bfloat16)
     today = sweep.chosen(large, META)
     tried = {field.name for field in fields(today) if [*sweep.variants(today, field.name, large)]}

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from trinorm.bench import sweep
-from trinorm.bench.cases import ELEMENT_SHAPES, PASSES, Case
+from trinorm.bench.cases import PASSES, Case
+from trinorm.bench.shapes import ELEMENT_SHAPES
 from trinorm.cli.tune import SWEPT
 from trinorm.forced import forced
 from trinorm.norms import ELEMENT_OPS

@@ -13,8 +13,9 @@ import torch
 
 from machine import ON_GPU
 from trinorm.bench import sweep
-from trinorm.bench.cases import HEAD_SHAPES, PASSES, Case
+from trinorm.bench.cases import PASSES, Case
 from trinorm.bench.records import Provenance
+from trinorm.bench.shapes import HEAD_SHAPES
 from trinorm.bench.sweep import Launch, Trial
 from trinorm.cli import main
 from trinorm.forced import forced

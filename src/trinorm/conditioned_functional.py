@@ -46,8 +46,8 @@ def modulated_layer_norm(
 
     Returns:
         A contiguous tensor of the input's shape and dtype (fp32 where autocast makes :func:`layer_norm` return that).
-        Statistics, products and sums are fp32, fp64 as soon as one of the tensors is. Rows of more than 8192 elements (2048
-        in fp64) have torch's own operators.
+        Statistics, products and sums are fp32, fp64 as soon as one of the tensors is. Rows of more than
+        1,048,576 elements have torch's own operators.
 
     Raises:
         RuntimeError: a shape does not fit, or the tensors are on different devices.
@@ -136,8 +136,8 @@ def gated_layer_norm(
 
     Returns:
         A contiguous tensor of the input's shape and dtype (fp32 where autocast makes :func:`layer_norm` return that).
-        Statistics, products and sums are fp32, fp64 as soon as one of the tensors is. Groups of more than 8192 elements
-        (2048 in fp64) have torch's own operators.
+        Statistics, products and sums are fp32, fp64 as soon as one of the tensors is. Groups of more than
+        1,048,576 elements have torch's own operators.
 
     Raises:
         RuntimeError: a shape does not fit, or the tensors are on different devices.

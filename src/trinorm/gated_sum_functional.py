@@ -54,7 +54,7 @@ def add_modulated_layer_norm(
         once, before it is normalized. y has x's dtype (fp32 where autocast makes :func:`layer_norm` return that).
         Statistics, products and sums are fp32, fp64 as soon as one of the tensors is. The gradients of gate, scale and
         shift are summed in a fixed order: the same bits on every run; in one pass where these three are broadcast along
-        the same dims. Rows of more than 8192 elements (2048 in fp64) have torch's own operators.
+        the same dims. Of rows of more than 8192 elements (2048 in fp64) the sum is taken by torch's own operator first.
 
     Raises:
         RuntimeError: a shape does not fit, there is a shift without a scale, or tensors are on different devices.

@@ -57,7 +57,7 @@ def l2_norm(
         A contiguous tensor of the input's shape and dtype (fp32 where autocast makes :func:`rms_norm` return that).
         Statistics, products and sums are fp32, fp64 as soon as one of the tensors is; rows whose squares fp32 does not hold
         are scaled by a power of two. Norms above 8.5e37, whose inverse is subnormal, have fewer digits. Rows of more than
-        8192 elements (2048 in fp64) have torch's own operators.
+        1,048,576 elements have torch's own operators.
 
     Raises:
         RuntimeError: a shape does not fit, or the tensors are on different devices.

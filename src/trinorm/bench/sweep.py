@@ -140,9 +140,10 @@ def start(case: Case, kind: type, device: torch.device) -> Launch:
     """A launch of this kind to begin with: the case's own, or that of the nearest problem that has one."""
     if isinstance(today := chosen(case, device), kind):
         return today
-    m, n = case.shape
-    sizes = itertools.product((n, *(1 << k for k in range(6, 20)), _NO_BLOCKS), (m, 1, 128, 1 << 15))
-    return next(found for n, m in sizes if isinstance(found := chosen(replace(case, shape=(m, n)), device), kind))
+    *lead, n = case.shape
+    rows = [lead] if isinstance(OPS[case.op].norm, OfConditioned) else [[m] for m in (*lead, 1, 128, 1 << 15)]
+    sizes = itertools.product((n, *(1 << k for k in range(6, 20)), _NO_BLOCKS), rows)
+    return next(found for n, m in sizes if isinstance(found := chosen(replace(case, shape=(*m, n)), device), kind))
 
 
 # Rows that no block divides, nor any program holds.

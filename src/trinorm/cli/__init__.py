@@ -66,7 +66,7 @@ def shape(text: str) -> tuple[int, ...]:
 
 def shapes(text: str) -> list[tuple[int, ...] | str]:
     """``128x768,8192x4096`` as tuples, for an argument's ``type``; names of NAMED_SHAPES as they are."""
-    from ..bench.cases import NAMED_SHAPES
+    from ..bench.shapes import NAMED_SHAPES
 
     return [part if part in NAMED_SHAPES else shape(part) for part in dict.fromkeys(text.split(","))]
 

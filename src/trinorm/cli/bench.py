@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..bench.cases import CHAIN, HOST, HOST_PASSES, NAMED_SHAPES, OPS, PASSES, SEED_SHAPE, SWEEPS, Case, shapes_of
+from ..bench.cases import CHAIN, HOST, HOST_PASSES, OPS, PASSES, Case, shapes_of
 from ..bench.providers import OURS, PEERS, load
 from ..bench.records import Record, provenance, results_path
+from ..bench.shapes import NAMED_SHAPES, SEED_SHAPE, SWEEPS
 from ..cases import DTYPES, LAYOUTS
 from ..norms import ROW_OPS, Shape
 from ..ops.road import HAS_TRITON, INTERPRETED

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..bench.cases import CONDITIONED_SHAPES, OPS, PASSES, SHAPES, Case, shapes_of
+from ..bench.cases import OPS, PASSES, Case, shapes_of
+from ..bench.shapes import CONDITIONED_SHAPES, SHAPES
 from ..cases import DTYPES
 from ..norms import ROW_OPS, SUM_OPS, Shape
 from ..ops.road import HAS_TRITON, INTERPRETED
@@ -22,14 +23,16 @@ ROWS = (*SHAPES, (256, 12288), (1024, 65536), (1024, 66000))
 ROWS_OF_SUMS = ((16, 4096), (8192, 4096), (1024, 65536), (1024, 66000))
 # Of QK-norm: heads that a program has several of, and, where tokens are few, one.
 HEADS_OF_TOKENS = ((4, 4096, 32, 8, 128), (64, 1, 32, 8, 128))
-# Of conditioned norms: a scale and a shift of each sample; a gate behind the norm, narrow, and one before it, wide.
+# Of conditioned norms: a scale and a shift of each sample; a gate behind the norm, narrow, and one before it, wide; and of
+# each, rows that no program holds.
 CONDITIONED = ("modulated_layer_norm", "gated_rms_norm", "gated_rms_norm/first")
+LONG_ROWS = (8, 512, 16384)
 
 _SELECTED: dict[str, Sequence[Shape]] = {
     **dict.fromkeys(ROW_OPS, ROWS),
     **dict.fromkeys(SUM_OPS, ROWS_OF_SUMS),
     "qk_norm": HEADS_OF_TOKENS,
-    **{op: CONDITIONED_SHAPES[op][:1] for op in CONDITIONED},
+    **{op: (CONDITIONED_SHAPES[op][0], LONG_ROWS) for op in CONDITIONED},
 }
 
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..bench.cases import CONDITIONED_SHAPES, OPS, PASSES, Case, shapes_of
+from ..bench.cases import OPS, PASSES, Case, shapes_of
 from ..bench.records import provenance
+from ..bench.shapes import CONDITIONED_SHAPES
 from ..cases import DTYPES
 from ..norms import ELEMENT_OPS, QUANTIZED_OPS, ROW_OPS
 from ..ops.road import HAS_TRITON, INTERPRETED

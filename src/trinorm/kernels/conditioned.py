@@ -97,6 +97,13 @@ def moments(xs, N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, CENTER: tl.co
 
 
 @triton.jit
+def rstd_of_scaled(power, eps, scale):
+    """rstd of a row from the power of the row times ``scale``."""
+    # Where nothing deviates eps alone is left, and its share of the scaled sum may be below fp32.
+    return tl.where(power == 0.0, rsqrt_rounded(eps), rsqrt_rounded(power + eps * scale * scale) * scale)
+
+
+@triton.jit
 def held_stats(
     xs,
     eps,
@@ -121,8 +128,7 @@ def held_stats(
         for i in tl.static_range(len(xs)):
             scaled = scaled + (widened(xs[i], ACC) * scale,)
         mean, power = moments(scaled, N, K, D, CENTER, ACC)
-        # Where nothing deviates eps alone is left, and its share of the scaled sum may be below fp32.
-        rstd = tl.where(power == 0.0, rsqrt_rounded(eps), rsqrt_rounded(power + eps * scale * scale) * scale)
+        rstd = rstd_of_scaled(power, eps, scale)
         return mean * unit, rstd, tl.full(rstd.shape, True, tl.int1)
     else:
         mean, power = moments(xs, N, K, D, CENTER, ACC)

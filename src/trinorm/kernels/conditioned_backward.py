@@ -46,13 +46,59 @@ from .stats import mean_of
 
 
 @triton.jit
-def ds_of(g, xhat, rstd, c1, c2, start: tl.constexpr, N: tl.constexpr, K: tl.constexpr, CENTER: tl.constexpr):
-    """dx_of of the chunk from column ``start`` on; rstd·g alone behind the first K, as rstd does not move with those."""
+def ds_of(g, xhat, rstd, c1, c2, columns, END: tl.constexpr, N: tl.constexpr, K: tl.constexpr, CENTER: tl.constexpr):
+    """dx_of of a chunk that ends before column END; rstd·g alone behind the first K, as rstd does not move with those."""
     ds = dx_of(g, xhat, rstd, c1, c2, CENTER)
-    if K == N or start + g.shape[1] <= K:
+    if K == N or END <= K:
         return ds
     else:
-        return tl.where(chunk_columns(start, g.shape[1]) < K, ds, rstd * g)
+        return tl.where(columns < K, ds, rstd * g)
+
+
+@triton.jit
+def store_gradients_of_chunk(
+    outs,
+    held,
+    i: tl.constexpr,
+    mean,
+    rstd,
+    c1,
+    c2,
+    rows,
+    columns,
+    mask,
+    END: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    CENTER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
+    ROUND_N: tl.constexpr,
+    GATE: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    dtype: tl.constexpr,
+    ACC: tl.constexpr,
+    STREAM: tl.constexpr,
+):
+    """dx and dz of the ``columns`` of some rows, which are chunk i of what is held and end before column END."""
+    DX, DZ = outs
+    xs, zs, ss, dys, dns, ws, bs = held
+    at = rows * N + columns
+    xhat = normalized(ss[i], mean, rstd, ACC)
+    if DX is not None or GATE_FIRST:
+        g = affine_backward(dns[i].to(ACC), ws[i], OFFSET)
+        ds = ds_of(g, xhat, rstd, c1, c2, columns, END, N, K, CENTER)
+    if DZ is not None:
+        z = widened(zs[i], ACC)
+        if GATE_FIRST:
+            da = ds * widened(xs[i], ACC)
+        else:
+            da = widened(dys[i], ACC) * weighted(xhat, ws[i], bs[i], dtype, OFFSET, ROUND, ROUND_N)
+        store_once(DZ + at, activated_backward(da, z, GATE), mask, STREAM)
+    if DX is not None:
+        if GATE_FIRST:
+            ds *= gate_of(widened(zs[i], ACC), GATE)
+        store_once(DX + at, ds, mask, STREAM)
 
 
 @triton.jit
@@ -77,33 +123,40 @@ def store_conditioned_gradients(
     STREAM: tl.constexpr,
 ):
     """dx and dz of a tile of whole rows. outs: (DX, DZ); held: (x, z, s, dy, dn, w, b), each as chunks; dtype: y's."""
-    DX, DZ = outs
-    xs, zs, ss, dys, dns, ws, bs = held
+    xs, _, ss, _, dns, ws, bs = held
     CHUNK: tl.constexpr = xs[0].shape[1]
-    OF_S: tl.constexpr = DX is not None or GATE_FIRST
-    if OF_S:
+    c1, c2 = None, None
+    if outs[0] is not None or GATE_FIRST:
         means, rstds = undoing_row(mean, rstd, ws, bs, OFFSET, False, ACC)
         c1, c2 = dx_sums(ss, dns, ws, means, rstds, CENTER, OFFSET, ACC)
         c1, c2 = mean_of(c1, D), mean_of(c2, N)
     for i in tl.static_range(len(xs)):
         columns = chunk_columns(i * CHUNK, CHUNK)
         mask = live & columns_live(columns, (i + 1) * CHUNK, N)
-        at = rows * N + columns
-        xhat = normalized(ss[i], mean, rstd, ACC)
-        if OF_S:
-            g = affine_backward(dns[i].to(ACC), ws[i], OFFSET)
-            ds = ds_of(g, xhat, rstd, c1, c2, i * CHUNK, N, K, CENTER)
-        if DZ is not None:
-            z = widened(zs[i], ACC)
-            if GATE_FIRST:
-                da = ds * widened(xs[i], ACC)
-            else:
-                da = widened(dys[i], ACC) * weighted(xhat, ws[i], bs[i], dtype, OFFSET, ROUND, ROUND_N)
-            store_once(DZ + at, activated_backward(da, z, GATE), mask, STREAM)
-        if DX is not None:
-            if GATE_FIRST:
-                ds *= gate_of(widened(zs[i], ACC), GATE)
-            store_once(DX + at, ds, mask, STREAM)
+        store_gradients_of_chunk(
+            outs,
+            held,
+            i,
+            mean,
+            rstd,
+            c1,
+            c2,
+            rows,
+            columns,
+            mask,
+            (i + 1) * CHUNK,
+            N,
+            K,
+            CENTER,
+            OFFSET,
+            ROUND,
+            ROUND_N,
+            GATE,
+            GATE_FIRST,
+            dtype,
+            ACC,
+            STREAM,
+        )
 
 
 @triton.jit(do_not_specialize=["members", "sets", "repeat"])

@@ -183,6 +183,26 @@ def pivoted_moments(xs, pivot, N: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def add_to_moments(mean, squares, step, x, live, CENTER: tl.constexpr):
+    """(mean, squares, step) of each lane with one x more, where it is live: by Welford's recurrence, or plain squares."""
+    if CENTER:
+        step += 1.0
+        delta = x - mean
+        mean += tl.where(live, delta * (1.0 / step), 0.0)
+        squares += tl.where(live, delta * (x - mean), 0.0)
+    else:
+        squares += x * x
+    return mean, squares, step
+
+
+@triton.jit
+def columns_of_lanes(steps, N: tl.constexpr, CHUNK: tl.constexpr):
+    """How many columns each lane saw in so many steps: all chunks have it, but perhaps the last."""
+    last = columns_live(chunk_columns(rounded_up(N, CHUNK) - CHUNK, CHUNK), rounded_up(N, CHUNK), N)
+    return steps - tl.where(last, tl.zeros([1, CHUNK], steps.dtype), 1.0)
+
+
+@triton.jit
 def streamed_moments(
     row, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr, exists=True, stride=1
 ):
@@ -199,17 +219,8 @@ def streamed_moments(
         columns = chunk_columns(start, CHUNK)
         live = columns_live(columns, rounded_up(N, CHUNK), N)
         x = widened(load(row + columns * stride, live & exists), ACC)
-        if CENTER:
-            step += 1.0
-            delta = x - mean
-            mean += tl.where(live, delta * (1.0 / step), 0.0)
-            squares += tl.where(live, delta * (x - mean), 0.0)
-        else:
-            squares += x * x
-    # How many columns each lane saw: all chunks have it, but perhaps the last.
-    last = columns_live(chunk_columns(rounded_up(N, CHUNK) - CHUNK, CHUNK), rounded_up(N, CHUNK), N)
-    count = step - tl.where(last, tl.zeros([1, CHUNK], ACC), 1.0)
-    row_mean, power = merged_lanes(mean, squares, count, N, CENTER)
+        mean, squares, step = add_to_moments(mean, squares, step, x, live, CENTER)
+    row_mean, power = merged_lanes(mean, squares, columns_of_lanes(step, N, CHUNK), N, CENTER)
     if CENTER and tl.float64 == ACC:
         # The recurrence makes NaN of Inf. In fp32 the row is not trusted and its statistics are taken again anyway.
         if tl.max((row_mean != row_mean).to(tl.int32)) == 1:

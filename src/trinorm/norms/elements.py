@@ -177,7 +177,7 @@ class OfPoly(OfElements):
 
     @property
     def wanted(self) -> str:
-        from ..ops.conditioned import MOST_OF_ROW
+        from ..ops.poly import MOST_OF_ROW
 
         return f"rows x columns, of which there are at most {MOST_OF_ROW}"
 
@@ -189,7 +189,7 @@ class OfPoly(OfElements):
         return True
 
     def takes(self, shape: Shape) -> bool:
-        from ..ops.conditioned import MOST_OF_ROW
+        from ..ops.poly import MOST_OF_ROW
 
         return len(shape) == 2 and shape[1] <= MOST_OF_ROW
 

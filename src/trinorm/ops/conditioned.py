@@ -19,8 +19,8 @@ from .row import _as_saved
 if TYPE_CHECKING:
     from ..replay import Results
 
-# Of how many elements a row has kernels, at the most; and of float64.
-MOST_OF_ROW, MOST_OF_FP64 = 8192, 2048
+# Of how many elements a row has kernels, at the most.
+MOST_OF_ROW = 1 << 20
 
 
 class Conditioned(NamedTuple):
@@ -84,9 +84,8 @@ def shared_sets(problem: Conditioned, x: Tensor, *parameters: Tensor | None) -> 
 
 def lacking(problem: Conditioned, x: Tensor, *others: Tensor | None) -> str | None:
     """Why there is no kernel for such a call; None where there is one. others: gate, weight and bias."""
-    most = MOST_OF_FP64 if road.accumulator_dtype(x, *others) == torch.float64 else MOST_OF_ROW
-    if problem.size > most:
-        return f"a row has over {most} elements"
+    if problem.size > MOST_OF_ROW:
+        return f"a row has over {MOST_OF_ROW} elements"
     if shared_sets(problem, x, *others[1:]) is None:
         return "weight and bias are broadcast along dims that do not lie beside each other"
     return None

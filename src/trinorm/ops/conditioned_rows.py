@@ -11,8 +11,12 @@ from torch import Tensor
 
 from ..kernels.conditioned import conditioned_forward
 from ..kernels.conditioned_backward import conditioned_backward
+from ..kernels.conditioned_backward_wide import conditioned_inputs_backward_wide, conditioned_parameters_backward_wide
+from ..kernels.conditioned_wide import conditioned_forward_wide
 from ..launch import describe, empty, launch
 from ..tuning import (
+    RowBackward,
+    RowForward,
     choose_conditioned_backward,
     choose_conditioned_forward,
     choose_conditioned_total,
@@ -45,21 +49,14 @@ def forward(problem: Conditioned, inputs: Inputs, *, save: bool) -> tuple[Tensor
     plan = choose_conditioned_forward(m, n, widest(x.dtype, stats), size)
     layouts = [rows_of_input(problem, x, t) for t in inputs]
     options = _options(problem, inputs, stats)
-    options.update(
-        ALIKE=layouts[2] == layouts[3],
-        RESCUE=stats == torch.float32,
-        ROWS=plan.tile.rows,
-        CHUNK=plan.tile.chunk,
-        STREAM=plan.stream,
-    )
+    options.update(ALIKE=layouts[2] == layouts[3], RESCUE=stats == torch.float32, CHUNK=plan.tile.chunk)
     options.update(started_by(plan.tile, size))
-    launch(
-        conditioned_forward,
-        (-(-m // plan.tile.rows),),
-        device,
-        (y, mean, rstd, *inputs, m, *itertools.chain(*layouts), problem.eps),
-        options,
-    )
+    tensors, how = (y, mean, rstd, *inputs), (*itertools.chain(*layouts), problem.eps)
+    if isinstance(plan, RowForward):
+        options.update(ROWS=plan.tile.rows, STREAM=plan.stream)
+        launch(conditioned_forward, (-(-m // plan.tile.rows),), device, (*tensors, m, *how), options)
+    else:
+        launch(conditioned_forward_wide, (m,), device, (*tensors, *how), options)
     return y, mean, rstd
 
 
@@ -82,21 +79,33 @@ def backward(
     partials = (
         sums if programs == 1 else [None if t is None else empty((programs * sets.middle, n), stats, device) for t in sums]
     )
-    layouts = (
-        *collapse((sets.outer, sets.repeat), (sets.middle * sets.repeat, 1)),
-        *(at for t in (dy, x, inputs.gate) for at in rows_of_input(problem, x, t)),
-        *(at for t in inputs[2:] for at in rows_of_sets(problem, t)),
-    )
-    options = _options(problem, inputs, stats)
-    options.update(ROWS=plan.tile.rows, CHUNK=plan.tile.chunk, STAGES=plan.stages, STREAM=plan.stream)
-    options.update(started_by(plan.tile, size))
-    tensors = *found[:2], *partials, dy, *inputs, mean, rstd
-    args = *tensors, members, sets.middle, sets.repeat, *layouts
-    launch(conditioned_backward, (programs * sets.middle,), device, args, options)
+    walked = members, sets.middle, sets.repeat, *collapse((sets.outer, sets.repeat), (sets.middle * sets.repeat, 1))
+    of_rows = tuple(at for t in (dy, x, inputs.gate) for at in rows_of_input(problem, x, t))
+    options = _options(problem, inputs, stats) | dict(CHUNK=plan.tile.chunk, **started_by(plan.tile, size))
+    args: tuple[Any, ...]
+    if isinstance(plan, RowBackward):
+        options.update(ROWS=plan.tile.rows, STAGES=plan.stages, STREAM=plan.stream)
+        of_parameters = (at for t in inputs[2:] for at in rows_of_sets(problem, t))
+        args = (*found[:2], *partials, dy, *inputs, mean, rstd, *walked, *of_rows, *of_parameters)
+        launch(conditioned_backward, (programs * sets.middle,), device, args, options)
+    else:
+        if any(t is not None for t in found[:2]):
+            of_parameters = (at for t in inputs[2:] for at in rows_of_input(problem, x, t))
+            args = (*found[:2], dy, *inputs, mean, rstd, *of_rows, *of_parameters)
+            launch(conditioned_inputs_backward_wide, (members * sets.middle,), device, args, options)
+        if any(t is not None for t in sums):
+            options = {name: options[name] for name in options if name not in _OF_INPUTS} | dict(STAGES=plan.stages)
+            args = (*partials, dy, *inputs[:2], mean, rstd, *walked, *of_rows)
+            grid = programs * sets.middle * -(-n // plan.tile.chunk)
+            launch(conditioned_parameters_backward_wide, (grid,), device, args, options)
     if programs > 1:
         outs, most = (sums[0], sums[1], partials[0], partials[1]), plan.most_partials(n, size)
         add_up(*outs, programs, most, stats, sets=sets.middle, total=choose_conditioned_total(programs))
     return tuple(found)
+
+
+# What is nothing to the gradients of weight and bias, which are sums of what the forward had.
+_OF_INPUTS = ("K", "D", "CENTER", "OFFSET", "ROUND_N")
 
 
 def rows_of_input(problem: Conditioned, x: Tensor, t: Tensor | None) -> Rows:
@@ -110,7 +119,7 @@ def rows_of_sets(problem: Conditioned, t: Tensor | None) -> Rows:
 
 
 def _options(problem: Conditioned, inputs: Inputs, stats: torch.dtype) -> dict[str, Any]:
-    """What both kernels are told of the problem."""
+    """What the kernels are told of the problem."""
     spec, weight = problem.spec, inputs.weight
     rounded = spec.norm.rounded and problem.y != stats
     behind = spec.gate is not None and not spec.gate_first

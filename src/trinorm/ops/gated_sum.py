@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import gated_sum_reference
 from ..switches import when_set
+from . import road
 from .calls import Known
 from .conditioned import Conditioned
 from .layout import dense, readable
@@ -17,6 +18,10 @@ from .row import _as_saved, are_plain
 
 if TYPE_CHECKING:
     from ..replay import Results
+
+
+# Of how many elements a row has kernels, at the most; and of float64. Longer ones are added first, and normalized then.
+MOST_OF_ROW, MOST_OF_FP64 = 8192, 2048
 
 
 class GatedSum(NamedTuple):
@@ -29,6 +34,11 @@ class GatedSum(NamedTuple):
 
 def problem_of(norm: Conditioned, x: Tensor, residual: Tensor) -> GatedSum:
     return GatedSum(norm, residual.dtype, torch.promote_types(x.dtype, residual.dtype))
+
+
+def are_held(norm: Conditioned, *tensors: Tensor | None) -> bool:
+    """Whether a row is short enough for these kernels."""
+    return norm.size <= (MOST_OF_FP64 if road.accumulator_dtype(*tensors) == torch.float64 else MOST_OF_ROW)
 
 
 def read(problem: GatedSum, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

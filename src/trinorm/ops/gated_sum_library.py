@@ -23,8 +23,18 @@ from torch import Tensor
 from .. import conditioned_reference, reference
 from ..spec import ROW_NORMS, ConditionedNorm, RowNorm
 from . import road
-from .conditioned import Conditioned, broadcasts, lacking
-from .gated_sum import CALLS, GatedSum, GatedSumCall, composite, composite_gradients, problem_of, read, unused
+from .conditioned import Conditioned, broadcasts, shared_sets
+from .gated_sum import (
+    CALLS,
+    GatedSum,
+    GatedSumCall,
+    are_held,
+    composite,
+    composite_gradients,
+    problem_of,
+    read,
+    unused,
+)
 from .registering import Op, know_distributed, out_of_autocast, register
 
 if TYPE_CHECKING:
@@ -101,7 +111,7 @@ class _Forward(Op):
             problem, tensors = _problem(self._spec, args)
             _check(self.name, problem, *tensors)
             x, _, *parameters = tensors
-            if not x.numel() or lacking(problem.norm, x, None, *parameters) or not road.has_kernels(x):
+            if not _is_launched(problem, x, *parameters):
                 return self.composite(*args)
             inputs = read(problem, *tensors)
             call = GatedSumCall(problem, road.accumulator_dtype(*tensors), differentiated=True)
@@ -153,7 +163,7 @@ class _Backward(Op):
         torch._check(fits, lambda: f"trinorm::{self.name}: dy, dsum, mean and rstd are not as the forward gives them")
         known = all(not want or t is not None for want, t in zip(wanted[3:], parameters, strict=True))
         torch._check(known, lambda: f"trinorm::{self.name}: a gradient is asked for of what is not there")
-        if not x.numel() or lacking(problem.norm, x, None, gate, *parameters) or not road.has_kernels(x):
+        if not _is_launched(problem, x, gate, *parameters):
             return self.composite(*args)
         manner = _REGISTERED, self.name, *args[9:], dy.dtype, rstd.dtype, total.dtype
         call = CALLS.recall(manner, *inputs)
@@ -185,6 +195,11 @@ def _problem(spec: RowNorm, args: Any) -> tuple[GatedSum, Any]:
     *inputs, dims, size, eps, modulated, dtype, batch_invariant = args
     norm = Conditioned(ConditionedNorm(spec, modulated=modulated), dims, size, eps, dtype, batch_invariant)
     return problem_of(norm, *inputs[:2]), inputs
+
+
+def _is_launched(problem: GatedSum, x: Tensor, *parameters: Tensor | None) -> bool:
+    held = bool(x.numel()) and road.has_kernels(x) and are_held(problem.norm, x, *parameters)
+    return held and shared_sets(problem.norm, x, *parameters) is not None
 
 
 def _check(op: str, problem: GatedSum, x: Tensor, residual: Tensor, *parameters: Tensor | None) -> None:

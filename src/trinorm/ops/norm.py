@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import added_reference, channel_reference, reference
+from .. import added_reference, channel_reference, gated_sum_reference, reference
 from ..channel_reference import Averages, Given
 from ..reference import autocasts_to_fp32, in_fp32
 from ..spec import Activation, ChannelNorm, ConditionedNorm, RowNorm
@@ -209,7 +209,9 @@ def gated_sum_norm(
     residual: Tensor,
     *parameters: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, sum) of checked arguments. parameters: gate, weight and bias. asked: as channel_norm's."""
+    """(y, sum) of checked arguments. parameters: gate, weight and bias. asked: as channel_norm's. Of rows that the kernels
+    do not hold the sum is torch's, and its norm a conditioned one.
+    """
     op, to_fp32 = gated_sum_library.NAMES[spec.norm.name], x.dtype != torch.float64
     to_fp32 = to_fp32 and reference.autocast_to_fp32(spec.norm, x.device.type)
     dtype = torch.float32 if to_fp32 else x.dtype
@@ -217,11 +219,16 @@ def gated_sum_norm(
     problem, given = gated_sum.problem_of(norm, x, residual), (x, residual, *parameters)
     if not x.numel():
         return gated_sum.composite(problem, *given)
+    if not gated_sum.are_held(norm, *given):
+        gate, *own = parameters
+        assert gate is not None
+        total = gated_sum_reference.gated_sum(x, residual, gate).contiguous()
+        return conditioned_norm(op, spec, dims, norm.size, eps, None, batch_invariant, total, None, *own).to(dtype), total
     others = residual, *conditioned.aligned(norm, x, *parameters)
-    tensors, lacking = (x, *others), conditioned.lacking(norm, x, *others)
-    if lacking is None and road.takes_op(op, *tensors, whole=batch_invariant):
+    tensors = x, *others
+    if road.takes_op(op, *tensors, whole=batch_invariant):
         return gated_sum_library.norm(problem, *tensors)
-    if not road.kernels_serve(op, x, *others, lacking=lacking):
+    if not road.kernels_serve(op, x, *others):
         return gated_sum.composite(problem, *tensors)
     inputs = gated_sum.read(problem, *tensors)
     call = None

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import TypeVar
 
 from ..launch import Device
-from .kinds import RowBackward, RowForward, Tile, _sharing
+from .kinds import RowBackward, RowBackwardWide, RowForward, RowForwardWide, Tile, _sharing
 from .row import _STREAM_COLUMNS, _fitted, _large_from, _narrowed
 
 # (N up to, tile of rows): 8 elements of a thread, which are one load where they have 16 bits, or chunks of 8; up to 1536 a
@@ -39,13 +40,22 @@ _BACKWARD: tuple[tuple[int, tuple[Tile, int, int], tuple[Tile, int, int]], ...] 
 )
 _BACKWARD_FP64 = Tile(1, 1024, 8), 1, 1
 
+# Rows that no program holds: longer ones than those above, and of fp64 than this; forward and backward, and those of fp64.
+# By chunks of 8 elements of a thread, compiled for sm_90 and bf16: up to 56 registers forward and 80 backward, 48 of the
+# programs that sum.
+_HELD_FP64 = 2048
+_WIDE = RowForwardWide(Tile(1, 4096, 16)), RowBackwardWide(Tile(1, 2048, 8), 3, 4)
+_WIDE_FP64 = RowForwardWide(Tile(1, 2048, 16)), RowBackwardWide(Tile(1, 1024, 8), 1, 2)
+
 # The sum over the programs of a set, which are few where sets are many.
 _TOTAL = (Tile(16, 128, 4), Tile(32, 64, 4))
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_conditioned_forward(m: int, n: int, itemsize: int, device: Device) -> RowForward:
+def choose_conditioned_forward(m: int, n: int, itemsize: int, device: Device) -> RowForward | RowForwardWide:
     """The forward's launch for m rows of n elements of ``itemsize`` bytes: of one tile, whatever m is."""
+    if not _held(n, itemsize):
+        return (_WIDE_FP64 if itemsize == 8 else _WIDE)[0]
     tile = next(tile for most, tile in _FORWARD if n <= most)
     tile = Tile(max(1, tile.rows * 4 // max(4, itemsize)), tile.chunk, tile.warps)  # fp64 has two registers
     stream = n >= _STREAM_COLUMNS and m >= _large_from(2 * n * itemsize, device)
@@ -55,27 +65,42 @@ def choose_conditioned_forward(m: int, n: int, itemsize: int, device: Device) ->
 @functools.lru_cache(maxsize=1024)
 def choose_conditioned_backward(
     members: int, sets: int, n: int, itemsize: int, device: Device, gated: bool, any_members: bool
-) -> RowBackward:
+) -> RowBackward | RowBackwardWide:
     """The backward's launch for ``sets`` of ``members`` rows. any_members: the tile is that of many rows, so that a row's
     bits do not depend on how many there are.
     """
+    tensors = 2 + gated
+    if not _held(n, itemsize):
+        wide = (_WIDE_FP64 if itemsize == 8 else _WIDE)[1]
+        return _started(wide, members, sets, n, itemsize, device, tensors)
     held = next(row[1:][gated] for row in _BACKWARD if n <= row[0])
     tile, stages, per_sm = _BACKWARD_FP64 if itemsize == 8 else held
-    tensors = 2 + gated
     tile = _narrowed(tile, n)
     while not any_members and tile.rows >= 2 * members:
         tile = Tile(tile.rows // 2, tile.chunk, max(1, tile.warps // 2))
     stream = members * sets >= _large_from((tensors + 1) * n * itemsize, device)
-    plan = RowBackward(tile, 1, stages, per_sm, stream)
-    # A program with one turn has nothing to fetch ahead.
-    turns = -(-members // tile.rows)
-    if turns <= programs_of_a_set(plan, members, sets, n, device):
-        return dataclasses.replace(plan, stages=1)
-    return _fitted(plan, n, itemsize, device, tensors)
+    return _started(RowBackward(tile, 1, stages, per_sm, stream), members, sets, n, itemsize, device, tensors)
 
 
-def programs_of_a_set(plan: RowBackward, members: int, sets: int, n: int, device: Device) -> int:
-    """How many programs share the rows of each set."""
+P = TypeVar("P", RowBackward, RowBackwardWide)
+
+
+def _started(wish: P, members: int, sets: int, n: int, itemsize: int, device: Device, tensors: int) -> P:
+    """The launch with as many stages as there is room for, and one where a program has one turn: there is nothing to fetch
+    ahead.
+    """
+    if -(-members // wish.tile.rows) <= programs_of_a_set(wish, members, sets, n, device):
+        return dataclasses.replace(wish, stages=1)
+    return _fitted(wish, n, itemsize, device, tensors)
+
+
+def _held(n: int, itemsize: int) -> bool:
+    """Whether a program holds a whole row."""
+    return n <= (_HELD_FP64 if itemsize == 8 else _FORWARD[-1][0])
+
+
+def programs_of_a_set(plan: RowBackward | RowBackwardWide, members: int, sets: int, n: int, device: Device) -> int:
+    """How many programs share the rows of each set, or of each chunk of its columns."""
     at_once = max(1, plan.most_partials(n, device) // sets)
     return _sharing(-(-members // plan.tile.rows), at_once, device)
 

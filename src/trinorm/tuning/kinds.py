@@ -117,7 +117,9 @@ class RowBackwardSplit:
 
 @dataclass(frozen=True)
 class RowBackwardWide:
-    """Moments of each row, then single rows in chunks of columns, ``per_sm`` programs on each multiprocessor."""
+    """Moments of each row, or all that is its own; then single rows in chunks of columns, ``per_sm`` programs on each
+    multiprocessor.
+    """
 
     tile: Tile
     stages: int
