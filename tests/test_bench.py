@@ -123,8 +123,10 @@ def test_bytes_are_those_of_the_tensors(op: str, pass_: str) -> None:
         read = list(inputs.arguments)
         written = [t for t in (inputs.x, inputs.key, inputs.residual) if t is not None]  # as large as y and the sum
     else:
-        read = [t for t in inputs.arguments if t is not inputs.residual and t is not inputs.bias] + [*inputs.gradients]
-        written = [t for t in inputs.leaves if t is not inputs.residual]  # whose gradient is x's
+        gated = cases.OPS[op].norm.of_gated_sum  # whose backward reads x, and the sum in the residual's place
+        aside = [inputs.bias, *([] if gated else [inputs.residual])]
+        read = [t for t in inputs.arguments if all(t is not other for other in aside)] + [*inputs.gradients]
+        written = [t for t in inputs.leaves if gated or t is not inputs.residual]  # whose gradient is x's
     assert case(op, pass_).bytes == sum(t.nbytes for t in read + written)
     assert all(t.requires_grad == (pass_ == "backward") for t in inputs.leaves)
 

@@ -17,13 +17,12 @@ from trinorm.bench.cases import PASSES, Case
 from trinorm.bench.shapes import ELEMENT_SHAPES
 from trinorm.cli.tune import SWEPT
 from trinorm.forced import forced
-from trinorm.norms import ELEMENT_OPS
 from trinorm.ops import dynamic_rows, poly_rows
 from trinorm.tuning import RowBackward, RowForward, Tile
 
 META = torch.device("meta")
 MODULES = {"dynamic_tanh": dynamic_rows, "dynamic_erf": dynamic_rows, "poly_norm": poly_rows}
-BOTH = pytest.mark.parametrize(("op", "pass_"), [(op, pass_) for op in ELEMENT_OPS for pass_ in PASSES])
+BOTH = pytest.mark.parametrize(("op", "pass_"), [(op, pass_) for op in MODULES for pass_ in PASSES])
 
 
 def case(op: str, pass_: str, shape: tuple[int, ...] = (33, 200), dtype: torch.dtype = torch.float32) -> Case:
