@@ -48,7 +48,7 @@ def walked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("walked")
 def test_every_size(norm: RowNorm, n: int, device: torch.device) -> None:
     dtype = DTYPES[SIZES.index(n) % len(DTYPES)]
-    x, gate = (torch.randn(2, 5, n, device=device).to(dtype) for _ in range(2))
+    x, gate = (torch.randn(2, 4, n, device=device).to(dtype) for _ in range(2))
     assert_right(modulated(norm, x, sets(x, (2, 1)), sets(x, (2, 1))))
     weight, bias = sets(x, ()), sets(x, ()) if norm.center else None
     for first in (False, True):
@@ -58,12 +58,12 @@ def test_every_size(norm: RowNorm, n: int, device: torch.device) -> None:
 # The leading sizes of x, and of its scale and shift.
 SHARED = (
     ((), ()),
-    ((20,), (1,)),
-    ((3, 9), (3, 1)),
-    ((3, 9), (1, 9)),
-    ((3, 9), (3, 9)),
-    ((2, 3, 5), (3, 1)),
-    ((2, 3, 5), (2, 1, 5)),  # which is expanded
+    ((11,), (1,)),
+    ((3, 5), (3, 1)),
+    ((3, 5), (1, 5)),
+    ((3, 5), (3, 5)),
+    ((2, 2, 3), (2, 1)),
+    ((2, 2, 3), (2, 1, 3)),  # which is expanded
 )
 
 
@@ -79,22 +79,20 @@ def test_every_sharing(
 ) -> None:
     """Each set's rows by one program and by several, of more than one turn each, or of none."""
     monkeypatch.setattr(conditioned_rows, "programs_of_a_set", lambda *_: programs)
-    x = torch.randn(*lead, 2 * CHUNK + 1, device=device).bfloat16()
+    x = torch.randn(*lead, 3 * CHUNK, device=device).bfloat16()[..., 3 : 2 * CHUNK + 4]
     assert_right(modulated(LAYER_NORM, x, sets(x, own), sets(x, own)))
-    view = torch.randn(*lead, 3 * CHUNK, device=device).bfloat16()[..., 3 : 5 * CHUNK // 2]
-    assert_right(modulated(LAYER_NORM, view, sets(view, own), sets(view, ())))
 
 
 @pytest.mark.parametrize("cast", CASTS)
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.usefixtures("walked")
-def test_groups_heads_and_casting_modes(cast: Cast, weight_dtype: torch.dtype, device: torch.device) -> None:
-    x, gate = (torch.randn(5, 3, 40, device=device).bfloat16() for _ in range(2))
-    weight, bias = torch.randn(2, 40, device=device).to(weight_dtype)
+def test_groups_heads_and_casting_modes(cast: Cast, device: torch.device) -> None:
+    x, gate = (torch.randn(2, 3, 40, device=device).bfloat16() for _ in range(2))
+    of_x, wide = sets(x, (2,)), torch.randn(40, device=device)
     for first in (False, True):
-        assert_right(gated(RMS_NORM, x, gate, weight, size=20, first=first, cast=cast))
-        assert_right(gated(LAYER_NORM, x, gate, weight, bias, first=first, cast=cast, activation="sigmoid"))
-    assert_right(of_heads(RMS_NORM, x, weight.expand(3, 40), cast=cast))
+        for weight in (of_x[0], wide):
+            assert_right(gated(RMS_NORM, x, gate, weight, size=20, first=first, cast=cast))
+        assert_right(gated(LAYER_NORM, x, gate, *of_x, first=first, cast=cast, activation="sigmoid"))
+    assert_right(of_heads(RMS_NORM, x, wide.expand(3, 40), cast=cast))
 
 
 @pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 40, None], ids=str)
@@ -113,7 +111,7 @@ def test_counts_at_the_edges_of_chunks(count: int | None, device: torch.device) 
 @pytest.mark.usefixtures("walked")
 def test_rows_beyond_the_squares_of_fp32(norm: RowNorm, scale: float, first: bool, device: torch.device) -> None:
     """As the same rows within them: a power of two is exact, and rstd is as far the other way. Beside rows that are."""
-    x, gate = torch.randn(2, 4, 100, device=device)
+    x, gate = torch.randn(2, 4, 40, device=device)
     call = gated(norm, x, gate + 1, sets(x, ()), first=first, activation="sigmoid", eps=0.0)
     factors = torch.tensor([1.0, scale, scale, 1.0], device=device)[:, None]
     dy, found = torch.randn_like(x), []
@@ -200,8 +198,8 @@ OF_INPUTS, OF_PARAMETERS = "conditioned_inputs_backward_wide", "conditioned_para
 @pytest.mark.parametrize("wanted", [w for w in itertools.product((False, True), repeat=4) if any(w)], ids=str)
 @pytest.mark.parametrize("first", [False, True], ids=["norm first", "gate first"])
 def test_only_what_is_asked_for(wanted: tuple[bool, ...], first: bool, device: torch.device, launched: list[Any]) -> None:
-    x, gate = torch.randn(2, 9, 40, device=device)
-    given, dy = (x, gate, *torch.randn(2, 40, device=device)), torch.randn_like(x)
+    x, gate = torch.randn(2, 3, CHUNK + 4, device=device)
+    given, dy = (x, gate, *torch.randn(2, CHUNK + 4, device=device)), torch.randn_like(x)
     with forced(conditioned_forward=FORWARD, conditioned_backward=BACKWARD):
         for _ in range(3):  # the third is a repetition of the second
             launched.clear()
@@ -230,9 +228,9 @@ def test_real_sizes(n: int, dtype: torch.dtype, wide: bool, device: torch.device
         assert_right(call)
         return [kernel.fn.__name__ for kernel in launched]
 
-    x, gate = (torch.randn(3, 2, n, device=device).to(dtype) for _ in range(2))
+    x, gate = (torch.randn(2, 2, n, device=device).to(dtype) for _ in range(2))
     short, long = ["conditioned_forward", "conditioned_backward"], ["conditioned_forward_wide", OF_INPUTS, OF_PARAMETERS]
-    assert kernels(modulated(LAYER_NORM, x, sets(x, (3, 2)), sets(x, (3, 2)))) == (long if wide else short)
+    assert kernels(modulated(LAYER_NORM, x, sets(x, (2, 2)), sets(x, (2, 2)))) == (long if wide else short)
     assert kernels(gated(RMS_NORM, x, gate, sets(x, ())))[:2] == (long if wide else short)[:2]
     assert kernels(relative(x, divisor=1)) == (long[:2] if wide else short)
 

@@ -11,7 +11,8 @@ Launched families over small jit helpers:
 - ``row_split``  both, of rows that several programs share
 - ``channel``, ``channel_backward``  the launched kernels of channel norms; ``channel_tiles``  what their programs own
 - ``channel_layer``  the launched kernels of LayerNorm over channels that are first in memory
-- ``added``, ``heads``, ``conditioned``  norms of sums, of heads, and of rows with parameters of their own
+- ``added``, ``heads``, ``conditioned``  norms of sums, of heads, and of rows with parameters of their own; of these,
+  ``conditioned_wide`` and ``conditioned_backward_wide`` have the rows that no program holds
 - ``dynamic``, ``poly``  functions of an element (DyT, Derf), and a polynomial of normalized powers (PolyNorm)
 - ``weight``  weight normalization, of rows held and of those that several programs share
 - ``overlap`` what lets a kernel be put on the device before the one ahead of it ends
