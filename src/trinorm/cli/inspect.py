@@ -33,6 +33,7 @@ _SELECTED: dict[str, Sequence[Shape]] = {
     **dict.fromkeys(SUM_OPS, ROWS_OF_SUMS),
     "qk_norm": HEADS_OF_TOKENS,
     **{op: (CONDITIONED_SHAPES[op][0], LONG_ROWS) for op in CONDITIONED},
+    "add_modulated_layer_norm": CONDITIONED_SHAPES["add_modulated_layer_norm"][:1],
 }
 
 

@@ -63,13 +63,18 @@ class OfConditioned(Norm):
         return "batch × tokens × columns" if self.spec.modulated else "rows × columns"
 
     @property
-    def wanted(self) -> str:
+    def most_of_row(self) -> int:
+        """Of how many elements that share statistics there are kernels."""
         from ..ops.conditioned import MOST_OF_ROW
 
+        return MOST_OF_ROW
+
+    @property
+    def wanted(self) -> str:
         of = "batch x tokens x columns" if self.spec.modulated else "(batch x) rows x columns"
         of = "(batch x) tokens x heads x elements of a head" if self.of_heads else of
         in_groups = f" in {self.groups} groups" if self.groups > 1 else ""
-        return f"{of}{in_groups}, of which {'each has' if in_groups else 'there are'} at most {MOST_OF_ROW}"
+        return f"{of}{in_groups}, of which {'each has' if in_groups else 'there are'} at most {self.most_of_row}"
 
     @property
     def centers(self) -> bool:
@@ -96,10 +101,8 @@ class OfConditioned(Norm):
         return 2, 3, 4 * self.groups
 
     def takes(self, shape: Shape) -> bool:
-        from ..ops.conditioned import MOST_OF_ROW
-
         dims = (3,) if self.spec.modulated else (3, 4) if self.of_heads else (2, 3) if self.gated else (2, 3, 4)
-        return len(shape) in dims and shape[-1] % self.groups == 0 and shape[-1] // self.groups <= MOST_OF_ROW
+        return len(shape) in dims and shape[-1] % self.groups == 0 and shape[-1] // self.groups <= self.most_of_row
 
     def parameter_shape(self, shape: Shape) -> Shape:
         if self.of_heads:

@@ -45,10 +45,11 @@ class OfGatedSums(OfConditioned):
     def of_gated_sum(self) -> bool:
         return True
 
-    def takes(self, shape: Shape) -> bool:
+    @property
+    def most_of_row(self) -> int:
         from ..ops.gated_sum import MOST_OF_ROW
 
-        return super().takes(shape) and shape[-1] <= MOST_OF_ROW
+        return MOST_OF_ROW
 
     def choice(self, pass_: str) -> str:
         return f"gated_sum_{pass_}"
