@@ -100,8 +100,7 @@ def test_bad_arguments_are_named(arguments: tuple[str, ...], message: str, capsy
 @pytest.mark.parametrize(
     ("op", "pass_", "expected"),
     [
-        # x and y are 128·768·2 = 196608 bytes each, w and b 768·2 = 1536 each.
-        ("layer_norm", "forward", 2 * 196608 + 2 * 1536),  # x, w, b; y
+        ("layer_norm", "forward", 2 * 196608 + 2 * 1536),  # x, w, b; y: 128·768·2 and 768·2 bytes each
         ("layer_norm", "backward", 3 * 196608 + 3 * 1536),  # x, dy, w; dx, dw, db
         ("rms_norm", "forward", 2 * 196608 + 1536),  # x, w; y
         ("rms_norm", "backward", 3 * 196608 + 2 * 1536),  # x, dy, w; dx, dw
@@ -123,10 +122,9 @@ def test_bytes_are_those_of_the_tensors(op: str, pass_: str) -> None:
         read = list(inputs.arguments)
         written = [t for t in (inputs.x, inputs.key, inputs.residual) if t is not None]  # as large as y and the sum
     else:
-        gated = cases.OPS[op].norm.of_gated_sum  # whose backward reads x, and the sum in the residual's place
-        aside = [inputs.bias, *([] if gated else [inputs.residual])]
-        read = [t for t in inputs.arguments if all(t is not other for other in aside)] + [*inputs.gradients]
-        written = [t for t in inputs.leaves if gated or t is not inputs.residual]  # whose gradient is x's
+        summed = None if cases.OPS[op].norm.of_gated_sum else inputs.residual  # whose gradient is x's
+        read = [t for t in inputs.arguments if t is not summed and t is not inputs.bias] + [*inputs.gradients]
+        written = [t for t in inputs.leaves if t is not summed]
     assert case(op, pass_).bytes == sum(t.nbytes for t in read + written)
     assert all(t.requires_grad == (pass_ == "backward") for t in inputs.leaves)
 

@@ -18,6 +18,8 @@ from trinorm.ops import (
     channels,
     conditioned_rows,
     dynamic_rows,
+    gated_sum,
+    gated_sum_rows,
     heads,
     poly_rows,
     quantized_rows,
@@ -121,6 +123,11 @@ def conditioned_calls() -> list[inspection.Call]:
             y, mean, rstd = conditioned_rows.forward(problem, inputs, save=True)
             assert y is not None and rstd is not None
             conditioned_rows.backward(problem, inputs, y, mean, rstd, (True, spec.gate is not None, True, True))
+        x, w = meta(4, 700, 128), meta(4, 1, 128)
+        of_sum = gated_sum.problem_of(Conditioned(ConditionedNorm(LAYER_NORM, modulated=True), 1, 128, 1e-6, x.dtype), x, x)
+        _, total, mean, rstd = gated_sum_rows.forward(of_sum, x, x, w, w, w, save=True)
+        assert total is not None and rstd is not None
+        gated_sum_rows.backward(of_sum, (True,) * 5, x, x, w, w, w, total, mean, rstd, x)
     return calls
 
 

@@ -67,7 +67,8 @@ def run(rank: int, rendezvous: Path) -> None:
     for kernels in (True,) if ON_GPU else (True, False):
         road.INTERPRETED = road.INTERPRETED and kernels
         for check, (specs, interpreted) in CHECKS.items():
-            for spec in specs if ON_GPU or not kernels else interpreted:
+            # What has no kernels has the same rules, and is torch's to compute.
+            for spec in specs if ON_GPU else interpreted if kernels else specs[:1]:
                 torch.manual_seed(0)
                 check(spec, mesh)
     dist.destroy_process_group()

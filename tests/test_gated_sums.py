@@ -299,10 +299,10 @@ def test_a_rows_bits_do_not_depend_on_those_beside_it(device: torch.device) -> N
     assert few == many
 
 
-@pytest.mark.parametrize("wanted", [w for w in itertools.product((False, True), repeat=5) if sum(w) in (1, 2, 5)], ids=str)
+@pytest.mark.parametrize("wanted", [w for w in itertools.product((False, True), repeat=5) if sum(w) in (1, 5)], ids=str)
 @pytest.mark.parametrize("used", ["both", "y", "sum"])
 def test_only_what_is_asked_for(wanted: tuple[bool, ...], used: str, device: torch.device, launched: list[Any]) -> None:
-    call = drawn(LAYER_NORM, (2, 300), (2, 1), 24, torch.float32, device)
+    call = drawn(LAYER_NORM, (2, 300 if ON_GPU else 20), (2, 1), 24, torch.float32, device)
     if used == "sum" and not any(wanted[:3]):
         return  # of which it is no function
     for _ in range(3):  # the third is a repetition of the second

@@ -200,7 +200,7 @@ def test_all_programs_of_a_backward_run_at_once(target: str, compiled: Compiled)
     records = compiled(target, *((PLAIN, "--pass", "backward", "--shape", shapes) if shapes else ASKED[target]))
     walking = [record for record in records if "STAGES" in record["options"]]
     wider = set() if shapes == HELD else {"row_backward_split", "row_backward_apply"}
-    families = {"heads_backward", "conditioned_backward", "conditioned_parameters_backward_wide"}
+    families = {"heads_backward", "conditioned_backward", "conditioned_parameters_backward_wide", "gated_sum_backward"}
     others = set() if shapes or ONCE[0] in ASKED[target] else families
     assert {record["kernel"] for record in walking} == {"row_backward"} | wider | others
     for record in walking:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from machine import ON_GPU
 from trinorm import added_reference, functional, quantized_reference, reference
 from trinorm.compare import assert_no_worse
 from trinorm.formats import FORMAT_NAMES, FORMATS, FormatName
@@ -209,7 +210,8 @@ def test_an_input_of_codes_of_several_dims(
 
 def test_a_row_among_rows(device: torch.device) -> None:
     """With batch_invariant its bits are its own."""
-    x, weight = torch.randn(600, 4096, device=device).bfloat16(), torch.randn(4096, device=device)
+    rows = 600 if ON_GPU else 60
+    x, weight = torch.randn(rows, 4096, device=device).bfloat16(), torch.randn(4096, device=device)
     for name in ("fp8_token", "mxfp8"):
         how: dict[str, Any] = dict(format=name, batch_invariant=True)
         many, few = (functional.quantized_rms_norm(t, (4096,), weight, **how) for t in (x, x[:3]))

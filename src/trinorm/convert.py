@@ -61,7 +61,8 @@ def replace(model: torch.nn.Module) -> Report:
     shared. Norms of any other kind are left, and the report says why.
 
     torch's own fused inference paths (``nn.TransformerEncoderLayer`` in eval under no_grad) read a norm's parameters and
-    never call it: there a replaced norm changes nothing.
+    never call it: there a replaced norm changes nothing. ``torch.ao.quantization`` knows torch's classes and no subclass of
+    them: quantize first, and replace then.
 
     Args:
         model: any module; it may itself be a norm.
