@@ -78,7 +78,7 @@ def test_opcheck(
         opcheck(backward, [a.detach() if isinstance(a, Tensor) else a for a in (*args, *dr)])
 
 
-@pytest.mark.parametrize("how", [{}, dict(activation="gelu"), dict(activation="relu", added=True)], ids=str)
+@pytest.mark.parametrize("how", [{}, *[dict(activation="gelu")] * ON_GPU, dict(activation="relu", added=True)], ids=str)
 def test_compiled_once_for_any_number_of_samples(
     spec: ChannelNorm, last: bool, how: dict[str, Any], device: torch.device
 ) -> None:

@@ -104,7 +104,8 @@ def _name(record: dict[str, Any]) -> str:
 def test_every_kernel_is_compiled(target: str, compiled: Compiled) -> None:
     kernels = {record["kernel"] for record in compiled(target, *ASKED[target])}
     teams = {"forget_words", "row_forward_split", "row_backward_split"} if target.startswith("sm_") else set()
-    others = {f"{family}_{pass_}" for family in ("heads", "conditioned") for pass_ in ("forward", "backward")}
+    families = ("heads", "conditioned", "gated_sum")
+    others = {f"{family}_{pass_}" for family in families for pass_ in ("forward", "backward")}
     others |= {f"conditioned_{of}_wide" for of in ("forward", "inputs_backward", "parameters_backward")}
     assert kernels == teams | (set() if ONCE[0] in ASKED[target] else others) | {
         "row_forward",
