@@ -68,28 +68,29 @@ LAUNCHES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("pass_", PASSES)
-@pytest.mark.parametrize("op", ["modulated_layer_norm", "gated_rms_norm/first"])
+@pytest.mark.parametrize("op", ["modulated_layer_norm", "add_modulated_layer_norm", "gated_rms_norm/first"])
 def test_a_forced_launch_is_what_runs_and_is_found_right_or_wrong(
     op: str, pass_: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[dict[str, Any]] = []
-    actual = conditioned_rows.launch
-    monkeypatch.setattr(conditioned_rows, "launch", lambda *given: (launched.append(given[-1]), actual(*given))[1])
+    host = gated_sum_rows if OPS[op].norm.of_gated_sum else conditioned_rows
+    actual = host.launch
+    monkeypatch.setattr(host, "launch", lambda *given: (launched.append(given[-1]), actual(*given))[1])
     check = sweep.Check(case(op, pass_), device)
     launched.clear()
-    with forced(**{f"conditioned_{pass_}": LAUNCHES[pass_]}):
+    with forced(**{sweep.choice(op, pass_): LAUNCHES[pass_]}):
         assert check() is None
     tile = LAUNCHES[pass_].tile
     assert (launched[0]["ROWS"], launched[0]["CHUNK"], launched[0]["num_warps"]) == (tile.rows, tile.chunk, tile.warps)
     assert conditioned_rows.choose_conditioned_forward is sweep.tuning.choose_conditioned_forward
-    honest = getattr(conditioned_rows, pass_)
+    honest = getattr(host, pass_)
 
     def doubled(*given: Any, **how: Any) -> Any:
         results = honest(*given, **how)
         results[0].mul_(2)
         return results
 
-    monkeypatch.setattr(conditioned_rows, pass_, doubled)
+    monkeypatch.setattr(host, pass_, doubled)
     assert (check() or "").startswith("y: error" if pass_ == "forward" else "dx: error")
 
 

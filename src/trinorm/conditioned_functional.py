@@ -215,12 +215,7 @@ def _modulated(
     eps = checks.own_epsilon(norm, x, eps)
     shape, eps, invariant = checks.rows(op, x, normalized_shape, weight, bias, eps, "output", batch_invariant)
     check_inputs(op, x, ("shift",), scale=scale, shift=shift)
-    for name, t in (("scale", scale), ("shift", shift)):
-        if t is not None and not conditioned.broadcasts(t, x, len(shape)):
-            raise RuntimeError(
-                f"{op}(): {name} has shape {tuple(t.shape)}, but input has {tuple(x.shape)} and normalized_shape is "
-                f"{tuple(shape)}; {name} must end in that, and its dims before be broadcast to the input's"
-            )
+    check_broadcast(op, x, shape, scale=scale, shift=shift)
     if not alone:
         scale, shift = folded(x.dtype, scale, shift, weight, bias)
         asked = None if asked is None else (*asked, "folded")
@@ -299,6 +294,16 @@ def _group_size(op: str, group_size: int | None, n: int) -> int:
 def are_plain(eps: float | None, batch_invariant: bool | None) -> bool:
     """Whether these may be a part of what a call is recalled by."""
     return (eps is None or type(eps) is float) and (batch_invariant is None or type(batch_invariant) is bool)
+
+
+def check_broadcast(op: str, x: Tensor, shape: torch.Size, **parameters: Tensor | None) -> None:
+    """RuntimeError where one has no row for each of the input's, nor one for several."""
+    for name, t in parameters.items():
+        if t is not None and not conditioned.broadcasts(t, x, len(shape)):
+            raise RuntimeError(
+                f"{op}(): {name} has shape {tuple(t.shape)}, but input has {tuple(x.shape)} and normalized_shape is "
+                f"{tuple(shape)}; {name} must end in that, and its dims before be broadcast to the input's"
+            )
 
 
 def check_inputs(op: str, x: Tensor, optional: tuple[str, ...] = (), **others: Any) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks
-from .conditioned_functional import are_plain, check_inputs, folded
-from .ops import conditioned, gated_sum, gated_sum_norm
+from .conditioned_functional import are_plain, check_broadcast, check_inputs, folded
+from .ops import gated_sum, gated_sum_norm
 from .spec import LAYER_NORM, RMS_NORM, ConditionedNorm, RowNorm
 
 
@@ -140,12 +140,7 @@ def _gated_sum(
     check_inputs(op, x, ("scale", "shift"), residual=residual, gate=gate, scale=scale, shift=shift)
     if residual.shape != x.shape:
         raise RuntimeError(f"{op}(): residual has shape {tuple(residual.shape)}; it must be the input's, {tuple(x.shape)}")
-    for name, t in (("gate", gate), ("scale", scale), ("shift", shift)):
-        if t is not None and not conditioned.broadcasts(t, x, len(shape)):
-            raise RuntimeError(
-                f"{op}(): {name} has shape {tuple(t.shape)}, but input has {tuple(x.shape)} and normalized_shape is "
-                f"{tuple(shape)}; {name} must end in that, and its dims before be broadcast to the input's"
-            )
+    check_broadcast(op, x, shape, gate=gate, scale=scale, shift=shift)
     if scale is None and shift is not None:
         raise RuntimeError(f"{op}(): shift is given, but scale is None; give both, or weight and bias")
     if scale is not None and not alone:

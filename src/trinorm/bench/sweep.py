@@ -17,8 +17,8 @@ from .. import tuning
 from ..forced import forced
 from ..inspection import compile_call
 from ..launch import describe
-from ..norms import OfConditioned, OfDynamic, OfHeads, OfPoly, OfQuantized, OfRows, Shape
-from ..ops import dynamic_rows, heads
+from ..norms import OfConditioned, OfDynamic, OfGatedSums, OfHeads, OfPoly, OfQuantized, OfRows, Shape
+from ..ops import dynamic_rows, gated_sum_rows, heads
 from ..tuning import Heads, RowBackwardSplit, RowBackwardWide, RowForwardSplit, RowForwardWide, Tile
 from .cases import OPS, Case, Inputs
 from .measure import TimedCall, ceiling_calls, compared, expect, reason
@@ -264,6 +264,8 @@ def direct(case: Case, inputs: Inputs) -> TimedCall:
         return _direct_of_heads(op.norm, op.eps, inputs)
     if isinstance(op.norm, OfDynamic):
         return _direct_of_dynamic(op.norm, inputs)
+    if isinstance(op.norm, OfGatedSums):
+        return _direct_of_gated_sum(op.norm, op.eps, inputs)
     of = inputs.of(op.eps)
     if inputs.dy is None:
         return lambda: op.norm.forward(of, save=False).y
@@ -310,6 +312,17 @@ def _direct_of_dynamic(norm: OfDynamic, inputs: Inputs) -> TimedCall:
         return tuple(gradient for gradient in found if gradient is not None)
 
     return backward
+
+
+def _direct_of_gated_sum(norm: OfGatedSums, eps: float, inputs: Inputs) -> TimedCall:
+    """Of the sum that a forward kept, and with a gradient of its own."""
+    problem, *tensors = norm.of_launch(inputs.of(eps))
+    if inputs.dy is None:
+        return lambda: gated_sum_rows.forward(problem, *tensors, save=False)[:2]
+    _, *kept = gated_sum_rows.forward(problem, *tensors, save=True)
+    x, _, *parameters = tensors
+    saved: Any = inputs.dy, x, *parameters, *kept, inputs.dsum
+    return lambda: gated_sum_rows.backward(problem, (True,) * 5, *saved)
 
 
 class Bench:

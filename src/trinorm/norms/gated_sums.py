@@ -119,7 +119,7 @@ class OfGatedSums(OfConditioned):
     def forward(self, of: Arguments, *, save: bool) -> Normalized:
         from ..ops import gated_sum_rows
 
-        problem, *inputs = self._of_launch(of)
+        problem, *inputs = self.of_launch(of)
         y, _, mean, rstd = gated_sum_rows.forward(problem, *inputs, save=save)
         assert y is not None
         return Normalized(y, mean, rstd)
@@ -129,12 +129,12 @@ class OfGatedSums(OfConditioned):
     ) -> tuple[Tensor | None, ...]:
         from ..ops import gated_sum_rows
 
-        problem, x, _, *parameters = self._of_launch(of)
+        problem, x, _, *parameters = self.of_launch(of)
         saved = x, *parameters, self.normalized(of), mean, rstd, dsum
         dx, dr, dg, dw, db = gated_sum_rows.backward(problem, (True,) * 5, dy, *saved)
         return dx, dw, db, dr, dg
 
-    def _of_launch(self, of: Arguments) -> tuple[Any, ...]:
+    def of_launch(self, of: Arguments) -> tuple[Any, ...]:
         """The problem, and its tensors, as ops.gated_sum_rows has them."""
         from ..ops import gated_sum
 

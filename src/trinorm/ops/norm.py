@@ -212,8 +212,8 @@ def gated_sum_norm(
     """(y, sum) of checked arguments. parameters: gate, weight and bias. asked: as channel_norm's. Of rows that the kernels
     do not hold the sum is torch's, and its norm a conditioned one.
     """
-    op, to_fp32 = gated_sum_library.NAMES[spec.norm.name], x.dtype != torch.float64
-    to_fp32 = to_fp32 and reference.autocast_to_fp32(spec.norm, x.device.type)
+    op = gated_sum_library.NAMES[spec.norm.name]
+    to_fp32 = x.dtype != torch.float64 and reference.autocast_to_fp32(spec.norm, x.device.type)
     dtype = torch.float32 if to_fp32 else x.dtype
     norm = Conditioned(spec, dims, x.shape[-dims:].numel(), eps, dtype, batch_invariant)
     problem, given = gated_sum.problem_of(norm, x, residual), (x, residual, *parameters)
