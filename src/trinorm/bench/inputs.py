@@ -14,8 +14,7 @@ class Inputs(NamedTuple):
     """The arguments of one call, and the gradients that a backward starts from: y's, and the sum's where it is of one. A
     chain's have a row of weights a link. Of QK-norm x, weight and dy are the queries', beside the keys' own, and cos and
     sin, which have no gradient. Of a modulated norm weight and bias are the scale and the shift; of a sum gate is x's.
-    numbers: alpha, and shift.
-    tensor_scale: the number of the whole tensor that a format may ask for.
+    numbers: alpha, and shift. tensor_scale: the number of the whole tensor that a format may ask for.
     """
 
     x: Tensor

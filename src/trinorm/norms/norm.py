@@ -269,9 +269,8 @@ class Norm(ABC):
         self, functions: ModuleType, shape: Shape, eps: float, running: Given | None = None
     ) -> Callable[..., Results]:
         """Of x; the residual, where there is one, and a gate beside it; weight; bias, where there may be one; tensor_scale,
-        where there is one:
-        trinorm.functional's or torch.nn.functional's, called as users call it, with nothing of this class in the way.
-        shape: x's.
+        where there is one: trinorm.functional's or torch.nn.functional's, called as users call it, with nothing of this
+        class in the way. shape: x's.
         """
 
     def call(self, functions: ModuleType, of: Arguments, running: Given | None = None) -> tuple[Tensor, ...]:
