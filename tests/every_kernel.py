@@ -192,7 +192,7 @@ def conditioned_norms() -> None:
 
 def gated_sums() -> None:
     for sizes, own, size in CONDITIONED:
-        if sizes[-1] != size:
+        if sizes[-1] != size or size > gated_sum.MOST_OF_ROW:
             continue
         x, residual, dy, dsum = (torch.randn(sizes, device="cuda").bfloat16() for _ in range(4))
         residual[..., ::3, :] *= 1e30

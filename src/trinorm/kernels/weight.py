@@ -173,10 +173,10 @@ def weight_forward(
         unit, total, _ = weight_row_sums(vs, None, ACC)
     else:
         unit, total, _ = joined_sums(SUMS, rows, PARTS, PADDED, ACC)
-    scale, length = 1.0 / unit, load(G + rows, rows_live(rows, M, ROWS)).to(ACC) * rsqrt_rounded(total)
+    scale, r, g = 1.0 / unit, rsqrt_rounded(total), load(G + rows, rows_live(rows, M, ROWS)).to(ACC)
     for i in tl.static_range(len(vs)):
         columns = chunk_columns(i * CHUNK, CHUNK)
-        w = widened(vs[i], ACC) * scale * length
+        w = widened(vs[i], ACC) * scale * r * g  # in this order: u·r of the one element of a row is 1, or the next number
         store_once(W + rows * N + start + columns, w, live & columns_live(columns, (i + 1) * CHUNK, WIDTH), STREAM)
 
 

@@ -57,14 +57,15 @@ class OfWeight(OfElements):
         return Gradients(*weight_reference.oracle_gradients(0, dy, *self._problem(of)), None, None)
 
     def composite(self, of: Arguments, running: Given | None = None) -> Tensor:
-        """Of each row times a power of two, which changes no w, but brings squares to where torch's own operators hold
-        them. Others have an epsilon beside the least.
+        """torch's own, where it takes these dtypes. Of each row times a power of two, which changes no w, but brings squares
+        to where torch's own operators hold them. Others have an epsilon beside the least.
         """
         v, g = self._problem(of)
         largest = v.detach().double().abs().amax(-1, keepdim=True)
         exponent = largest.log2().floor().clamp(-1000, 1000)
         scale = torch.where((largest > 0) & largest.isfinite(), (-exponent).exp2(), 1.0)
-        return weight_reference.composite(0, (v.double() * scale).to(v.dtype), g)
+        v = (v.double() * scale).to(v.dtype)
+        return torch._weight_norm(v, g, 0) if v.dtype == g.dtype else weight_reference.composite(0, v, g)
 
     def forward(self, of: Arguments, *, save: bool) -> Normalized:
         from ..ops import weight_rows
