@@ -128,6 +128,25 @@ def test_derivatives(spec: RowNorm, device: torch.device) -> None:
     torch.autograd.gradcheck(eager, given, check_forward_ad=True, check_backward_ad=False, **JACOBIAN)
 
 
+@pytest.mark.filterwarnings("ignore:.*runs torch's own operator")
+def test_torch_func_differentiates_row_scale(spec: RowNorm, device: torch.device) -> None:
+    """Autograd's gradient is refused; a transform's tensors do not tell whether one is asked for, so there is one."""
+    x, residual, c = (torch.randn(s, dtype=torch.float64, device=device) for s in ((3, 6), (3, 6), (3,)))
+
+    def norm(c: Tensor) -> Tensor:
+        y, total = public(spec, x, residual, None, None, row_scale=c)
+        return y.sin() + total
+
+    step = 1e-6 * torch.eye(3, dtype=torch.float64, device=device)
+    want = torch.stack([(norm(c + s) - norm(c - s)) / 2e-6 for s in step], -1)
+    grad = torch.func.grad(lambda c: norm(c).sum())
+    mapped = torch.func.grad(lambda c: torch.func.vmap(norm)(c[None]).sum())
+    for of in (grad, torch.compile(lambda c: grad(c), backend="aot_eager", fullgraph=True), mapped):
+        torch.testing.assert_close(of(c), want.sum((0, 1)))
+    torch.testing.assert_close(torch.func.jacrev(norm)(c), want)
+    torch.testing.assert_close(torch.func.jacfwd(norm)(c), want)
+
+
 def test_registered(spec: RowNorm, device: torch.device) -> None:
     x, residual, w, b, *_ = draw(4, 16, STREAMS[2], device)
     for t in (x, residual, w, b):

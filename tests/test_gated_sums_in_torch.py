@@ -68,6 +68,10 @@ def test_registered(norm: RowNorm, device: torch.device) -> None:
     op = getattr(torch.ops.trinorm, f"add_modulated_{norm.name}").default
     opcheck(op, arguments(call))
     opcheck(op, arguments(call._replace(scale=None, shift=None)))
+    none = drawn(norm, (0, 3), (0, 1), 8, torch.float32, device)  # as a rank's empty shard has
+    for t in present(none):
+        t.requires_grad_()
+    opcheck(op, arguments(none))
     for wrong, error in ((call.residual[:1], "residual"), (call.gate[..., :4], "gate")):
         at = 1 if error == "residual" else 2
         with pytest.raises(RuntimeError, match=error):

@@ -69,6 +69,19 @@ def test_batched_gradients(spec: RowNorm, device: torch.device) -> None:
         torch.testing.assert_close(got, torch.stack(want))
 
 
+@pytest.mark.parametrize("lead", [(6,), (2, 3), ()], ids=str)
+def test_a_result_may_be_changed_in_place(lead: tuple[int, ...], spec: RowNorm, device: torch.device) -> None:
+    leaves = leaves_of(draw(spec, (*lead, 40), 8, device))
+    asked = [t for t in leaves if t is not None]
+    found = [function(spec, *leaves) for function in (together, apart)]
+    grads = []
+    for z in found:
+        z.mul_(2).relu_()
+        grads.append(torch.autograd.grad(z.square().sum(), asked))
+    for got, want in zip((found[0], *grads[0]), (found[1], *grads[1]), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.filterwarnings("ignore:.*runs torch's own operator")  # a GPU says so of torch.func and forward mode
 def test_transforms(spec: RowNorm, device: torch.device) -> None:
     given = draw(spec, (6, 16), 4, device)

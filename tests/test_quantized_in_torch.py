@@ -122,6 +122,80 @@ def test_transforms(device: torch.device) -> None:
     assert torch.equal(torch.func.vmap(data)(x), data(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*runs torch's own operator")
+@pytest.mark.parametrize("name", ["fp8_token", "int8_token"])
+def test_transforms_of_transforms_and_compiled(name: FormatName, device: torch.device) -> None:
+    """Whose tensors do not say that a gradient is asked for."""
+    x, residual, weight = draw(2, 3, 16, device=device)
+    grad, vmap = torch.func.grad, torch.func.vmap
+
+    def loss(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        found = quantized_rms_norm(x, (16,), weight, EPS, format=name, residual=residual)
+        return found.dequantize().sin().sum() + (0 if found.residual is None else found.residual.cos().sum())
+
+    of_both, of_x = grad(loss, (0, 1)), grad(loss)
+    leaves = [t.clone().requires_grad_() for t in (x, residual)]
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    (alone,) = torch.autograd.grad(loss(leaves[0]), leaves[:1])
+    for found in (of_both(x, residual), torch.compile(lambda *z: of_both(*z), backend="aot_eager")(x, residual)):
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b)
+    each = vmap(vmap(of_x))
+    for of in (
+        each,
+        torch.compile(lambda x: each(x), backend="aot_eager", fullgraph=True),
+        grad(lambda x: vmap(vmap(loss))(x).sum()),
+        grad(torch.func.functionalize(loss)),
+    ):
+        torch.testing.assert_close(of(x), alone)
+    assert vmap(vmap(loss))(leaves[0]).requires_grad
+    with torch.no_grad():
+        assert not vmap(loss)(leaves[0]).requires_grad
+
+
+def test_forward_mode_of_fp64_is_of_fp64(device: torch.device) -> None:
+    x, tangent, weight = draw(3, 32, device=device, dtype=torch.float64)
+
+    def plain(x: Tensor) -> Tensor:
+        return functional.rms_norm(x, (32,), weight, EPS)
+
+    def straight(x: Tensor) -> Tensor | None:
+        return quantized_rms_norm(x, (32,), weight, EPS, format="fp8_token").straight
+
+    (_, got), (_, want) = (torch.func.jvp(of, (x,), (tangent,)) for of in (straight, plain))
+    torch.testing.assert_close(got, want)
+
+
+def test_a_tensor_subclass_and_another_default_dtype(device: torch.device) -> None:
+    class Own(Tensor):
+        pass
+
+    x, residual, weight = draw(3, 32, device=device)
+    plain, found = (
+        quantized_rms_norm(t, (32,), weight, EPS, format="nvfp4", scale=whole("nvfp4", device), residual=residual)
+        for t in (x, x.as_subclass(Own))
+    )
+    assert isinstance(found, Quantized) and isinstance(found.scale, Own) and found.format == "nvfp4"
+    assert_same(found, plain.data, plain.scale)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert plain.dequantize().dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_scale_that_is_given_has_no_derivative(device: torch.device) -> None:
+    x, scale = torch.randn(3, 32, device=device), torch.full((), 0.01, device=device)
+
+    def dequantized(scale: Tensor) -> Tensor:
+        return quantized_rms_norm(x, (32,), format="fp8", scale=scale).dequantize()
+
+    with pytest.raises(RuntimeError, match="scale requires a gradient, and there is none"):
+        torch.func.grad(lambda scale: dequantized(scale).sum())(scale)
+    with pytest.raises(RuntimeError, match="scale has a tangent, and there is none"):
+        torch.func.jvp(dequantized, (scale,), (torch.ones_like(scale),))
+
+
 @NORMS
 @pytest.mark.filterwarnings("ignore:.*runs torch's own operator")  # a GPU says so of torch.func and forward mode
 def test_forward_mode(norm: RowNorm, device: torch.device) -> None:

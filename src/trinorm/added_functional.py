@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks
 from .ops import added, added_norm
+from .ops.road import within_transform
 from .spec import LAYER_NORM, RMS_NORM, Cast, RowNorm
 
 
@@ -52,7 +53,7 @@ def add_layer_norm(
         generator: what the seed is drawn from, of x's device; None is torch's own (``torch.manual_seed``), the only one
             that a checkpoint winds back before it computes again.
         row_scale: c, of x's leading dims or broadcast to them, any of the dtypes above: of stochastic depth 0 or
-            1/(1 - p) for each sample. It gets no gradient.
+            1/(1 - p) for each sample. It gets no gradient but ``torch.func``'s and a tangent's, by torch's operators.
         out: memory for s, contiguous, of its shape and dtype; residual itself, or input, to have it there in place. For
             inference: with it no argument may require a gradient.
         cast, batch_invariant: as :func:`layer_norm`.
@@ -198,7 +199,7 @@ def _checked_scale(op: str, row_scale: Tensor, x: Tensor, dims: int) -> Tensor:
     checks.tensor(op, "row_scale", row_scale)
     checks.strided(op, "row_scale", row_scale)
     checks.beside(op, "row_scale", row_scale, x)
-    if row_scale.requires_grad and torch.is_grad_enabled():
+    if row_scale.requires_grad and torch.is_grad_enabled() and not within_transform():
         raise RuntimeError(f"{op}(): row_scale requires a gradient, which this norm does not give it; detach it")
     leading = x.shape[: x.dim() - dims]
     try:

@@ -126,7 +126,10 @@ def rows(
     tensor(op, "input", x)
     strided(op, "input", x)
     if x.is_nested:
-        raise RuntimeError(f"{op}(): input is a nested tensor of layout {x.layout}; of these only torch.jagged is taken")
+        raise RuntimeError(
+            f"{op}(): input is a nested tensor of layout {x.layout}; of these only torch.jagged is taken, by layer_norm, "
+            "rms_norm and both with a linear layer"
+        )
     parameters = [(name, t) for name, t in (("weight", weight), ("bias", bias)) if t is not None]
     for name, parameter in parameters:
         tensor(op, name, parameter)

@@ -6,6 +6,7 @@ has x's shape; weight and bias are broadcast to it.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -185,13 +186,19 @@ def _normalized(
     weight.
     """
     s = x * _activated(gate, spec.gate) if spec.gate_first else x
-    rows = s.reshape(*x.shape[: x.ndim - dims], -1, size)
+    rows = s.reshape(_rows(x.shape, dims, size))
     mean, rstd, xhat = _of_rows(spec, rows, eps)
     n = xhat = xhat.reshape(x.shape)
     if dtype is not None and spec.norm.rounded:
         n = n.to(dtype).double()
     n = n if weight is None else n * (weight + spec.offset)
     return mean, rstd, xhat, n if bias is None else n + bias
+
+
+def _rows(shape: Any, dims: int, size: int) -> tuple[int, ...]:
+    """``(*, rows in the last dims, size)``. By no -1, which has no value where there are no elements."""
+    leading = len(shape) - dims
+    return *shape[:leading], math.prod(shape[leading:]) // size, size
 
 
 def _gradients(
@@ -214,7 +221,7 @@ def _gradients(
     a = None if gate is None else _activated(gate, spec.gate)
     dn = dy if a is None or spec.gate_first else dy * a
     g = dn if weight is None else dn * (weight + spec.offset)
-    rows = xhat.reshape(*x.shape[: x.ndim - dims], -1, size)
+    rows = xhat.reshape(_rows(x.shape, dims, size))
     dx = _gradient_of_rows(spec, rows, rstd, g.reshape(rows.shape)).reshape(x.shape)
     dgate = None
     if a is not None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks, quantized_reference
@@ -39,14 +40,28 @@ class Quantized(NamedTuple):
     straight: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """What the data stands for: each element times its scale, in fp32, rounded to ``dtype``; None is the input's where
-        a gradient is asked for, else fp32. Its gradient is y's.
+        """What the data stands for: each element times its scale, in fp32, rounded to ``dtype``; None is fp32, or fp64
+        where a gradient in that is asked for. Its gradient is y's, and so there is none of a scale.
         """
-        value = quantized_reference.dequantize(FORMATS[self.format], self.data, self.scale, self.tensor_scale)
+        of_tensor = None if self.tensor_scale is None else self.tensor_scale.detach()
+        value = quantized_reference.dequantize(FORMATS[self.format], self.data, self.scale.detach(), of_tensor)
         if self.straight is None:
             return value if dtype is None else value.to(dtype)
-        value = value.to(self.straight.dtype if dtype is None else dtype)
+        value = value.to(torch.promote_types(value.dtype, self.straight.dtype) if dtype is None else dtype)
         return value + self.straight.to(value.dtype)
+
+
+_of_fields = Quantized.__new__
+
+
+def _of_fields_or_all(cls: type[Quantized], data: Any, *fields: Any, **named: Any) -> Quantized:
+    """Of its fields, or of an iterable of all, by which the ``__torch_function__`` that tensor subclasses inherit makes a
+    tuple anew, as torch's own named results can be made.
+    """
+    return _of_fields(cls, data, *fields, **named) if fields or named else _of_fields(cls, *data)
+
+
+Quantized.__new__ = _of_fields_or_all  # type: ignore[method-assign,assignment]
 
 
 def quantized_layer_norm(
@@ -242,8 +257,9 @@ def _check(op: str, given: Given, dims: int, format: FormatName, column_major: b
         if t.numel() != 1 and tuple(t.shape) not in shapes:
             also = "".join(f", or {one}" for one in shapes)
             raise RuntimeError(f"{op}(): {name} has shape {tuple(t.shape)}; it must have one element{also}")
-        if t.requires_grad:
-            raise RuntimeError(f"{op}(): {name} requires a gradient, and there is none; it must be {name}.detach()")
+        if t.requires_grad or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None):
+            of = "requires a gradient" if t.requires_grad else "has a tangent"
+            raise RuntimeError(f"{op}(): {name} {of}, and there is none; it must be {name}.detach()")
     if x.dtype == CODES and x.requires_grad:
         raise RuntimeError(f"{op}(): an input of float8_e4m3fn requires a gradient, and there is none for its codes")
     if x.shape[-1] % form.packed:

@@ -65,13 +65,13 @@ def normalized(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """y of the last ``dims`` dims, in fp32: rounded to ``dtype`` by "llama" alone."""
+    """y of the last ``dims`` dims, in fp32 or fp64: rounded to ``dtype`` by "llama" alone."""
     wide = (
         torch.float64 if torch.float64 in (x.dtype, *(t.dtype for t in (weight, bias) if t is not None)) else torch.float32
     )
     if not spec.rounded:
         x, dtype = x.to(wide), wide
-    return reference.composite(spec, x, x.shape[-dims:], weight, bias, eps, dtype).float()
+    return reference.composite(spec, x, x.shape[-dims:], weight, bias, eps, dtype)
 
 
 def _blocks(form: Format, y: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ _MIDPOINTS = tuple(((a + b) / 2, i % 2 == 0) for i, (a, b) in enumerate(itertool
 
 
 def _e2m1(code: Tensor) -> Tensor:
-    size = torch.tensor(_E2M1, device=code.device)[(code & 7).long()]
+    size = torch.tensor(_E2M1, dtype=torch.float32, device=code.device)[(code & 7).long()]
     return torch.where(code >= 8, -size, size)
 
 

@@ -57,8 +57,8 @@ class OfWeight(OfElements):
         return Gradients(*weight_reference.oracle_gradients(0, dy, *self._problem(of)), None, None)
 
     def composite(self, of: Arguments, running: Given | None = None) -> Tensor:
-        """torch's own, where it takes these dtypes. Of each row times a power of two, which changes no w, but brings squares
-        to where torch's own operators hold them. Others have an epsilon beside the least.
+        """torch's own, where it takes these dtypes. Of each row times a power of two, which changes no w, but brings
+        squares to where torch's own operators hold them. Others have an epsilon beside the least.
         """
         v, g = self._problem(of)
         largest = v.detach().double().abs().amax(-1, keepdim=True)

@@ -115,7 +115,9 @@ class _NormLinear(torch.autograd.Function):
         ctx.in_fp32 = x.dtype != torch.float64 and reference.autocast_to_fp32(norm.spec, x.device.type)
         ctx.dtypes = y.dtype, None if linear_bias is None else linear_bias.dtype
         linear = (None if t is None else _in_dtype(t, ctx.autocast) for t in (y, linear_weight, linear_bias))
-        return F.linear(*linear)  # type: ignore[arg-type]
+        z = F.linear(*linear)  # type: ignore[arg-type]
+        # Of three dims and a bias F.linear's result is a view, and autograd lets nobody write to a Function's.
+        return torch.ops.aten._unsafe_view(z, z.shape) if z._is_view() else z
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

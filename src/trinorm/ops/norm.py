@@ -111,7 +111,9 @@ def added_norm(
     tensors, branch = (x, residual, weight, bias), (seed, row_scale)
     to_fp32 = x.dtype != torch.float64 and reference.autocast_to_fp32(spec, x.device.type)
     dtype = torch.float32 if to_fp32 else x.dtype
-    if road.takes_op(op, *tensors, *branch, whole=spec.rounded or batch_invariant):
+    # The op has no derivative of row_scale's; autograd's is refused, but torch.func's no tensor tells of.
+    of_scale = row_scale is not None and road.within_transform()
+    if not of_scale and road.takes_op(op, *tensors, *branch, whole=spec.rounded or batch_invariant):
         given = *tensors, *branch, normalized_shape
         y, total = added_library.norm(spec, *given, eps, alpha, drop, dtype, batch_invariant)
     elif not road.kernels_serve(op, *tensors, *branch, out):
@@ -293,9 +295,9 @@ def channel_norm(
 def quantized_norm(problem: Quantizing, given: Quantizable, asked: Hashable) -> tuple[Any, ...]:
     """(data, scale, sum, straight) of checked arguments. asked: as channel_norm's."""
     op, of = quantized_library.NAMES[problem.spec.name], (given.x, given.residual, given.weight, given.bias)
+    wanted = torch.is_grad_enabled() and (road.within_transform() or any_requires_grad(*of))
     # Of inference mode Dynamo may not be asked.
-    compiling = torch.compiler.is_compiling()
-    differentiated = torch.is_grad_enabled() and any_requires_grad(*of) if compiling else road.is_differentiated(*of)
+    differentiated = wanted and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
     if differentiated or forward_ad._current_level >= 0:
         data, scale, total, _, _, straight = quantized_library.norm(problem._replace(save=True), given)
         return data, scale, total, straight

@@ -106,13 +106,24 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
+def within_transform() -> bool:
+    """Whether a transform of torch.func is active: what a tensor says of gradients and tangents is then of its own level,
+    and others may ask for them below.
+    """
+    return torch._C._are_functorch_transforms_active()
+
+
+# What torch.compiler.assume_constant_result says, whose import takes a second. Dynamo guards torch.func's state itself.
+within_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def observer() -> str | None:
     """What looks inside ops just now and would not see a kernel: torch.compile and torch.jit, torch.func, forward-mode AD,
     modes that count or record ATen ops. None when nothing does.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return _TRACER
-    if torch._C._are_functorch_transforms_active():
+    if within_transform():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode AD is active"
