@@ -153,6 +153,7 @@ def test_transforms_of_transforms_and_compiled(name: FormatName, device: torch.d
         assert not vmap(loss)(leaves[0]).requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:.*runs torch's own operator")
 def test_forward_mode_of_fp64_is_of_fp64(device: torch.device) -> None:
     x, tangent, weight = draw(3, 32, device=device, dtype=torch.float64)
 
@@ -166,6 +167,7 @@ def test_forward_mode_of_fp64_is_of_fp64(device: torch.device) -> None:
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.filterwarnings("ignore:.*runs torch's own operator")
 def test_a_tensor_subclass_and_another_default_dtype(device: torch.device) -> None:
     class Own(Tensor):
         pass
