@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -93,7 +94,10 @@ class HouseNorm(torch.nn.Module):
 
 
 class MyLayerNorm(torch.nn.LayerNorm):
-    """A subclass, whose forward might be anything."""
+    """A subclass, whose forward is something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).abs()
 
 
 def _replaced_before() -> torch.nn.Module:
@@ -133,8 +137,8 @@ LEFT = {
     "local response": (lambda: torch.nn.LocalResponseNorm(2), "no kernel for this norm yet"),
     "lazy": (lambda: torch.nn.LazyBatchNorm1d(), "lazy"),
     "quantized": (lambda: torch.ao.nn.quantized.LayerNorm(8, None, None, 1.0, 0), "quantized"),
-    "unknown": (HouseNorm, "what its forward computes is unknown"),
-    "a subclass": (lambda: MyLayerNorm(8), "subclass"),
+    "unknown": (HouseNorm, "its forward raises NotImplementedError"),
+    "a subclass": (lambda: MyLayerNorm(8), "no norm that trinorm has"),
     "replaced already": (_replaced_before, "already trinorm's"),
     "forward replaced": (_instance_forward, "forward was replaced"),
     "an eps that is refused": (lambda: torch.nn.LayerNorm(8, eps=-1.0), "eps is -1.0"),
@@ -174,3 +178,56 @@ def test_a_class_whose_forward_was_replaced_is_left(monkeypatch: pytest.MonkeyPa
 def test_not_a_module() -> None:
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         trinorm.replace(torch.ones(3))  # type: ignore[arg-type]
+
+
+# --- which, and back ---
+
+
+def test_include_exclude_and_a_dry_run() -> None:
+    model = Block()
+    planned = trinorm.replace(model, dry_run=True)
+    assert [entry.path for entry in planned.replaced] == ["first", "again", "second", "tied"]
+    assert not any(type(module).__module__.startswith("trinorm") for module in model.modules())
+    some = trinorm.replace(model, include=["second", "t*", torch.nn.LayerNorm], exclude=["tied"])
+    assert [entry.path for entry in some.replaced] == ["first", "again", "second"]
+    assert [(entry.path, entry.reason) for entry in some.left] == [("tied", "not asked for")]
+    assert type(model.second) is nn.RMSNorm and type(model.tied) is torch.nn.RMSNorm
+    for wrong in ("second", 3, [3], [int]):
+        with pytest.raises(TypeError, match=r"replace\(\): exclude (must be|has)"):
+            trinorm.replace(model, exclude=wrong)  # type: ignore[arg-type]
+
+
+def test_restore_is_of_what_was_replaced() -> None:
+    model = torch.nn.ModuleList([Block(), nn.LayerNorm(8), torch.nn.BatchNorm1d(8)])
+    classes, kept = [type(m) for m in model.modules()], [dict(vars(m)) for m in model.modules()]
+    trinorm.replace(model)
+    assert trinorm.replace(model).replaced == ()
+    assert trinorm.restore(copy.deepcopy(model)) == trinorm.restore(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert [dict(vars(m)) for m in model.modules()] == kept
+    assert trinorm.restore(model) == ()
+    with pytest.raises(TypeError, match=r"restore\(\): model must be"):
+        trinorm.restore(3)  # type: ignore[arg-type]
+
+
+def test_an_exception_in_the_middle_leaves_the_model_as_it_was() -> None:
+    class Sealed(torch.nn.RMSNorm):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "_trinorm_form":
+                raise RuntimeError("sealed")
+            super().__setattr__(name, value)
+
+    model = torch.nn.ModuleList([torch.nn.LayerNorm(8), Sealed(8), torch.nn.LayerNorm(8)])
+    before = [(type(m), dict(vars(m))) for m in model.modules()]
+    with pytest.raises(RuntimeError, match="sealed"):
+        trinorm.replace(model)
+    assert [(type(m), dict(vars(m))) for m in model.modules()] == before
+
+
+def test_a_report_is_a_table_of_richs() -> None:
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(width=160, record=True, file=io.StringIO())
+    console.print(trinorm.replace(torch.nn.ModuleList([torch.nn.LayerNorm(8), torch.nn.LocalResponseNorm(2)])))
+    shown = console.export_text()
+    for word in ("1 replaced, 1 left", "torch.nn.modules.LayerNorm", "trinorm.nn.LayerNorm", "no kernel for this norm yet"):
+        assert word in shown

@@ -78,6 +78,8 @@ FLOW = (
     "linear_nn",
     "quantized_nn",
     "nn",
+    "forms",
+    "recognize",
     "convert",
     "__init__",
     "interpreter",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 from typing import Any
@@ -157,14 +158,11 @@ def test_transforms_of_transforms_and_compiled(name: FormatName, device: torch.d
 def test_forward_mode_of_fp64_is_of_fp64(device: torch.device) -> None:
     x, tangent, weight = draw(3, 32, device=device, dtype=torch.float64)
 
-    def plain(x: Tensor) -> Tensor:
-        return functional.rms_norm(x, (32,), weight, EPS)
-
     def straight(x: Tensor) -> Tensor | None:
         return quantized_rms_norm(x, (32,), weight, EPS, format="fp8_token").straight
 
-    (_, got), (_, want) = (torch.func.jvp(of, (x,), (tangent,)) for of in (straight, plain))
-    torch.testing.assert_close(got, want)
+    plain = functools.partial(functional.rms_norm, normalized_shape=(32,), weight=weight, eps=EPS)
+    torch.testing.assert_close(*(torch.func.jvp(of, (x,), (tangent,))[1] for of in (straight, plain)))
 
 
 @pytest.mark.filterwarnings("ignore:.*runs torch's own operator")
@@ -210,8 +208,8 @@ def test_forward_mode(norm: RowNorm, device: torch.device) -> None:
         assert found.residual is not None
         return found.dequantize(), found.residual
 
-    _, got = torch.func.jvp(quantized_sum, (x, residual, weight), tuple(tangents))
-    _, want = torch.func.jvp(lambda *given: add(*given, eps=EPS), (x, residual, weight), tuple(tangents))
+    given = (x, residual, weight), tuple(tangents)
+    (_, got), (_, want) = (torch.func.jvp(of, *given) for of in (quantized_sum, functools.partial(add, eps=EPS)))
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other)
 

@@ -4,14 +4,15 @@
                           signatures; channel_layer_norm; add_layer_norm and add_rms_norm, of a sum; and what
                           docs/variants.md has besides
 - ``trinorm.nn``          the modules of these, subclasses of torch's
-- ``trinorm.replace``     swap a model's torch norms for these, in place
+- ``trinorm.replace``     swap a model's norms for these, in place: torch's, and others by what they compute
+- ``trinorm.restore``     swap them back
 - ``trinorm.options``     switches for the whole process: batch_invariant, autocast_keeps_dtype, inductor_fuses
 """
 
 from . import functional, nn
-from .convert import Report, replace
+from .convert import Report, replace, restore
 from .switches import options
 
 __version__ = "0.1.0"
 
-__all__ = ["Report", "functional", "nn", "options", "replace"]
+__all__ = ["Report", "functional", "nn", "options", "replace", "restore"]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
 from . import checks, nn
+from .forms import Form
 from .ops.road import KERNEL_DTYPES
+from .recognize import Recognized, original, recognize, recognized
 
 # torch's norms that trinorm.nn has under the same name.
 _REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
@@ -17,16 +22,19 @@ _REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     if isinstance(ours, type) and isinstance(theirs := getattr(torch.nn, name, None), type)
 }
 
+_ORIGINALS = {ours: theirs for theirs, ours in _REPLACEMENTS.items()}
+
 # What those compute, as long as nobody puts another function in its place.
 _FORWARDS = {theirs: theirs.forward for theirs in _REPLACEMENTS}
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """A norm that was swapped. path is its name in the model ("" for the model itself)."""
+    """A norm that was swapped. path is its name in the model ("" for the model itself); by, what computes it now."""
 
     path: str
     module: str
+    by: str
 
 
 @dataclass(frozen=True)
@@ -40,25 +48,58 @@ class Left:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``replace`` did. A module that the model holds under several names appears under each of them."""
+    """What ``replace`` did, or would do. A module that the model holds under several names appears under each of them.
+
+    ``print`` shows it in lines, and rich's ``print`` as a table.
+    """
 
     replaced: tuple[Replaced, ...] = field(default_factory=tuple)
     left: tuple[Left, ...] = field(default_factory=tuple)
 
     def __str__(self) -> str:
-        lines = [f"trinorm.replace: {len(self.replaced)} replaced, {len(self.left)} left"]
-        lines += [f"  {entry.path or '(model)'}: {entry.module} -> trinorm" for entry in self.replaced]
+        lines = [self._title()]
+        lines += [f"  {entry.path or '(model)'}: {entry.module} -> {entry.by}" for entry in self.replaced]
         lines += [f"  {entry.path or '(model)'}: {entry.module} left: {entry.reason}" for entry in self.left]
         return "\n".join(lines)
 
+    def __rich__(self) -> Any:
+        from rich.table import Table
 
-def replace(model: torch.nn.Module) -> Report:
-    """Make every norm of torch's inside ``model`` that trinorm has a trinorm one, in place: ``torch.nn.LayerNorm``,
-    ``RMSNorm``, ``GroupNorm``, ``InstanceNorm1d`` to ``3d`` and ``BatchNorm1d`` to ``3d``.
+        table = Table("module", "from", "to, or why it was left", title=self._title())
+        for entry in self.replaced:
+            table.add_row(entry.path or "(model)", entry.module, entry.by)
+        for left in self.left:
+            table.add_row(left.path or "(model)", left.module, f"left: {left.reason}", style="dim")
+        return table
+
+    def _title(self) -> str:
+        return f"trinorm.replace: {len(self.replaced)} replaced, {len(self.left)} left"
+
+
+# Which modules: patterns of their names in the model ("*.input_layernorm"), and classes.
+Which = Sequence[str | type[torch.nn.Module]]
+
+# What a module becomes: its class and, where it was recognized, its form.
+_Kind = tuple[type[torch.nn.Module], Form | None]
+
+# An instance's mark: its class was another before replace.
+_MARK = "_trinorm_replaced"
+
+
+def replace(model: torch.nn.Module, *, include: Which | None = None, exclude: Which = (), dry_run: bool = False) -> Report:
+    """Make the norms inside ``model`` trinorm's, in place.
+
+    ``torch.nn.LayerNorm``, ``RMSNorm``, ``GroupNorm``, ``InstanceNorm1d`` to ``3d`` and ``BatchNorm1d`` to ``3d`` become
+    :mod:`trinorm.nn`'s of that name. A norm of another class (transformers' RMSNorms, gated norms, LayerNorms over
+    channels) is recognized by what its forward computes: it is called on a small sample on the CPU, in fp32, bf16 and
+    fp16, and compared with each of trinorm's norms in float64; what it rounds, and where, is found by its bits. Such a
+    module keeps its class's name, its attributes and ``isinstance``; and its own forward for what was not tried or differs:
+    dtypes, numbers of dims, further arguments, and autocast where that would give trinorm's another dtype. Norms of any
+    other kind are left, and the report says why.
 
     The module object stays the same one and only its class changes: parameters, buffers, hooks, names, optimizers that
     hold its parameters, and every other place that refers to it are untouched, so shared modules and tied weights stay
-    shared. Norms of any other kind are left, and the report says why.
+    shared. :func:`restore` undoes it.
 
     torch's own fused inference paths (``nn.TransformerEncoderLayer`` in eval under no_grad) read a norm's parameters and
     never call it: there a replaced norm changes nothing. ``torch.ao.quantization`` knows torch's classes and no subclass of
@@ -66,29 +107,116 @@ def replace(model: torch.nn.Module) -> Report:
 
     Args:
         model: any module; it may itself be a norm.
+        include: only these: patterns as :mod:`fnmatch` has them of names in the model, and classes; None is all.
+        exclude: not these, likewise.
+        dry_run: whether the model is left as it is, and the report says what would be done.
 
     Returns:
         A :class:`Report`; ``print`` it.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``include`` or ``exclude`` has what is neither a string nor a class of
+            modules. Whatever is raised, the model is as it was.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"replace(): model must be a torch.nn.Module, not {type(model).__name__}")
+    for name, which in (("include", include), ("exclude", exclude)):
+        _check_which(name, which)
     replaced: list[Replaced] = []
     left: list[Left] = []
-    swap: list[torch.nn.Module] = []
+    kinds: dict[torch.nn.Module, _Kind | str] = {}
+    swapped: dict[torch.nn.Module, _Kind] = {}
+    known: dict[Hashable, Form | str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        kind = _name(type(module))
-        if type(module) in _REPLACEMENTS and _obstacle(module) is None:
-            replaced.append(Replaced(path, kind))
-            swap.append(module)
+        if module not in kinds:
+            kinds[module] = _kind(module, known)
+        kind, name = kinds[module], _name(type(module))
+        if isinstance(kind, tuple) and (_is_among(path, module, exclude) or not _is_among(path, module, include)):
+            kind = "not asked for"
+        if isinstance(kind, tuple):
+            swapped[module] = kind
+            replaced.append(Replaced(path, name, str(kind[1] or _name(kind[0]))))
         elif _is_norm(module):
-            left.append(Left(path, kind, _why_left(module)))
-    for module in swap:
-        # A module held under two names comes by twice, the second time already swapped.
-        module.__class__ = _REPLACEMENTS.get(type(module), type(module))
+            left.append(Left(path, name, kind))
+    if not dry_run:
+        _swap(swapped)
     return Report(tuple(replaced), tuple(left))
+
+
+def restore(model: torch.nn.Module) -> tuple[str, ...]:
+    """Undo :func:`replace`: every norm in ``model`` that it swapped gets the class back that it had.
+
+    Norms that were made as trinorm's stay so. What was set on a module since (``save``, ``cast``) stays there, unread.
+
+    Returns:
+        The names in the model of what was swapped back.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"restore(): model must be a torch.nn.Module, not {type(model).__name__}")
+    paths = tuple(path for path, module in model.named_modules(remove_duplicate=False) if _MARK in vars(module))
+    for module in model.modules():
+        if _MARK in vars(module):
+            recognized_before = isinstance(module, Recognized)
+            module.__class__ = original(type(module)) if recognized_before else _ORIGINALS[type(module)]
+            for name in (_MARK, *(["_trinorm_form"] if recognized_before else [])):
+                delattr(module, name)
+    return paths
+
+
+def _swap(kinds: Mapping[torch.nn.Module, _Kind]) -> None:
+    """All of them, or, where one raises, none."""
+    before = {module: (type(module), dict(vars(module))) for module in kinds}
+    try:
+        for module, (kind, form) in kinds.items():
+            module.__class__ = kind
+            setattr(module, _MARK, True)
+            if form is not None:
+                module._trinorm_form = form  # type: ignore[assignment]
+    except BaseException:
+        for module, (was, attributes) in before.items():
+            module.__class__ = was
+            module.__dict__ = attributes
+        raise
+
+
+def _kind(module: torch.nn.Module, known: dict[Hashable, Form | str]) -> _Kind | str:
+    """What a module becomes; or why it is left."""
+    if type(module) in _REPLACEMENTS and _obstacle(module) is None:
+        return _REPLACEMENTS[type(module)], None
+    reason = _why_left(module)
+    if reason is not None or not _is_norm(module):
+        return reason or ""
+    # Layers' norms are alike: one trial for all that are in whatever a forward may read.
+    asked = type(module), *((name, _identity(value)) for name, value in sorted(vars(module).items()))
+    if asked not in known:
+        known[asked] = recognize(module)
+    form = known[asked]
+    return (recognized(type(module)), form) if isinstance(form, Form) else form
+
+
+def _identity(value: Any) -> Hashable:
+    if isinstance(value, dict):  # parameters, hooks
+        return tuple((name, *((tuple(t.shape),) if isinstance(t, torch.Tensor) else (id(t),))) for name, t in value.items())
+    if isinstance(value, set):  # of names
+        return frozenset(value)
+    return (type(value), value) if isinstance(value, (bool, int, float, str, type(None))) else id(value)
+
+
+def _check_which(name: str, which: Which | None) -> None:
+    if isinstance(which, str) or (which is not None and not isinstance(which, Sequence)):
+        raise TypeError(f"replace(): {name} must be a sequence of patterns and classes, not {which!r}")
+    for one in which or ():
+        if not isinstance(one, str) and not (isinstance(one, type) and issubclass(one, torch.nn.Module)):
+            raise TypeError(f"replace(): {name} has {one!r}; it must have strings and classes of modules")
+
+
+def _is_among(path: str, module: torch.nn.Module, which: Which | None) -> bool:
+    if which is None:
+        return True
+    return any(fnmatchcase(path, one) if isinstance(one, str) else isinstance(module, one) for one in which)
 
 
 def _name(kind: type) -> str:
@@ -132,25 +260,25 @@ def _obstacle(module: torch.nn.Module) -> str | None:
     return None
 
 
-def _why_left(module: torch.nn.Module) -> str:
+def _why_left(module: torch.nn.Module) -> str | None:
+    """Why a module that no torch norm's swap is for is left; None where its forward is to be tried."""
     kind = type(module)
-    ours = getattr(nn, kind.__name__, None)
-    if kind is ours:
+    if isinstance(module, Recognized) or kind is getattr(nn, kind.__name__, None):
         return "already trinorm's"
     if isinstance(module, tuple(_REPLACEMENTS.values())):
         return "a subclass of trinorm's"
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted or traced: what it runs is fixed; replace before that"
     if kind in _REPLACEMENTS:
-        return str(_obstacle(module))
+        return _obstacle(module)
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
         return "lazy: its kind is not settled before its first call"
     if ".quantized" in kind.__module__ or ".quantizable" in kind.__module__:
         return "quantized: its input is not a floating tensor"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "parametrized: its class is made by torch.nn.utils.parametrize; replace before parametrizing"
-    if isinstance(module, tuple(_REPLACEMENTS)):
-        return "a subclass of torch's norm, whose forward may compute something else"
-    if isinstance(module, _TORCH_NORMS):
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if kind.__module__.startswith("torch.") and isinstance(module, _TORCH_NORMS):
         return "trinorm has no kernel for this norm yet"
-    return "not a torch.nn norm: what its forward computes is unknown"
+    return None

@@ -1,0 +1,125 @@
+"""The norms that a module of an unknown class may turn out to be: functions of trinorm's, of its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import conditioned_reference, functional, reference
+from .spec import ConditionedNorm, GateActivation, RowNorm
+
+# The dtype of the input, and of the parameters, where there are any.
+Dtypes = tuple[torch.dtype, torch.dtype | None]
+
+# (weight, bias), where a module has them.
+Parameters = tuple[Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Form:
+    """The norm of the last dim.
+
+    weight, bias: the names of the module's parameters; None where it has none. dtypes, ranks: of which, and of inputs of
+    how many dims, its results are these; of others the module's own forward is called.
+    """
+
+    norm: RowNorm
+    eps: float
+    weight: str | None
+    bias: str | None
+    dtypes: frozenset[Dtypes] = frozenset()
+    ranks: frozenset[int] = frozenset()
+
+    # How many tensors the forward takes.
+    tensors: ClassVar[int] = 1
+
+    # Of how many dims an input may be.
+    tried: ClassVar[tuple[int, ...]] = (3, 2, 4)
+
+    def within(self, dtypes: frozenset[Dtypes], ranks: frozenset[int]) -> Form:
+        return replace(self, dtypes=dtypes, ranks=ranks)
+
+    @staticmethod
+    def laid(rows: Tensor, rank: int) -> Tensor:
+        """Rows, ``(8, N)``, as the forward takes them."""
+        return rows.view(*(rows.shape[0] >> (rank - 2), *[2] * (rank - 2)), rows.shape[1])
+
+    def __call__(self, parameters: Parameters, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        shape, (weight, bias) = x.shape[-1:], parameters
+        if self.norm.center:
+            return functional.layer_norm(x, shape, weight, bias, self.eps, cast=self.norm.cast)
+        return functional.rms_norm(x, shape, weight, self.eps, cast=self.norm.cast)
+
+    def exact(self, parameters: Parameters, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """In float64."""
+        return reference.oracle(self.norm, x, x.shape[-1:], *parameters, self.eps).y
+
+    def by_torch(self, parameters: Parameters, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """In torch's own operators."""
+        return reference.composite(self.norm, x, x.shape[-1:], *parameters, self.eps)
+
+    def __str__(self) -> str:
+        return f"trinorm.functional.{self.norm.name}, eps={self.eps:g}, cast={self.norm.cast!r}"
+
+
+@dataclass(frozen=True)
+class ChannelForm(Form):
+    """LayerNorm over the channels of images whose channels are their second dim."""
+
+    tried: ClassVar[tuple[int, ...]] = (4,)
+
+    @staticmethod
+    def laid(rows: Tensor, rank: int) -> Tensor:
+        return Form.laid(rows, rank).movedim(-1, 1).contiguous()
+
+    def __call__(self, parameters: Parameters, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return functional.channel_layer_norm(x, *parameters, self.eps)
+
+    def exact(self, parameters: Parameters, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().exact(parameters, x.movedim(1, -1)).movedim(-1, 1)
+
+    def by_torch(self, parameters: Parameters, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().by_torch(parameters, x.movedim(1, -1)).movedim(-1, 1)
+
+    def __str__(self) -> str:
+        return f"trinorm.functional.channel_layer_norm, eps={self.eps:g}"
+
+
+@dataclass(frozen=True)
+class GatedForm(Form):
+    """The norm of the last dim, or of groups of it, before or behind a gate."""
+
+    activation: GateActivation = "silu"
+    before_gate: bool = True
+    group_size: int | None = None
+
+    tensors: ClassVar[int] = 2
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        of_group = {} if self.group_size is None else {"group_size": self.group_size}
+        return dict(activation=self.activation, norm_before_gate=self.before_gate, cast=self.norm.cast, **of_group)
+
+    @property
+    def _spec(self) -> ConditionedNorm:
+        return ConditionedNorm(self.norm, self.activation, not self.before_gate)
+
+    def __call__(self, parameters: Parameters, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        assert gate is not None
+        of = functional.gated_layer_norm if self.norm.center else functional.gated_rms_norm
+        return of(x, gate, *parameters, self.eps, **self._how)
+
+    def exact(self, parameters: Parameters, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return conditioned_reference.oracle(self._spec, 1, self.group_size or x.shape[-1], x, gate, *parameters, self.eps).y
+
+    def by_torch(self, parameters: Parameters, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return conditioned_reference.composite(
+            self._spec, 1, self.group_size or x.shape[-1], x, gate, *parameters, self.eps, x.dtype
+        )
+
+    def __str__(self) -> str:
+        how = ", ".join(f"{name}={value!r}" for name, value in self._how.items())
+        return f"trinorm.functional.gated_{self.norm.name}, eps={self.eps:g}, {how}"
