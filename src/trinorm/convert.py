@@ -138,6 +138,9 @@ def replace(model: torch.nn.Module, *, include: Which | None = None, exclude: Wh
             replaced.append(Replaced(path, name, str(kind[1] or _name(kind[0]))))
         elif _is_norm(module):
             left.append(Left(path, name, kind))
+    # What merely holds a norm that was swapped is none itself.
+    within = tuple(entry.path for entry in replaced)
+    left = [entry for entry in left if not any(path.startswith(f"{entry.path}." if entry.path else "") for path in within)]
     if not dry_run:
         _swap(swapped)
     return Report(tuple(replaced), tuple(left))

@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -87,11 +88,11 @@ def recognize(module: torch.nn.Module) -> Form | str:
     shapes = {tuple(module._parameters[name].shape) for name in parameters}  # type: ignore[union-attr]
     if len(parameters) > 2 or len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
         return "its parameters are not a weight, or a weight and a bias, of one dim"
-    n = shapes.pop()[0] if shapes else _LENGTH
+    lengths = [shapes.pop()[0]] if shapes else _lengths(module)
     reason = "what its forward computes is no norm that trinorm has"
     # A parameter without a partner is a weight.
     orders = list(itertools.permutations(parameters)) if len(parameters) > 1 else [(*parameters, None, None)[:2]]
-    for kind, (weight, bias) in itertools.product((GatedForm, Form, ChannelForm), orders):
+    for n, kind, (weight, bias) in itertools.product(lengths, (GatedForm, Form, ChannelForm), orders):
         try:
             form = _Trial(module, kind, weight, bias, n).form()
         except Exception as error:  # whatever somebody else's forward may raise
@@ -101,6 +102,12 @@ def recognize(module: torch.nn.Module) -> Form | str:
             if form is not None:
                 return form
     return reason
+
+
+def _lengths(module: torch.nn.Module) -> list[int]:
+    """Of rows, of a module without parameters: any; or one that it holds, where it takes no others."""
+    held = [v for value in vars(module).values() for v in (value if isinstance(value, (list, tuple)) else (value,))]
+    return list(dict.fromkeys((_LENGTH, *(v for v in held if type(v) is int and 1 < v < 1 << 16))))
 
 
 class _Case(NamedTuple):
@@ -125,7 +132,12 @@ class _Trial:
         except TypeError:
             return None
         first, *others = (_Case(self._single, rank) for rank in self._kind.tried)
-        found = [form for form in self._candidates() if self._holds(form, first)]
+        found: list[Form] = []
+        for form in self._candidates():
+            # Of what has been found, only another place to round may be as good.
+            same = not found or found[0] == replace(form, norm=form.norm.with_cast(found[0].norm.cast))
+            if same and (not found or form.norm.offset == found[0].norm.offset) and self._holds(form, first):
+                found.append(form)
         # What drops elements in training, say, is no norm, whatever it is in evaluation.
         if not found or not self._holds(found[0], first._replace(other_mode=True)):
             return None
