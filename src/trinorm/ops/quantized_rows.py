@@ -59,7 +59,8 @@ def forward(problem: Quantizing, given: Given) -> tuple[Tensor | None, ...]:
         ROWS=plan.tile.rows,
         CHUNK=plan.tile.chunk,
         STREAM=plan.stream,
-        **started_by(plan.tile, size),
+        PRELOAD=plan.preload,
+        **started_by(plan.tile, size, plan.early),
     )
     launch(quantized_forward, (-(-m // plan.tile.rows),), device, args, options)
     return data, scale, total, mean, rstd
