@@ -19,8 +19,9 @@ _NEAREST: tl.constexpr = tl.constexpr(12582912.0)
 # The same of numbers that are not negative.
 _NEAREST_SIZE: tl.constexpr = tl.constexpr(8388608.0)
 
-# A tensor's own number between these and its reciprocal leave fp32 all digits of a scale over it, and of what it stands for.
-_ORDINARY: tl.constexpr = tl.constexpr((2.0**-80, 2.0**80))
+# A tensor's own number between these leaves fp32 all digits of a scale over it, and of what it stands for.
+_LEAST_ORDINARY: tl.constexpr = tl.constexpr(2.0**-80)
+_MOST_ORDINARY: tl.constexpr = tl.constexpr(2.0**80)
 
 # What div.rn does with 1 and a number from 2^-126 to 2^125, without its check that the number is one, and the path beside.
 _RECIPROCAL: tl.constexpr = tl.constexpr("""{
@@ -42,8 +43,8 @@ _LOW_BYTES: tl.constexpr = tl.constexpr("""{
     and.b32 $0, low, $5;
 }""")
 
-# Eight nibbles of sizes ($1 to $4 the even ones, $5 to $8 the odd) and of signs ($9 to $16), from the last one on: a sign is
-# shifted in from the top, a size's three bits added. What is above those bits leaves the low half of four such steps alone.
+# Eight nibbles of sizes ($1 to $4 the even ones, $5 to $8 the odd) and of signs ($9 to $16), from the last one on: a sign
+# is shifted in from the top, a size's three bits added. What is above those leaves the low half of four such steps alone.
 _NIBBLES: tl.constexpr = tl.constexpr("""{
     .reg .b32 low, high;
     shr.u32 high, $16, 31;
@@ -128,9 +129,7 @@ def to_int8(v, finite):
     keep = tl.broadcast_to(tl.where(finite, -1, 0), code.shape)
     if takes_ptx() and code.numel > 128:
         given = [code, keep]
-        return tl.inline_asm_elementwise(
-            _LOW_BYTES, "=r,r,r,r,r,r,r,r,r", given, dtype=tl.uint8, is_pure=True, pack=4
-        )
+        return tl.inline_asm_elementwise(_LOW_BYTES, "=r,r,r,r,r,r,r,r,r", given, dtype=tl.uint8, is_pure=True, pack=4)
     else:
         return (code & keep).to(tl.uint8)
 
@@ -198,6 +197,18 @@ def reciprocal(x):
 
 
 @triton.jit
+def given_scale(GIVEN):
+    """(the tensor's own number, its reciprocal, whether it is ordinary); None where GIVEN is."""
+    if GIVEN is None:
+        return None
+    else:
+        number = tl.load(GIVEN)
+        ordinary = (number >= _LEAST_ORDINARY) & (number <= _MOST_ORDINARY)
+        number = tl.full([1, 1], 1.0, tl.float32) * number
+        return number, reciprocal(tl.where(ordinary, number, 1.0)), ordinary
+
+
+@triton.jit
 def divided(x, minus, inverse):
     """x over what ``minus`` is the negative of and ``inverse`` the correctly rounded reciprocal: correctly rounded where
     that is a normal number. A division of its own checks for what it has another path for, in the midst of everything.
@@ -214,24 +225,26 @@ def over(largest, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def e4m3_scale(largest, finite, given, LARGEST: tl.constexpr, ORDINARY: tl.constexpr):
-    """(what is stored, by what y is multiplied) over the tensor's own number, which is near 1 with ORDINARY."""
+def e4m3_scale(largest, given, over_one, LARGEST: tl.constexpr, ORDINARY: tl.constexpr):
+    """scale_of's three, over the tensor's own number, which with ORDINARY is one, and over_one its reciprocal."""
     if ORDINARY:
-        # Beyond 512 times it the scale is cut off at 448.
-        scale = divided(tl.minimum(over(largest, LARGEST), given * 512.0), given * -1.0, reciprocal(given))
+        # Beyond 512 times it the scale is cut off at 448. Of Inf the division makes NaN.
+        held = tl.minimum(over(largest, LARGEST), given * 512.0, propagate_nan=tl.PropagateNan.ALL)
+        scale = divided(held, given * -1.0, over_one)
     else:
         scale = tl.div_rn(tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32)), given + tl.zeros_like(largest))
-    stored = to_e4m3(tl.where(finite, scale, float("nan")))
+        scale = tl.where(largest < float("inf"), scale, float("nan"))
+    stored = to_e4m3(scale)
     factor = from_e4m3(stored) * given
     least = tl.maximum(factor, LEAST_SCALE)
     inverse = reciprocal(least) if ORDINARY else tl.div_rn(tl.full(least.shape, 1.0, tl.float32), least)
-    return stored, tl.where(factor > 0.0, inverse, 0.0)
+    return stored, tl.where(factor > 0.0, inverse, 0.0), factor > 0.0
 
 
 @triton.jit
 def scale_of(largest, given, SCALING: tl.constexpr, LARGEST: tl.constexpr):
-    """(what is stored, by what y is multiplied, where they are finite), of the largest size that has the scale. given: the
-    tensor's own number.
+    """(what is stored, by what y is multiplied, where not all codes are zeros), of the largest size that has the scale.
+    given: given_scale's, where there is a number of the whole tensor.
     """
     finite = largest < float("inf")
     if SCALING == "fp32":
@@ -242,11 +255,9 @@ def scale_of(largest, given, SCALING: tl.constexpr, LARGEST: tl.constexpr):
         inverse = tl.where(finite, ((254 - code) << 23).to(tl.float32, bitcast=True), 0.0)
         return tl.where(finite, code, 255).to(tl.uint8), inverse, finite
     else:
-        LEAST: tl.constexpr = _ORDINARY[0]
-        MOST: tl.constexpr = _ORDINARY[1]
-        one = tl.full([1] * len(largest.shape), 1.0, tl.float32) * given
-        if (given >= LEAST) & (given <= MOST):
-            stored, inverse = e4m3_scale(largest, finite, one, LARGEST, True)
+        number, over_one, ordinary = given
+        if ordinary:
+            stored, inverse, some = e4m3_scale(largest, number, over_one, LARGEST, True)
         else:
-            stored, inverse = e4m3_scale(largest, finite, one, LARGEST, False)
-        return stored, inverse, finite
+            stored, inverse, some = e4m3_scale(largest, number, over_one, LARGEST, False)
+        return stored, inverse, some

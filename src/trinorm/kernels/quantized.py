@@ -27,7 +27,7 @@ from .index import (
     widened,
 )
 from .overlap import let_next_launch, wait_for_previous
-from .quantize import from_e4m3, larger, largest_along, scale_of, to_e2m1, to_e4m3, to_int8
+from .quantize import from_e4m3, given_scale, larger, largest_along, scale_of, to_e2m1, to_e4m3, to_int8
 from .row import store_stats
 
 # Rounded on its own: of another product the compiler makes an fma with what is added next, a mean or a residual.
@@ -63,8 +63,8 @@ def scaled_up(xs, X_SCALE, rows, live, stride, ACC: tl.constexpr):
 def store_codes(
     DATA, v, finite, rows, start, live, N: tl.constexpr, END: tl.constexpr, ELEMENT: tl.constexpr, STREAM: tl.constexpr
 ):
-    """The codes of some columns from ``start``, of a chunk that ends before column END. v: ``[ROWS, CHUNK]``, or, where they
-    have scales of their own, ``[ROWS, BLOCKS, CHUNK // BLOCKS]``; finite: where the scales are.
+    """The codes of some columns from ``start``, of a chunk that ends before column END. v: ``[ROWS, CHUNK]``, or, where
+    blocks have scales, ``[ROWS, BLOCKS, CHUNK // BLOCKS]``; finite: where the scales are.
     """
     ROWS: tl.constexpr = v.shape[0]
     CHUNK: tl.constexpr = v.numel // ROWS
@@ -73,9 +73,9 @@ def store_codes(
         mask = live & columns_live(columns, END // 2, N // 2)
         store_once(DATA + rows * (N // 2) + columns, to_e2m1(v, finite), mask, STREAM)
     else:
-        codes = to_int8(v, finite) if ELEMENT == "int8" else to_e4m3(v)
+        codes = tl.reshape(to_int8(v, finite) if ELEMENT == "int8" else to_e4m3(v), [ROWS, CHUNK])
         columns = chunk_columns(start, CHUNK)
-        store_once(DATA + rows * N + columns, tl.reshape(codes, [ROWS, CHUNK]), live & columns_live(columns, END, N), STREAM)
+        store_once(DATA + rows * N + columns, codes, live & columns_live(columns, END, N), STREAM)
 
 
 @triton.jit
@@ -123,16 +123,14 @@ def quantize_tile(
     # A row of one chunk that is shorter than a block has one block.
     OF_ONE: tl.constexpr = BLOCK if BLOCK > 0 and BLOCK < CHUNK else CHUNK
     EACH: tl.constexpr = CHUNK // OF_ONE
-    whole = None
-    if GIVEN is not None:
-        whole = tl.load(GIVEN)
+    whole = given_scale(GIVEN)
     xs = scaled_up(load_row(X + of_x, live, N, CHUNK, STREAM), X_SCALE, rows, live, of_x_scale, ACC)
     if PRELOAD:
         ws = load_row_or(W, live, N, CHUNK, NO_WEIGHT)
         bs = load_row_or(B, live, N, CHUNK, NO_BIAS)
     xs = add_row((SUM, RESIDUAL, None, None), xs, rows, 0, live, N, N, 1.0, 0.0, ACC, STREAM)
     if SCALING == "tensor":
-        inverse = tl.div_rn(1.0, whole)
+        inverse = tl.div_rn(tl.full([1, 1], 1.0, tl.float32), whole[0])
         finite = live
     mean, rstd, good = held_stats(xs, eps, N, N, N, CENTER, ACC, SCALED)
     if not RESCUE:
