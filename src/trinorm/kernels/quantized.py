@@ -34,6 +34,30 @@ from .row import store_stats
 _PRODUCT: tl.constexpr = tl.constexpr("mul.rn.f32 $0, $1, $2;")
 
 
+# Of 32 bits, and of the lowest eight.
+_STORE: tl.constexpr = tl.constexpr("""{
+    .reg .pred live;
+    setp.ne.u32 live, $3, 0;
+    @live st.global.b32 [$1], $2;
+    mov.b32 $0, 0;
+}""")
+_STORE_BYTE: tl.constexpr = tl.constexpr(_STORE.value.replace("b32 [", "b8 ["))
+
+
+@triton.jit
+def store_where_it_is(pointers, value, mask):
+    """A store by each of the threads that have a value. tl.store has one of them do it, to whom it is brought through
+    shared memory, for which all warps wait.
+    """
+    if takes_ptx():
+        wide = value.to(tl.int32) if value.dtype == tl.uint8 else value.to(tl.int32, bitcast=True)
+        given = [pointers.to(tl.int64), wide, tl.broadcast_to(mask, value.shape).to(tl.int32)]
+        STORE: tl.constexpr = _STORE_BYTE if value.dtype == tl.uint8 else _STORE
+        tl.inline_asm_elementwise(STORE, "=r,l,r,r", given, dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        tl.store(pointers, value, mask=mask)
+
+
 @triton.jit
 def product(x, y):
     """x·y, rounded. Elsewhere than in PTX by an fma, in which -0.0 is 0.0; the interpreter makes no fma of its own."""
@@ -162,7 +186,7 @@ def quantize_tile(
             scale, inverse, fit = scale_of(largest_along(sizes, 2), whole, SCALING, LARGEST)
             block = chunk_columns(i * EACH, EACH).to(tl.int64)  # times a stride that is a number of rows
             fits = live & columns_live(block, (i + 1) * EACH, (N + OF_ONE - 1) // OF_ONE)
-            tl.store(SCALE + rows * scale_strides[0] + block * scale_strides[1], scale, mask=fits)
+            store_where_it_is(SCALE + rows * scale_strides[0] + block * scale_strides[1], scale, fits)
             v = tl.reshape(ys[i], [ROWS, EACH, OF_ONE]) * inverse[:, :, None]
             finite = fit[:, :, None]
         store_codes(DATA, v, finite, rows, i * CHUNK, live, N, (i + 1) * CHUNK, ELEMENT, STREAM)

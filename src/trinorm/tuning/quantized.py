@@ -11,24 +11,25 @@ from ..spec import RowNorm
 from .kinds import RowForward, Tile
 from .row import _EARLY_WARPS, choose_forward, forward_turns
 
-# Compiled for an H200, of bf16, not yet timed: instructions an element by the row norms' own tile, and by these.
-# 2048 columns of the formats below: LayerNorm to fp8_block 22.0 → 16.8, RMSNorm to nvfp4 27 → 23.
-_LONG_CODE = Tile(1, 1024, 2)
+# Instructions an element on sm_90, of bf16, by the row norms' own tile and by these; not yet timed.
+#
+# 1025 to 2048 columns, of formats and norms that have the most: LayerNorm to fp8_block 21.3 → 17.3, RMSNorm to nvfp4 25 →
+# 21. The others keep the row norms' tile, by which an H200 had fp8 at 0.99 of the copy.
+_LONG_CODE = Tile(1, 512, 2)
 _LONG_CODE_COLUMNS = 1025, 2048
 
-# 4096 columns, RMSNorm to fp8_token 16.4 → 11.8, int8_token 16.9 → 12.3, fp8_block 21.0 → 14.0, mxfp8 20.0 → 13.3, nvfp4 38
-# → 23. With 4 elements of a chunk to a thread (1024 by 8 warps) loads have 64 bits, and the scale of a block has twice as
-# many threads to do it.
+# 4096 columns, RMSNorm to fp8_token 16.4 → 11.8, int8_token 16.9 → 12.3, fp8_block 20.2 → 13.4, mxfp8 18.1 → 12.3. With 4
+# elements of a chunk to a thread (1024 by 8 warps) loads have 64 bits, and the scale of a block twice as many threads.
 _MANY_ROWS: tuple[tuple[int, Tile], ...] = (
     (5120, Tile(1, 1024, 4)),
     (8192, Tile(1, 2048, 8)),
     (16384, Tile(1, 4096, 16)),
 )
 
-# Few rows of blocks: by (1, 512, 4) a thread has 4 elements of a chunk as well.
+# Few rows of blocks: by the row norms' (1, 512, 4) a thread has 4 elements of a chunk as well.
 _FEW_ROWS_OF_BLOCKS = {4096: Tile(1, 1024, 4)}
 
-# A block this short has its scale done once in every few elements.
+# Blocks so short have more instructions for each scale than for its elements' norm.
 _SHORT_BLOCK = 16
 
 
