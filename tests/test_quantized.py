@@ -260,6 +260,17 @@ def test_what_is_not_finite_shows(name: FormatName, device: torch.device) -> Non
         assert torch.equal(found.scale.float()[:, ~of], good.scale.float()[:, ~of])
 
 
+@pytest.mark.parametrize("name", ["fp8_token", "int8_token", "nvfp4"])
+@pytest.mark.parametrize("n", [2, 8, 30])
+def test_what_is_not_finite_shows_in_its_narrow_row_alone(name: FormatName, n: int, device: torch.device) -> None:
+    """Of which a thread has several."""
+    x, scale = ones(70, n, device=device), whole(name, device)
+    x[::3, n // 2] = float("nan")
+    found = functional.quantized_rms_norm(x, (n,), eps=0.0, format=name, scale=scale)
+    y = torch.where(x.isnan().any(-1, keepdim=True), float("nan"), x)
+    assert_same(found, *quantized_reference.quantize(FORMATS[name], y, scale))
+
+
 @pytest.mark.parametrize("tile", [Tile(1, 32, 1), Tile(4, 64, 4), Tile(2, 512, 4)], ids=str)
 @pytest.mark.parametrize("name", FORMAT_NAMES)
 def test_other_tiles(name: FormatName, tile: Tile, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,13 +34,16 @@ _RECIPROCAL: tl.constexpr = tl.constexpr("""{
     fma.rn.f32 $0, near, rest, near;
 }""")
 
-# The low bytes of four, or zeros.
+# The low bytes of four, and of what is kept of each: of one row's, the compiler makes that once.
 _LOW_BYTES: tl.constexpr = tl.constexpr("""{
-    .reg .b32 low, high;
+    .reg .b32 low, high, kept;
+    prmt.b32 low, $5, $6, 0x0040;
+    prmt.b32 high, $7, $8, 0x0040;
+    prmt.b32 kept, low, high, 0x5410;
     prmt.b32 low, $1, $2, 0x0040;
     prmt.b32 high, $3, $4, 0x0040;
     prmt.b32 low, low, high, 0x5410;
-    and.b32 $0, low, $5;
+    and.b32 $0, low, kept;
 }""")
 
 # Eight nibbles of sizes ($1 to $4 the even ones, $5 to $8 the odd) and of signs ($9 to $16), from the last one on: a sign
@@ -127,7 +130,7 @@ def to_int8(v, finite):
     """The integer nearest to v, of at most 127 and a rounding; 0 of what a scale that is not finite has left."""
     code = (v + _NEAREST).to(tl.int32, bitcast=True)
     keep = tl.broadcast_to(tl.where(finite, -1, 0), code.shape)
-    if takes_ptx() and code.numel > 128:
+    if takes_ptx():
         given = [code, keep]
         return tl.inline_asm_elementwise(_LOW_BYTES, "=r,r,r,r,r,r,r,r,r", given, dtype=tl.uint8, is_pure=True, pack=4)
     else:
@@ -154,7 +157,7 @@ def to_e2m1(v, finite):
     HALF: tl.constexpr = v.numel // v.shape[0] // 2
     even, odd = tl.split(tl.reshape(code, [v.shape[0], HALF, 2]))
     first, second = tl.split(tl.reshape(v, [v.shape[0], HALF, 2]))
-    if takes_ptx() and code.numel > 256:
+    if takes_ptx():
         given = [even, odd, first, second]
         return tl.inline_asm_elementwise(
             _NIBBLES, "=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", given, dtype=tl.uint8, is_pure=True, pack=4

@@ -229,7 +229,10 @@ def quantized_forward(
     PRELOAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A tile of ROWS rows, each read once and held. Those whose squares fp32 did not hold are done again, scaled, apart."""
+    """A tile of ROWS rows, each read once and held. Those whose squares fp32 did not hold are done again, scaled, apart.
+
+    PRELOAD asks for w and b before the statistics are known, as row.row_forward does.
+    """
     wait_for_previous(PDL)
     let_next_launch(PDL)
     eps = tl.full([1, 1], eps, ACC)
