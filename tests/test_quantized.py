@@ -99,6 +99,19 @@ def test_numbers_of_every_size(name: FormatName, n: int, device: torch.device) -
             assert_same(found, data, None if name == "fp8" else taken)
 
 
+@pytest.mark.parametrize("exponent", [-126, -100, -81, -80, -40, 0, 40, 80, 81, 100, 120])
+def test_a_number_of_the_whole_tensor_of_every_size(exponent: int, device: torch.device) -> None:
+    """By which a scale is divided: near 1 in another way than far from it."""
+    scale = torch.tensor([1.1 * 2.0**exponent], device=device)
+    steps = torch.cat((torch.randint(-14, 14, (2048,), device=device), torch.tensor([0, -160, 200], device=device)))
+    exponents = (steps.repeat_interleave(16)[: 1 << 15] + exponent).clamp(-149, 126)
+    weight = torch.ldexp(1 + torch.rand(1 << 15, device=device, dtype=torch.float64), exponents).float()
+    for n, part in ((1 << 10, part) for part in weight.split(1 << 10)):
+        x = ones(1, n, device=device)
+        found = functional.quantized_rms_norm(x, (n,), part, 0.0, format="nvfp4", scale=scale)
+        assert_same(found, *quantized_reference.quantize(FORMATS["nvfp4"], x * part, scale))
+
+
 def test_the_formats_themselves() -> None:
     """The plain reference beside what the formats' papers say, number by number."""
     e4m3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -245,6 +258,17 @@ def test_what_is_not_finite_shows(name: FormatName, device: torch.device) -> Non
         of = torch.arange(found.scale.shape[-1], device=device) == 200 // block
         assert not found.scale.float()[:, of].isfinite().any()
         assert torch.equal(found.scale.float()[:, ~of], good.scale.float()[:, ~of])
+
+
+@pytest.mark.parametrize("name", ["fp8_token", "int8_token", "nvfp4"])
+@pytest.mark.parametrize("n", [2, 8, 30])
+def test_what_is_not_finite_shows_in_its_narrow_row_alone(name: FormatName, n: int, device: torch.device) -> None:
+    """Of which a thread has several."""
+    x, scale = ones(70, n, device=device), whole(name, device)
+    x[::3, n // 2] = float("nan")
+    found = functional.quantized_rms_norm(x, (n,), eps=0.0, format=name, scale=scale)
+    y = torch.where(x.isnan().any(-1, keepdim=True), float("nan"), x)
+    assert_same(found, *quantized_reference.quantize(FORMATS[name], y, scale))
 
 
 @pytest.mark.parametrize("tile", [Tile(1, 32, 1), Tile(4, 64, 4), Tile(2, 512, 4)], ids=str)

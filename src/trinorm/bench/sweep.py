@@ -132,7 +132,8 @@ def chosen(case: Case, device: torch.device) -> Launch:
     if isinstance(norm, OfDynamic | OfPoly):
         return choose(*case.shape, itemsize, describe(device))
     assert isinstance(norm, OfRows)
-    itemsize = norm.held_bytes(case.dtype) if isinstance(norm, OfQuantized) else itemsize
+    if isinstance(norm, OfQuantized):
+        return choose(norm.spec, *case.shape, norm.held_bytes(case.dtype), describe(device), norm.form.block)
     return choose(norm.spec, *case.shape, itemsize, describe(device))
 
 

@@ -27,11 +27,35 @@ from .index import (
     widened,
 )
 from .overlap import let_next_launch, wait_for_previous
-from .quantize import element_of, from_e4m3, largest_size, scale_of, size_of
+from .quantize import from_e4m3, given_scale, larger, largest_along, scale_of, to_e2m1, to_e4m3, to_int8
 from .row import store_stats
 
 # Rounded on its own: of another product the compiler makes an fma with what is added next, a mean or a residual.
 _PRODUCT: tl.constexpr = tl.constexpr("mul.rn.f32 $0, $1, $2;")
+
+
+# Of 32 bits, and of the lowest eight.
+_STORE: tl.constexpr = tl.constexpr("""{
+    .reg .pred live;
+    setp.ne.u32 live, $3, 0;
+    @live st.global.b32 [$1], $2;
+    mov.b32 $0, 0;
+}""")
+_STORE_BYTE: tl.constexpr = tl.constexpr(_STORE.value.replace("b32 [", "b8 ["))
+
+
+@triton.jit
+def store_where_it_is(pointers, value, mask):
+    """A store by each of the threads that have a value. tl.store has one of them do it, to whom it is brought through
+    shared memory, for which all warps wait.
+    """
+    if takes_ptx():
+        wide = value.to(tl.int32) if value.dtype == tl.uint8 else value.to(tl.int32, bitcast=True)
+        given = [pointers.to(tl.int64), wide, tl.broadcast_to(mask, value.shape).to(tl.int32)]
+        STORE: tl.constexpr = _STORE_BYTE if value.dtype == tl.uint8 else _STORE
+        tl.inline_asm_elementwise(STORE, "=r,l,r,r", given, dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        tl.store(pointers, value, mask=mask)
 
 
 @triton.jit
@@ -61,22 +85,31 @@ def scaled_up(xs, X_SCALE, rows, live, stride, ACC: tl.constexpr):
 
 @triton.jit
 def store_codes(
-    DATA, codes, rows, start, live, N: tl.constexpr, END: tl.constexpr, ELEMENT: tl.constexpr, STREAM: tl.constexpr
+    DATA, v, finite, rows, start, live, N: tl.constexpr, END: tl.constexpr, ELEMENT: tl.constexpr, STREAM: tl.constexpr
 ):
-    """The codes of some columns from ``start``, of a chunk that ends before column END; e2m1 two to a byte, the first of
-    them in its low bits.
+    """The codes of some columns from ``start``, of a chunk that ends before column END. v: ``[ROWS, CHUNK]``, or, where
+    blocks have scales, ``[ROWS, BLOCKS, CHUNK // BLOCKS]``; finite: where the scales are.
     """
+    ROWS: tl.constexpr = v.shape[0]
+    CHUNK: tl.constexpr = v.numel // ROWS
     if ELEMENT == "e2m1":
-        ROWS: tl.constexpr = codes.shape[0]
-        CHUNK: tl.constexpr = codes.shape[1]
-        low, high = tl.split(tl.reshape(codes, [ROWS, CHUNK // 2, 2]))
         columns = chunk_columns(start // 2, CHUNK // 2)
-        store_once(
-            DATA + rows * (N // 2) + columns, low | (high << 4), live & columns_live(columns, END // 2, N // 2), STREAM
-        )
+        mask = live & columns_live(columns, END // 2, N // 2)
+        store_once(DATA + rows * (N // 2) + columns, to_e2m1(v, finite), mask, STREAM)
     else:
-        columns = chunk_columns(start, codes.shape[1])
+        codes = tl.reshape(to_int8(v, finite) if ELEMENT == "int8" else to_e4m3(v), [ROWS, CHUNK])
+        columns = chunk_columns(start, CHUNK)
         store_once(DATA + rows * N + columns, codes, live & columns_live(columns, END, N), STREAM)
+
+
+@triton.jit
+def size_within(y, start: tl.constexpr, N: tl.constexpr):
+    """|y| of the columns from ``start``; 0 where there is none."""
+    CHUNK: tl.constexpr = y.shape[1]
+    if start + CHUNK <= N:
+        return tl.abs(y)
+    else:
+        return tl.where(columns_live(chunk_columns(start, CHUNK), start + CHUNK, N), tl.abs(y), 0.0)
 
 
 @triton.jit
@@ -100,6 +133,7 @@ def quantize_tile(
     RESCUE: tl.constexpr,
     CHUNK: tl.constexpr,
     STREAM: tl.constexpr,
+    PRELOAD: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     """Data, scales and statistics of the ``live`` rows of a tile, stored where fp32 held the squares; returns where it did.
@@ -113,47 +147,49 @@ def quantize_tile(
     # A row of one chunk that is shorter than a block has one block.
     OF_ONE: tl.constexpr = BLOCK if BLOCK > 0 and BLOCK < CHUNK else CHUNK
     EACH: tl.constexpr = CHUNK // OF_ONE
+    whole = given_scale(GIVEN)
     xs = scaled_up(load_row(X + of_x, live, N, CHUNK, STREAM), X_SCALE, rows, live, of_x_scale, ACC)
-    ws = load_row_or(W, live, N, CHUNK, NO_WEIGHT)
-    bs = load_row_or(B, live, N, CHUNK, NO_BIAS)
+    if PRELOAD:
+        ws = load_row_or(W, live, N, CHUNK, NO_WEIGHT)
+        bs = load_row_or(B, live, N, CHUNK, NO_BIAS)
     xs = add_row((SUM, RESIDUAL, None, None), xs, rows, 0, live, N, N, 1.0, 0.0, ACC, STREAM)
+    if SCALING == "tensor":
+        inverse = tl.div_rn(tl.full([1, 1], 1.0, tl.float32), whole[0])
+        finite = live
     mean, rstd, good = held_stats(xs, eps, N, N, N, CENTER, ACC, SCALED)
     if not RESCUE:
         good = rows >= 0
+    exists = live
     live = live & good
     store_stats(MEAN, RSTD, rows, mean, rstd, live, CENTER)
-    whole = tl.full([1, 1], 1.0, tl.float32)
-    if GIVEN is not None:
-        whole = whole * tl.load(GIVEN)
+    if not PRELOAD:
+        ws = load_row_or(W, exists, N, CHUNK, NO_WEIGHT)
+        bs = load_row_or(B, exists, N, CHUNK, NO_BIAS)
 
     ys = ()
-    largest = tl.zeros([ROWS, CHUNK], tl.int32)
+    largest = tl.zeros([ROWS, CHUNK], tl.float32)
     for i in tl.static_range(len(xs)):
         xhat = (widened(xs[i], ACC) - mean) * rstd
         y = weighted(xhat, ws[i], bs[i], DTYPE, OFFSET, ROUND, ROUND).to(tl.float32)
         y = tl.broadcast_to(y, [ROWS, CHUNK])
         ys = ys + (y,)
         if SCALING != "tensor" and BLOCK == 0:
-            exists = columns_live(chunk_columns(i * CHUNK, CHUNK), (i + 1) * CHUNK, N)
-            largest = tl.maximum(largest, tl.where(exists, size_of(y), 0))
-    if BLOCK == 0:
-        if SCALING == "tensor":
-            inverse = tl.div_rn(tl.full([1, 1], 1.0, tl.float32), whole)
-        else:
-            scale, inverse = scale_of(largest_size(largest, 1), whole, SCALING, LARGEST)
-            tl.store(SCALE + rows * scale_strides[0], scale, mask=live)
+            largest = larger(largest, size_within(y, i * CHUNK, N))
+    if SCALING != "tensor" and BLOCK == 0:
+        scale, inverse, finite = scale_of(largest_along(largest, 1), whole, SCALING, LARGEST)
+        tl.store(SCALE + rows * scale_strides[0], scale, mask=live)
     for i in tl.static_range(len(xs)):
         if BLOCK == 0:
             v = ys[i] * inverse
         else:
-            exists = columns_live(chunk_columns(i * CHUNK, CHUNK), (i + 1) * CHUNK, N)
-            sizes = tl.reshape(tl.where(exists, size_of(ys[i]), 0), [ROWS, EACH, OF_ONE])
-            scale, inverse = scale_of(largest_size(sizes, 2), whole, SCALING, LARGEST)
+            sizes = tl.reshape(size_within(ys[i], i * CHUNK, N), [ROWS, EACH, OF_ONE])
+            scale, inverse, fit = scale_of(largest_along(sizes, 2), whole, SCALING, LARGEST)
             block = chunk_columns(i * EACH, EACH).to(tl.int64)  # times a stride that is a number of rows
             fits = live & columns_live(block, (i + 1) * EACH, (N + OF_ONE - 1) // OF_ONE)
-            tl.store(SCALE + rows * scale_strides[0] + block * scale_strides[1], scale, mask=fits)
-            v = tl.reshape(tl.reshape(ys[i], [ROWS, EACH, OF_ONE]) * inverse[:, :, None], [ROWS, CHUNK])
-        store_codes(DATA, element_of(v, ELEMENT, LARGEST), rows, i * CHUNK, live, N, (i + 1) * CHUNK, ELEMENT, STREAM)
+            store_where_it_is(SCALE + rows * scale_strides[0] + block * scale_strides[1], scale, fits)
+            v = tl.reshape(ys[i], [ROWS, EACH, OF_ONE]) * inverse[:, :, None]
+            finite = fit[:, :, None]
+        store_codes(DATA, v, finite, rows, i * CHUNK, live, N, (i + 1) * CHUNK, ELEMENT, STREAM)
     return good
 
 
@@ -190,9 +226,13 @@ def quantized_forward(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     STREAM: tl.constexpr,
+    PRELOAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A tile of ROWS rows, each read once and held. Those whose squares fp32 did not hold are done again, scaled, apart."""
+    """A tile of ROWS rows, each read once and held. Those whose squares fp32 did not hold are done again, scaled, apart.
+
+    PRELOAD asks for w and b before the statistics are known, as row.row_forward does.
+    """
     wait_for_previous(PDL)
     let_next_launch(PDL)
     eps = tl.full([1, 1], eps, ACC)
@@ -220,6 +260,7 @@ def quantized_forward(
         RESCUE,
         CHUNK,
         STREAM,
+        PRELOAD,
         False,
     )
     if RESCUE:
@@ -245,5 +286,6 @@ def quantized_forward(
                 RESCUE,
                 CHUNK,
                 STREAM,
+                PRELOAD,
                 True,
             )

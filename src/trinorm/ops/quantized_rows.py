@@ -34,7 +34,8 @@ def forward(problem: Quantizing, given: Given) -> tuple[Tensor | None, ...]:
     mean = empty(leading, stats, device) if problem.save and spec.center else None
     rstd = empty(leading, stats, device) if problem.save else None
     size = describe(device)
-    plan = choose_quantized(spec, None if problem.batch_invariant else m, n, held_bytes(given), size)
+    rows_of_launch = None if problem.batch_invariant else m
+    plan = choose_quantized(spec, rows_of_launch, n, held_bytes(given), size, form.block)
     rows = rows_of(x, problem.dims, n)
     x_scale = given.x_scale
     args = (
@@ -59,7 +60,8 @@ def forward(problem: Quantizing, given: Given) -> tuple[Tensor | None, ...]:
         ROWS=plan.tile.rows,
         CHUNK=plan.tile.chunk,
         STREAM=plan.stream,
-        **started_by(plan.tile, size),
+        PRELOAD=plan.preload,
+        **started_by(plan.tile, size, plan.early),
     )
     launch(quantized_forward, (-(-m // plan.tile.rows),), device, args, options)
     return data, scale, total, mean, rstd
