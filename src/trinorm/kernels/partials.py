@@ -52,3 +52,41 @@ def sum_partials(
         sum_partial(DW, DW_PARTIAL, P, sets, N, ACC, ROWS, CHUNK)
     else:
         sum_partial(DB, DB_PARTIAL, P, sets, N, ACC, ROWS, CHUNK)
+
+
+@triton.jit(do_not_specialize=["P", "Q"])
+def sum_columns_and_numbers(
+    DW,
+    DB,
+    FIRST,
+    SECOND,
+    DW_PARTIAL,
+    DB_PARTIAL,
+    FIRST_PARTIAL,
+    SECOND_PARTIAL,
+    P,
+    Q,
+    N: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """dw (grid axis 1: 0) and db (1) from P partials of N columns, as sum_partials, and in the same launch two numbers (2
+    and 3) from Q partials. Each of them may be None.
+    """
+    wait_for_previous(PDL)
+    let_next_launch(PDL)
+    which, is_first = second_program(), first_program() == 0
+    if DW is not None:
+        if which == 0:
+            sum_partial(DW, DW_PARTIAL, P, None, N, ACC, ROWS, CHUNK)
+    if DB is not None:
+        if which == 1:
+            sum_partial(DB, DB_PARTIAL, P, None, N, ACC, ROWS, CHUNK)
+    if FIRST is not None:
+        if is_first & (which == 2):
+            sum_partial(FIRST, FIRST_PARTIAL, Q, None, 1, ACC, ROWS * CHUNK, 1)
+    if SECOND is not None:
+        if is_first & (which == 3):
+            sum_partial(SECOND, SECOND_PARTIAL, Q, None, 1, ACC, ROWS * CHUNK, 1)
