@@ -187,7 +187,7 @@ def test_in_liger(device: torch.device) -> None:
 def _function_kernel(OUT, X, FUNCTION: tl.constexpr, COARSE: tl.constexpr, CHUNK: tl.constexpr):
     columns = index.chunk_columns(0, CHUNK)
     x = tl.load(X + columns)
-    tl.store(OUT + columns, saturating.saturated(x, FUNCTION, COARSE))
+    tl.store(OUT + columns, saturating.saturated(x, FUNCTION, COARSE, not COARSE))
     tl.store(OUT + CHUNK + columns, saturating.saturated_slope(x, FUNCTION, COARSE))
 
 

@@ -91,7 +91,7 @@ def dynamic_forward(
     w = load_or(W, columns, in_row, NO_WEIGHT, False)
     b = load_or(B, columns, in_row, NO_BIAS, False)
     v = argument(x, number(ALPHA, ACC), number(S, ACC))
-    y = affine(saturated(v, FUNCTION, is_coarse(Y.dtype.element_ty, ACC)), w, b, 0.0)
+    y = affine(saturated(v, FUNCTION, is_coarse(Y.dtype.element_ty, ACC), False), w, b, 0.0)
     store_once(Y + rows * N + columns, y, mask, STREAM)
 
 
@@ -133,7 +133,7 @@ def dynamic_backward(
     alpha, s = number(ALPHA, ACC), number(S, ACC)
     w_alpha = widened(load_or(W, columns, in_row, NO_WEIGHT, False), ACC) * alpha
     COARSE: tl.constexpr = is_coarse(X.dtype.element_ty, ACC)
-    COARSE_DW: tl.constexpr = COARSE and (W is None or is_coarse(W.dtype.element_ty, ACC))
+    FINE: tl.constexpr = W is not None and not is_coarse(W.dtype.element_ty, ACC)
     dalpha = tl.zeros([ROWS, CHUNK], ACC)
     ds = tl.zeros([ROWS, CHUNK], ACC)
     dw = tl.zeros([ROWS, CHUNK], ACC)
@@ -152,7 +152,7 @@ def dynamic_backward(
         if DS is not None:
             ds += g
         if DW is not None:
-            dw += dy * saturated(v, FUNCTION, COARSE_DW)
+            dw += dy * saturated(v, FUNCTION, COARSE, FINE)
         if DB is not None:
             db += dy
     let_next_launch(PDL)

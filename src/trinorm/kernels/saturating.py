@@ -1,8 +1,9 @@
 """f and f' of norms without statistics, elementwise: f = tanh or erf.
 
-Twice: to a few units in the last place of v's dtype; and COARSE, where what becomes of them is rounded to 16 bits, to 2^-15
-of f and 2^-20 of f' (docs/mathematics.md), by two approximate instructions of the GPU where the former has four, a division
-and a polynomial. All keep the digits of small f and of small f', and overflow nowhere.
+COARSE: where what becomes of them is rounded to 16 bits, f to 2^-15 of itself and f' to 2^-20 (docs/mathematics.md), by
+single approximate instructions where otherwise there are a corrected exponential, a division and a polynomial; FINE beside
+it: f near fp32's digits all the same, for sums that are kept in fp32. Otherwise all is to a few units in the last place of v's
+dtype. Either way small f and small f' keep their digits, and nothing overflows.
 """
 
 import triton
@@ -10,7 +11,7 @@ import triton.language as tl
 
 from .index import takes_ptx
 
-# The logarithm of erf's slope at 0, 2/√π; it; and the logarithm to base 2.
+# Erf's slope at 0, 2/√π: its logarithm, itself, and its logarithm to base 2.
 _LOG_SLOPE: tl.constexpr = tl.constexpr(0.12078223763524522)
 _SLOPE: tl.constexpr = tl.constexpr(1.1283791670955126)
 _LOG2_SLOPE: tl.constexpr = tl.constexpr(0.17425193526384058)
@@ -159,19 +160,19 @@ def tanh_near(v):
 
 
 @triton.jit
-def tanh(v, COARSE: tl.constexpr):
-    """1 - h with v's sign, which has lost the digits of small v: up to where it has, a polynomial."""
+def tanh(v, COARSE: tl.constexpr, FINE: tl.constexpr):
+    """1 - h with v's sign, which has lost the digits of small v: up to where it has, v or a polynomial."""
     size = tl.abs(v)
-    if v.dtype == tl.float64:
-        e, share = tail(v)
-        far = 1.0 - 2.0 * e * share
-        return tl.where(size < _NEAR, tanh_near(v), tl.where(v < 0.0, -far, far))
-    else:
+    if COARSE:
         far = signed_as(1.0 - below_one(size * _TO_TWOS), v)
-        if COARSE:
-            return tl.where(size < _NEAR_COARSE, v, far)
-        else:
-            return tl.where(size < _NEAR, tanh_near(v), far)
+    else:
+        e, share = precise_tail(v)
+        far = 1.0 - 2.0 * e * share
+        far = tl.where(v < 0.0, -far, far)
+    if COARSE and not FINE:
+        return tl.where(size < _NEAR_COARSE, v, far)
+    else:
+        return tl.where(size < _NEAR, tanh_near(v), far)
 
 
 @triton.jit
@@ -209,12 +210,14 @@ def erf_slope_coarse(v):
 
 
 @triton.jit
-def saturated(v, FUNCTION: tl.constexpr, COARSE: tl.constexpr):
+def saturated(v, FUNCTION: tl.constexpr, COARSE: tl.constexpr, FINE: tl.constexpr):
     """f(v)."""
     if FUNCTION == "tanh":
-        return tanh(v, COARSE)
+        return tanh(v, COARSE, FINE)
+    elif COARSE and not FINE:
+        return erf_coarse(v)
     else:
-        return erf_coarse(v) if COARSE else tl.erf(v)
+        return tl.erf(v)
 
 
 @triton.jit

@@ -46,7 +46,7 @@ def backward(
         db_partials = None if db is None else empty((programs,), stats, device)
     options = _options(n, stats) | dict(ROWS=plan.tile.rows, CHUNK=plan.tile.chunk, STREAM=plan.stream)
     options.update(STAGES=plan.stages, **started_by(plan.tile, size))
-    if registers := registers_of(plan, size):
+    if registers := registers_of(plan, widest(x.dtype, stats), size):
         options.update(maxnreg=registers)
     args = dx, dw_partials, db_partials, dy, x, weight, m, *rows_of(dy, 1, n), *rows_of(x, 1, n), eps
     launch(poly_backward, (programs,), device, args, options)

@@ -23,12 +23,13 @@ _FORWARD = (
 )
 
 # (N up to, tile of rows, stages, programs per multiprocessor, of 16 bits; of wider elements). A row's sums are numbers, and
-# take no registers of a column. Instructions an element of 16 bits: 2048 columns 26.0 by Tile(1, 512, 2), 44.8 by
-# Tile(1, 2048, 8); 4096 columns 26.2 by Tile(1, 1024, 4), 31.7 by Tile(1, 2048, 8).
+# take no registers of a column. Instructions an element of 16 bits: 1024 columns 24.8 by Tile(1, 256, 1), 32.4 by
+# Tile(1, 512, 2); 2048 columns 26.0 by Tile(1, 512, 2), 44.8 by Tile(1, 2048, 8); 4096 columns 26.2 by Tile(1, 1024, 4),
+# 31.7 by Tile(1, 2048, 8).
 _BACKWARD = (
     (64, (Tile(16, 64, 4), 1, 4), (Tile(16, 64, 4), 1, 4)),
     (128, (Tile(8, 128, 4), 1, 4), (Tile(8, 128, 4), 1, 4)),
-    (1024, (Tile(1, 512, 2), 3, 8), (Tile(1, 1024, 4), 1, 5)),
+    (1024, (Tile(1, 256, 1), 3, 12), (Tile(1, 1024, 4), 1, 5)),
     (1536, (Tile(1, 512, 2), 3, 8), (Tile(1, 512, 2), 1, 8)),
     (2048, (Tile(1, 512, 2), 3, 8), (Tile(1, 2048, 8), 1, 3)),
     (3072, (Tile(1, 1024, 4), 3, 4), (Tile(1, 1024, 4), 1, 4)),
@@ -37,9 +38,9 @@ _BACKWARD = (
 )
 
 # The sum of the programs' three numbers, and of one beside it.
-OF_THREE_NUMBERS = Tile(256, 4, 4)
+OF_THREE_NUMBERS = Tile(512, 4, 8)
 
-# 32-bit registers of a multiprocessor, of which a thread has some more than ``registers_of`` allows only if asked to.
+# A multiprocessor's registers.
 _REGISTERS = 1 << 16
 
 
@@ -61,11 +62,11 @@ def choose_poly_backward(m: int, n: int, itemsize: int, device: Device) -> RowBa
     return _fitted(RowBackward(tile, 1, stages, per_sm, stream), n, itemsize, device, 2)
 
 
-def registers_of(plan: RowBackward, device: Device) -> int | None:
+def registers_of(plan: RowBackward, itemsize: int, device: Device) -> int | None:
     """At most how many registers a thread of the backward may have, that all persistent programs are at work at once; None
-    leaves it to the compiler.
+    leaves it to the compiler, as where elements of ``itemsize`` bytes have two each.
     """
-    if not device.programs_wait:
+    if itemsize == 8 or not device.programs_wait:
         return None
     return min(255, _REGISTERS // (32 * plan.tile.warps * plan.per_sm) // 8 * 8)
 
