@@ -1,9 +1,9 @@
 """f and f' of norms without statistics, elementwise: f = tanh or erf.
 
 COARSE: where what becomes of them is rounded to 16 bits, f to 2^-15 of itself and f' to 2^-20 (docs/mathematics.md), by
-single approximate instructions where otherwise there are a corrected exponential, a division and a polynomial; FINE beside
-it: f near fp32's digits all the same, for sums that are kept in fp32. Otherwise all is to a few units in the last place of v's
-dtype. Either way small f and small f' keep their digits, and nothing overflows.
+single approximate instructions where otherwise there are a corrected exponential, a division and a polynomial. FINE beside
+it: f near fp32's digits all the same, for sums that are kept in fp32. Otherwise all is to a few units in the last place of
+v's dtype. Either way small f and small f' keep their digits, and nothing overflows.
 """
 
 import triton
