@@ -54,6 +54,16 @@ def sum_partials(
         sum_partial(DB, DB_PARTIAL, P, sets, N, ACC, ROWS, CHUNK)
 
 
+@triton.jit
+def sum_number(OUT, PARTIAL, P, ACC: tl.constexpr, LANES: tl.constexpr):
+    """The sum of P partials of one number, so many at a time."""
+    total = tl.zeros([1, LANES], ACC)
+    for start in tl.range(0, P, LANES):
+        at = chunk_columns(start, LANES)
+        total += load(PARTIAL + at, at < P)
+    tl.store(OUT + tl.zeros([1, 1], tl.int32), tl.sum(total, axis=1, keep_dims=True).to(OUT.dtype.element_ty))
+
+
 @triton.jit(do_not_specialize=["P", "Q"])
 def sum_columns_and_numbers(
     DW,
@@ -72,12 +82,12 @@ def sum_columns_and_numbers(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """dw (grid axis 1: 0) and db (1) from P partials of N columns, as sum_partials, and in the same launch two numbers (2
-    and 3) from Q partials. Each of them may be None.
+    """dw (grid axis 1: 0) and db (1) from P partials of N columns, as sum_partials, and in the same launch two numbers (2:
+    the first program and the second) from Q partials. Each of them may be None.
     """
     wait_for_previous(PDL)
     let_next_launch(PDL)
-    which, is_first = second_program(), first_program() == 0
+    which, program = second_program(), first_program()
     if DW is not None:
         if which == 0:
             sum_partial(DW, DW_PARTIAL, P, None, N, ACC, ROWS, CHUNK)
@@ -85,8 +95,8 @@ def sum_columns_and_numbers(
         if which == 1:
             sum_partial(DB, DB_PARTIAL, P, None, N, ACC, ROWS, CHUNK)
     if FIRST is not None:
-        if is_first & (which == 2):
-            sum_partial(FIRST, FIRST_PARTIAL, Q, None, 1, ACC, ROWS * CHUNK, 1)
+        if (which == 2) & (program == 0):
+            sum_number(FIRST, FIRST_PARTIAL, Q, ACC, ROWS * CHUNK)
     if SECOND is not None:
-        if is_first & (which == 3):
-            sum_partial(SECOND, SECOND_PARTIAL, Q, None, 1, ACC, ROWS * CHUNK, 1)
+        if (which == 2) & (program == 1):
+            sum_number(SECOND, SECOND_PARTIAL, Q, ACC, ROWS * CHUNK)

@@ -265,7 +265,8 @@ def add_up_with_numbers(
     n, device = max(t.numel() for t in summed), summed[0].device
     options = dict(N=n, ACC=ACCUMULATOR[stats], ROWS=total.rows, CHUNK=total.chunk, **started_by(total, describe(device)))
     given = (None if t is None else partial for t, partial in zip(made, partials, strict=True))
-    launch(sum_columns_and_numbers, (-(-n // total.chunk), 4), device, (*made, *given, *programs), options)
+    grid = max(2, -(-n // total.chunk)), 3
+    launch(sum_columns_and_numbers, grid, device, (*made, *given, *programs), options)
 
 
 def _variant(spec: RowNorm, y: torch.dtype, weight: Tensor | None, stats: torch.dtype) -> dict[str, Any]:
