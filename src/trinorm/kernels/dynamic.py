@@ -9,7 +9,7 @@ and backward, with dv = dy·w·f'(v):
 docs/mathematics.md derives them. No element needs another, so a tile is of any rows and of any columns: a program has CHUNK
 columns, and a row has as many programs as it takes. α and s are one number each. S, W and B may be None, and of what a
 backward makes, DX, DALPHA, DS, DW and DB. Its sums are taken in a fixed order, in fp32, with no atomics: each program makes
-partials, which partials.sum_partials adds up.
+partials, which partials.sum_columns_and_numbers adds up.
 """
 
 import triton

@@ -8,10 +8,11 @@ and backward, with a_k = Σ dy·n_k over the row and w_k the weight of n_k:
     dx = Σ_k k·x^(k-1)·r_k·w_k·(dy - n_k·a_k/N),   dw_k = Σ_rows a_k,   db = Σ dy
 
 of which both sums are polynomials of x: dx = dy·P(x) - x·Q(x²), whose coefficients are a row's.
-docs/mathematics.md derives them. fp32 has x⁶ of no x beyond 2e6, so all is of s = x·scale, whose scale is a power of two
-that brings the row's largest element to 1..2, and changes no digit: n_k = s^k·r'_k with r'_k = 1/√(mean(s^2k) +
-eps·scale^2k). The backward makes all of this again, of a row that it holds anyway. Its sums over rows are taken in a fixed
-order, in fp32, with no atomics: each program makes partials, which partials.sum_partials adds up.
+docs/mathematics.md derives them. fp32 has x⁶ of no x beyond 2e6. Rows beyond that, and rows so small that their powers are
+lost, are done again (RESCUE), of s = x·scale, whose scale is a power of two that brings the row's largest element to 1..2,
+and changes no digit: n_k = s^k·r'_k with r'_k = 1/√(mean(s^2k) + eps·scale^2k). Of other rows s is x. The backward makes
+all of this again, of a row that it holds anyway. Its sums over rows are taken in a fixed order, in fp32, with no atomics:
+each program makes partials, which partials.sum_columns_and_numbers adds up.
 """
 
 import triton
