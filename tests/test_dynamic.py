@@ -18,8 +18,7 @@ from inputs_only_norms import DTYPES, assert_right, dynamic, gradients
 from machine import ON_GPU
 from trinorm import dynamic_reference, functional
 from trinorm.compare import assert_no_worse
-from trinorm.kernels import dynamic as kernels
-from trinorm.kernels import index
+from trinorm.kernels import index, saturating
 from trinorm.ops import dynamic_rows
 from trinorm.spec import DYNAMIC_ERF, DYNAMIC_NORMS, DYNAMIC_TANH, DynamicNorm
 from trinorm.tuning import RowBackward, RowForward, Tile
@@ -155,7 +154,7 @@ def test_only_what_is_asked_for(wanted: tuple[bool, ...], device: torch.device, 
         for by in (type(given).__call__, type(given).composite):
             leaves = [t.detach().requires_grad_(want) for t, want in zip(given.present, wanted, strict=True)]
             found.append(torch.autograd.grad(by(given.given(leaves)), [t for t in leaves if t.requires_grad], dy))
-        sums = ["sum_partials"] * (any(wanted[1:3]) + any(wanted[3:]))
+        sums = ["sum_columns_and_numbers"] * any(wanted[1:])
         assert [kernel.fn.__name__ for kernel in launched] == ["dynamic_forward", "dynamic_backward", *sums]
         for got, want in zip(*found, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -185,34 +184,66 @@ def test_in_liger(device: torch.device) -> None:
 
 
 @triton.jit
-def _function_kernel(OUT, X, FUNCTION: tl.constexpr, CHUNK: tl.constexpr):
+def _function_kernel(OUT, X, FUNCTION: tl.constexpr, COARSE: tl.constexpr, CHUNK: tl.constexpr):
     columns = index.chunk_columns(0, CHUNK)
     x = tl.load(X + columns)
-    tl.store(OUT + columns, kernels.saturated(x, FUNCTION))
-    tl.store(OUT + CHUNK + columns, kernels.saturated_slope(x, FUNCTION))
+    tl.store(OUT + columns, saturating.saturated(x, FUNCTION, COARSE, not COARSE))
+    tl.store(OUT + CHUNK + columns, saturating.saturated_slope(x, FUNCTION, COARSE))
+
+
+def _functions(
+    spec: DynamicNorm, dtype: torch.dtype, device: torch.device, coarse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments from denormals to infinity; f and f' of them, and exact ones, in float64."""
+    n = 1024
+    v = torch.cat([torch.linspace(-12, 12, n // 2), torch.linspace(-0.7, 0.7, n // 2 - 9), torch.tensor([0.0, 1e-38])])
+    v = torch.cat([v, torch.tensor([-1e-20, 1e-3, -0.0078, 1.0, 1e30, torch.inf, torch.nan])]).to(device, dtype)
+    out = torch.empty(2, n, dtype=dtype, device=device)
+    _function_kernel[(1,)](out, v, FUNCTION=spec.function, COARSE=coarse, CHUNK=n)
+    wide = v.double().cpu().numpy().astype("longdouble")
+    with np.errstate(all="ignore"):
+        exact = [dynamic_reference._saturated(spec, wide), dynamic_reference._slope(spec, wide)]
+    f, slope = (torch.from_numpy(t.astype("float64")).to(device) for t in exact)
+    return v, out[0].double(), out[1].double(), f, slope
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @SPECS
 def test_functions(spec: DynamicNorm, dtype: torch.dtype, device: torch.device) -> None:
     """Every digit, from denormals to infinity; 3 units in the last place of f, and of f' where exp(-v²) has them."""
-    n = 512
-    v = torch.cat([torch.linspace(-12, 12, n - 8), torch.tensor([0.0, 1e-38, -1e-20, 1e-3, 1.0, 1e30])])
-    v = torch.cat([v, torch.tensor([torch.inf, torch.nan])]).to(device, dtype)
-    out = torch.empty(2, n, dtype=dtype, device=device)
-    _function_kernel[(1,)](out, v, FUNCTION=spec.function, CHUNK=n)
-    wide = v.double().cpu().numpy().astype("longdouble")
-    with np.errstate(all="ignore"):
-        exact = [dynamic_reference._saturated(spec, wide), dynamic_reference._slope(spec, wide)]
-    f, slope = (torch.from_numpy(t.astype("float64")).to(device) for t in exact)
+    v, found, found_slope, f, slope = _functions(spec, dtype, device, coarse=False)
     ulp = torch.finfo(dtype).eps
     # A GPU's erf has no numbers below fp32's least normal one.
-    torch.testing.assert_close(out[0].double(), f, rtol=3 * ulp, atol=2.0**-126, equal_nan=True)
+    torch.testing.assert_close(found, f, rtol=3 * ulp, atol=2.0**-126, equal_nan=True)
     # exp of a rounded argument has its error times the argument, and of less than 2^-126 fp32 has no digits.
     of_argument = 2 * v.double().abs() if spec is DYNAMIC_TANH else v.double().square()
     bound = slope * ulp * (3 + of_argument.nan_to_num(0, posinf=0)) + 2.0**-126
-    assert (slope.isnan() == out[1].isnan()).all()
-    assert ((out[1].double() - slope).abs() <= bound)[~slope.isnan()].all()
+    assert (slope.isnan() == found_slope.isnan()).all()
+    assert ((found_slope - slope).abs() <= bound)[~slope.isnan()].all()
+
+
+@SPECS
+def test_coarse_functions(spec: DynamicNorm, device: torch.device) -> None:
+    """An eighth of what rounding to fp16 changes, and of f' what rounding its argument does."""
+    v, found, found_slope, f, slope = _functions(spec, torch.float32, device, coarse=True)
+    torch.testing.assert_close(found, f, rtol=2.0**-15, atol=2.0**-126, equal_nan=True)
+    of_argument = 2 * v.double().abs() if spec is DYNAMIC_TANH else v.double().square()
+    bound = slope * 2.0**-22 * (3 + of_argument.nan_to_num(0, posinf=0)) + 2.0**-125
+    assert (slope.isnan() == found_slope.isnan()).all()
+    assert ((found_slope - slope).abs() <= bound)[~slope.isnan()].all()
+
+
+@SPECS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1e-6, 2e-3, 8e-3, 1e-2, 3.0, 1e4])
+def test_small_and_large_arguments_of_16_bits(
+    spec: DynamicNorm, dtype: torch.dtype, scale: float, device: torch.device
+) -> None:
+    """By the functions that are coarse; with a weight of fp32, whose gradient asks for more, too."""
+    x, weight, bias = draw(8, 64, device=device)
+    x = (x * scale).to(dtype)
+    assert_right(dynamic(spec, x, weight.to(dtype), None, shift=0.0))
+    assert_right(dynamic(spec, x, weight, bias))
 
 
 def test_the_oracles_erf_has_more_digits_than_float64() -> None:

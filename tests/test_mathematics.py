@@ -210,6 +210,9 @@ def test_functions_of_an_element(problem: tuple[Tensor, ...], f: Callable[[Tenso
     inputs = [t.clone().requires_grad_() for t in (x, vector(0.7), vector(-0.3), w, b)]
     y = f(inputs[1] * inputs[0] + inputs[2]) * inputs[3] + inputs[4]
     v, e = 0.7 * x - 0.3, (-2 * (0.7 * x - 0.3).abs()).exp()
+    h = 2 / (1 + (2 * v.abs()).exp())
+    assert_formula("tanh", 1 - h, v.abs().tanh())
+    assert_formula("its slope", h * (2 - h), 1 - v.tanh() ** 2)
     dv = dy * w * (4 * e / (1 + e) ** 2 if f is torch.tanh else 2 / torch.pi**0.5 * (-v * v).exp())
     formulas = [dv * 0.7, (dv * x).sum().view(1), dv.sum().view(1), (dy * f(v)).sum(0), dy.sum(0)]
     for formula, exact in zip(formulas, torch.autograd.grad(y, inputs, dy), strict=True):

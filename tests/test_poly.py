@@ -142,7 +142,7 @@ def test_only_what_is_asked_for(wanted: tuple[bool, ...], device: torch.device, 
         for by in (Call.__call__, Call.composite):
             leaves = [t.detach().requires_grad_(want) for t, want in zip(given.present, wanted, strict=True)]
             found.append(torch.autograd.grad(by(given.given(leaves)), [t for t in leaves if t.requires_grad], dy))
-        sums = ["sum_partials"] * (wanted[1] + wanted[2])
+        sums = ["sum_columns_and_numbers"] * (wanted[1] or wanted[2])
         assert [kernel.fn.__name__ for kernel in launched] == ["poly_forward", "poly_backward", *sums]
         for got, want in zip(*found, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -172,53 +172,68 @@ ROWS, CHUNK, N = 4, 8, 14
 
 
 @triton.jit
-def _stats_kernel(OUT, X, eps, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+def _stats_kernel(OUT, X, eps, SCALED: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     rows = index.tile_rows(0, ROWS)
     xs = index.load_row(X + rows * N, rows >= 0, N, CHUNK, False)
-    scale, r3, r2, r1 = kernels.poly_stats(xs, tl.full([1, 1], eps, tl.float32), N, tl.float32)
+    eps = tl.full([1, 1], eps, tl.float32)
+    scale = kernels.row_scale(xs, eps, tl.float32)
+    r3, r2, r1, held = kernels.poly_stats(xs, scale if SCALED else None, eps, N, tl.float32)
     tl.store(OUT + rows, scale)
     tl.store(OUT + ROWS + rows, r3)
     tl.store(OUT + 2 * ROWS + rows, r2)
     tl.store(OUT + 3 * ROWS + rows, r1)
+    tl.store(OUT + 4 * ROWS + rows, held.to(tl.float32))
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
-def test_statistics(eps: float, device: torch.device) -> None:
-    """Of scaled rows, whose scale is a power of two that eps too has a say in."""
-    x = torch.randn(ROWS, N, device=device) * torch.tensor([1.0, 2.0**100, 2.0**-100, 2.0**-4], device=device)[:, None]
-    out = torch.empty(4, ROWS, device=device)
-    _stats_kernel[(1,)](out, x, eps, N=N, ROWS=ROWS, CHUNK=CHUNK)
-    scale, *found = out.double()
+@pytest.mark.parametrize("scaled", [True, False])
+def test_statistics(scaled: bool, eps: float, device: torch.device) -> None:
+    """Of rows as they are, and of scaled ones, whose scale is a power of two that eps too has a say in."""
+    factors = torch.tensor([1.0, 2.0**100, 2.0**-100, 2.0**-4], device=device)
+    x = torch.randn(ROWS, N, device=device) * factors[:, None]
+    out = torch.empty(5, ROWS, device=device)
+    _stats_kernel[(1,)](out, x, eps, SCALED=scaled, N=N, ROWS=ROWS, CHUNK=CHUNK)
+    scale, *found, held = out.double()
     largest = torch.maximum(x.double().abs().amax(1), torch.tensor(eps, dtype=torch.float64, device=device) ** (1 / 6))
     assert ((largest * scale >= 1) & (largest * scale < 2.0001)).all()
     assert (scale.log2() == scale.log2().round()).all()
+    if not scaled:
+        assert held.tolist() == [1, 0, eps > 0, 1]
+        scale = torch.where(held == 1, torch.ones_like(scale), torch.nan)
     s = x.double() * scale[:, None]
     for k, r in zip((3, 2, 1), found, strict=True):
         exact = ((s**k).square().mean(1) + eps * scale ** (2 * k)).rsqrt()
-        torch.testing.assert_close(r, exact, rtol=2**-21, atol=0.0)
+        torch.testing.assert_close(r[held == 1], exact[held == 1], rtol=2**-21, atol=0.0)
 
 
 @triton.jit
-def _sums_kernel(OUT, X, DY, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+def _sums_kernel(OUT, X, DY, scale, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     rows = index.tile_rows(0, ROWS)
     xs = index.load_row(X + rows * N, rows >= 0, N, CHUNK, False)
     dys = index.load_row(DY + rows * N, rows >= 0, N, CHUNK, False)
-    half = tl.full([ROWS, 1], 0.5, tl.float32)
-    a3, a2, a1, total = kernels.poly_sums(xs, dys, (half, half, half + 0.5, half), tl.float32)
+    eps = tl.full([1, 1], 1e-6, tl.float32)
+    scales = None if scale is None else tl.full([ROWS, 1], scale, tl.float32)
+    (r3, r2, r1, _), (a3, a2, a1, total) = kernels.poly_stats_and_sums(xs, dys, scales, eps, N, tl.float32)
     tl.store(OUT + rows, a3)
     tl.store(OUT + ROWS + rows, a2)
     tl.store(OUT + 2 * ROWS + rows, a1)
     tl.store(OUT + 3 * ROWS + rows, total)
+    tl.store(OUT + 4 * ROWS + rows, r3)
+    tl.store(OUT + 5 * ROWS + rows, r2)
+    tl.store(OUT + 6 * ROWS + rows, r1)
 
 
-def test_sums(device: torch.device) -> None:
-    """Of given statistics, which are taken to be the rows'."""
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_sums(scale: float | None, device: torch.device) -> None:
+    """Beside the statistics, of which they are sums."""
     x, dy = torch.randn(2, ROWS, N, device=device)
-    out = torch.empty(4, ROWS, device=device)
-    _sums_kernel[(1,)](out, x, dy, N=N, ROWS=ROWS, CHUNK=CHUNK)
-    s, g = x.double() * 0.5, dy.double()
-    expected = torch.stack([(g * s**3 * 0.5).sum(1), (g * s**2).sum(1), (g * s * 0.5).sum(1), g.sum(1)])
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    out = torch.empty(7, ROWS, device=device)
+    _sums_kernel[(1,)](out, x, dy, scale, N=N, ROWS=ROWS, CHUNK=CHUNK)
+    of_scale = scale or 1.0
+    s, g = x.double() * of_scale, dy.double()
+    rs = [((s**k).square().mean(1) + 1e-6 * of_scale ** (2 * k)).rsqrt() for k in (3, 2, 1)]
+    sums = [(g * s**k).sum(1) * r for k, r in zip((3, 2, 1), rs, strict=True)]
+    torch.testing.assert_close(out.double(), torch.stack([*sums, g.sum(1), *rs]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter takes minutes")

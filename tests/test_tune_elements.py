@@ -60,7 +60,7 @@ def test_it_is_among_the_candidates_where_columns_are_many(op: str, pass_: str, 
     assert tried == ({"tile", "stream"} if pass_ == "forward" else {"tile", "stages", "per_sm", "stream"})
     tiles = [*sweep.variants(today, "tile", of)]
     assert today in tiles
-    assert len(tiles) == len(set(tiles)) <= 50
+    assert len(tiles) == len(set(tiles)) <= 51
 
 
 @pytest.mark.parametrize("n", [1, 40, 128, 1000, 4096, 100003])

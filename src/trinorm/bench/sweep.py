@@ -195,7 +195,8 @@ def variants(launch: Launch, field: str, case: Case) -> Iterator[Launch]:
     elif choice(case.op, case.pass_) != case.pass_ and field not in _OF_OTHERS:
         return
     elif field == "tile" and isinstance(norm, OfDynamic):
-        yield from (replace(launch, tile=tile) for tile in tiles_of_columns(n))
+        # The launch's own is of few columns where rows are few.
+        yield from (replace(launch, tile=tile) for tile in dict.fromkeys((launch.tile, *tiles_of_columns(n))))
     elif field == "tile":
         for tile in tiles(n, held=not isinstance(launch, _STEPPING)):
             # The columns' tile of a launch that has one goes by the same warps.

@@ -52,3 +52,51 @@ def sum_partials(
         sum_partial(DW, DW_PARTIAL, P, sets, N, ACC, ROWS, CHUNK)
     else:
         sum_partial(DB, DB_PARTIAL, P, sets, N, ACC, ROWS, CHUNK)
+
+
+@triton.jit
+def sum_number(OUT, PARTIAL, P, ACC: tl.constexpr, LANES: tl.constexpr):
+    """The sum of P partials of one number, so many at a time."""
+    total = tl.zeros([1, LANES], ACC)
+    for start in tl.range(0, P, LANES):
+        at = chunk_columns(start, LANES)
+        total += load(PARTIAL + at, at < P)
+    tl.store(OUT + tl.zeros([1, 1], tl.int32), tl.sum(total, axis=1, keep_dims=True).to(OUT.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["P", "Q"])
+def sum_columns_and_numbers(
+    DW,
+    DB,
+    FIRST,
+    SECOND,
+    DW_PARTIAL,
+    DB_PARTIAL,
+    FIRST_PARTIAL,
+    SECOND_PARTIAL,
+    P,
+    Q,
+    N: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """dw (grid axis 1: 0) and db (1) from P partials of N columns, as sum_partials, and in the same launch two numbers (2:
+    the first program and the second) from Q partials. Each of them may be None.
+    """
+    wait_for_previous(PDL)
+    let_next_launch(PDL)
+    which, program = second_program(), first_program()
+    if DW is not None:
+        if which == 0:
+            sum_partial(DW, DW_PARTIAL, P, None, N, ACC, ROWS, CHUNK)
+    if DB is not None:
+        if which == 1:
+            sum_partial(DB, DB_PARTIAL, P, None, N, ACC, ROWS, CHUNK)
+    if FIRST is not None:
+        if (which == 2) & (program == 0):
+            sum_number(FIRST, FIRST_PARTIAL, Q, ACC, ROWS * CHUNK)
+    if SECOND is not None:
+        if (which == 2) & (program == 1):
+            sum_number(SECOND, SECOND_PARTIAL, Q, ACC, ROWS * CHUNK)

@@ -10,10 +10,16 @@ from torch import Tensor
 from ..kernels.dynamic import dynamic_backward, dynamic_forward
 from ..launch import describe, empty, launch
 from ..spec import DynamicNorm
-from ..tuning import OF_ONE_NUMBER, choose_dynamic_backward, choose_dynamic_forward, programs_of_a_chunk
+from ..tuning import (
+    OF_ONE_NUMBER,
+    choose_dynamic_backward,
+    choose_dynamic_forward,
+    choose_total,
+    programs_of_a_chunk,
+)
 from .layout import rows_of
 from .road import accumulator_dtype
-from .rows import add_up
+from .rows import add_up_with_numbers
 from .start import ACCUMULATOR, started_by, widest
 
 
@@ -63,11 +69,9 @@ def backward(
     options.update(STAGES=plan.stages, **started_by(plan.tile, size))
     args = (found[0], *numbers, *columns, dy, *inputs[:4], m, *rows_of(dy, dims, n), *rows_of(x, dims, n))
     launch(dynamic_backward, (programs * chunks,), device, args, options)
-    most = plan.most_partials(n, size)
-    if programs > 1:
-        add_up(found[3], found[4], columns[0], columns[1], programs, most, stats)
-    if programs * chunks > 1:
-        add_up(found[1], found[2], numbers[0], numbers[1], programs * chunks, most, stats, total=OF_ONE_NUMBER)
+    total = choose_total(programs) if programs > 1 else OF_ONE_NUMBER
+    counts, made = (programs, programs * chunks), (*columns, *numbers)
+    add_up_with_numbers((found[3], found[4]), (found[1], found[2]), made, counts, stats, total)
     return tuple(found)
 
 

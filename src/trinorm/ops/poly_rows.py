@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from ..kernels.poly import poly_backward, poly_forward
 from ..launch import describe, empty, launch
-from ..tuning import OF_ONE_NUMBER, OF_THREE_NUMBERS, choose_poly_backward, choose_poly_forward
+from ..tuning import OF_THREE_NUMBERS, choose_poly_backward, choose_poly_forward, registers_of
 from .layout import rows_of
 from .road import accumulator_dtype
-from .rows import add_up
+from .rows import add_up_with_numbers
 from .start import ACCUMULATOR, started_by, widest
 
 
@@ -18,7 +21,7 @@ def forward(eps: float, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     device, n, stats = x.device, x.shape[-1], accumulator_dtype(x, weight, bias)
     y, m, size = empty(x, x.dtype, device), x.numel() // n, describe(device)
     plan = choose_poly_forward(m, n, widest(x.dtype, stats), size)
-    options = dict(N=n, ACC=ACCUMULATOR[stats], ROWS=plan.tile.rows, CHUNK=plan.tile.chunk, STREAM=plan.stream)
+    options = _options(n, stats) | dict(ROWS=plan.tile.rows, CHUNK=plan.tile.chunk, STREAM=plan.stream)
     options.update(started_by(plan.tile, size))
     args = y, x, weight, bias, m, *rows_of(x, 1, n), eps
     launch(poly_forward, (-(-m // plan.tile.rows),), device, args, options)
@@ -36,16 +39,22 @@ def backward(
         return tuple(found)
     m, size = x.numel() // n, describe(device)
     plan = choose_poly_backward(m, n, widest(x.dtype, stats), size)
-    programs, most = plan.partials(m, n, size), plan.most_partials(n, size)
+    programs = plan.partials(m, n, size)
     dw_partials, db_partials = dw, db
     if programs > 1:
         dw_partials = None if dw is None else empty((programs, 3), stats, device)
         db_partials = None if db is None else empty((programs,), stats, device)
-    options = dict(N=n, ACC=ACCUMULATOR[stats], ROWS=plan.tile.rows, CHUNK=plan.tile.chunk, STREAM=plan.stream)
+    options = _options(n, stats) | dict(ROWS=plan.tile.rows, CHUNK=plan.tile.chunk, STREAM=plan.stream)
     options.update(STAGES=plan.stages, **started_by(plan.tile, size))
+    if registers := registers_of(plan, widest(x.dtype, stats), size):
+        options.update(maxnreg=registers)
     args = dx, dw_partials, db_partials, dy, x, weight, m, *rows_of(dy, 1, n), *rows_of(x, 1, n), eps
     launch(poly_backward, (programs,), device, args, options)
-    if programs > 1:
-        add_up(dw, None, dw_partials, None, programs, most, stats, total=OF_THREE_NUMBERS)
-        add_up(None, db, None, db_partials, programs, most, stats, total=OF_ONE_NUMBER)
+    counts, total = (programs, programs), OF_THREE_NUMBERS
+    add_up_with_numbers((dw, None), (db, None), (dw_partials, None, db_partials, None), counts, stats, total)
     return tuple(found)
+
+
+def _options(n: int, stats: torch.dtype) -> dict[str, Any]:
+    """What both kernels are told of the problem. RESCUE: of rows whose sixth powers fp32 has not."""
+    return dict(N=n, ACC=ACCUMULATOR[stats], RESCUE=stats == torch.float32)

@@ -34,7 +34,7 @@ from .kinds import (
     RowForwardWide,
     Tile,
 )
-from .poly import OF_THREE_NUMBERS, choose_poly_backward, choose_poly_forward
+from .poly import OF_THREE_NUMBERS, choose_poly_backward, choose_poly_forward, registers_of
 from .quantized import choose_quantized
 from .row import FORGET, backward_turns, choose_backward, choose_forward, choose_total, forward_turns
 from .weight import WeightRows, choose_weight
@@ -85,5 +85,6 @@ __all__ = [
     "forward_turns",
     "programs_of_a_chunk",
     "programs_of_a_set",
+    "registers_of",
     "streams",
 ]
