@@ -299,7 +299,8 @@ def test_the_gradient_is_the_norms(norm: RowNorm, name: FormatName, dtype: torch
     leaves = [t.clone().requires_grad_() for t in given]
     found = ours(norm, leaves[0], (64,), *leaves[1:], format=name, scale=whole(name, device))
     assert found.straight is not None and found.straight.untyped_storage().nbytes() == dtype.itemsize
-    y = found.dequantize()
+    assert found.dequantize().dtype == torch.float32
+    y = found.dequantize(dtype)
     assert y.dtype == dtype and not found.data.requires_grad and not found.scale.requires_grad
     y.backward(dy)
     exact = reference.oracle_gradients(norm, x, (64,), weight, bias if norm.center else None, EPS, dy)

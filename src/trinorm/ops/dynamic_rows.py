@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from ..kernels.dynamic import dynamic_backward, dynamic_forward
+from ..kernels.partials import sum_columns_and_numbers
 from ..launch import describe, empty, launch
 from ..spec import DynamicNorm
 from ..tuning import (
     OF_ONE_NUMBER,
+    Tile,
     choose_dynamic_backward,
     choose_dynamic_forward,
     choose_total,
@@ -19,7 +21,6 @@ from ..tuning import (
 )
 from .layout import rows_of
 from .road import accumulator_dtype
-from .rows import add_up_with_numbers
 from .start import ACCUMULATOR, started_by, widest
 
 
@@ -73,6 +74,28 @@ def backward(
     counts, made = (programs, programs * chunks), (*columns, *numbers)
     add_up_with_numbers((found[3], found[4]), (found[1], found[2]), made, counts, stats, total)
     return tuple(found)
+
+
+def add_up_with_numbers(
+    columns: tuple[Tensor | None, Tensor | None],
+    numbers: tuple[Tensor | None, Tensor | None],
+    partials: tuple[Tensor | None, ...],
+    programs: tuple[int, int],
+    stats: torch.dtype,
+    total: Tile,
+) -> None:
+    """dw and db (``columns``) and two numbers, each or not, from their partials, by one launch. programs: how many partials
+    each of the columns has, and each of the numbers; of one there is nothing to be added up.
+    """
+    made = [None if programs[i] == 1 else t for i, pair in enumerate((columns, numbers)) for t in pair]
+    summed = [t for t in made if t is not None]
+    if not summed:
+        return
+    n, device = max(t.numel() for t in summed), summed[0].device
+    options = dict(N=n, ACC=ACCUMULATOR[stats], ROWS=total.rows, CHUNK=total.chunk, **started_by(total, describe(device)))
+    given = (None if t is None else partial for t, partial in zip(made, partials, strict=True))
+    grid = max(2, -(-n // total.chunk)), 3
+    launch(sum_columns_and_numbers, grid, device, (*made, *given, *programs), options)
 
 
 def _rows(x: Tensor, dims: int) -> tuple[int, int]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from ..kernels.poly import poly_backward, poly_forward
 from ..launch import describe, empty, launch
 from ..tuning import OF_THREE_NUMBERS, choose_poly_backward, choose_poly_forward, registers_of
+from .dynamic_rows import add_up_with_numbers
 from .layout import rows_of
 from .road import accumulator_dtype
-from .rows import add_up_with_numbers
 from .start import ACCUMULATOR, started_by, widest
 
 

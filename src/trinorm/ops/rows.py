@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.partials import sum_columns_and_numbers, sum_partials
+from ..kernels.partials import sum_partials
 from ..kernels.row import row_forward, row_forward_streamed
 from ..kernels.row_backward import row_backward, row_backward_few
 from ..kernels.row_backward_wide import row_backward_apply, row_backward_moments
@@ -245,28 +245,6 @@ def add_up(
     options = dict(N=n, ACC=ACCUMULATOR[stats], ROWS=total.rows, CHUNK=total.chunk, **started_by(total, size))
     args = (dw, db, dw_partials, db_partials, programs, sets)
     launch(sum_partials, (-(-n // total.chunk) * (sets or 1), len(summed)), device, args, options)
-
-
-def add_up_with_numbers(
-    columns: tuple[Tensor | None, Tensor | None],
-    numbers: tuple[Tensor | None, Tensor | None],
-    partials: tuple[Tensor | None, ...],
-    programs: tuple[int, int],
-    stats: torch.dtype,
-    total: Tile,
-) -> None:
-    """dw and db (``columns``) and two numbers, each or not, from their partials, by one launch. programs: how many partials
-    each of the columns has, and each of the numbers; of one there is nothing to be added up.
-    """
-    made = [None if programs[i] == 1 else t for i, pair in enumerate((columns, numbers)) for t in pair]
-    summed = [t for t in made if t is not None]
-    if not summed:
-        return
-    n, device = max(t.numel() for t in summed), summed[0].device
-    options = dict(N=n, ACC=ACCUMULATOR[stats], ROWS=total.rows, CHUNK=total.chunk, **started_by(total, describe(device)))
-    given = (None if t is None else partial for t, partial in zip(made, partials, strict=True))
-    grid = max(2, -(-n // total.chunk)), 3
-    launch(sum_columns_and_numbers, grid, device, (*made, *given, *programs), options)
 
 
 def _variant(spec: RowNorm, y: torch.dtype, weight: Tensor | None, stats: torch.dtype) -> dict[str, Any]:
