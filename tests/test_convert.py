@@ -213,7 +213,7 @@ def test_restore_is_of_what_was_replaced() -> None:
 def test_an_exception_in_the_middle_leaves_the_model_as_it_was() -> None:
     class Sealed(torch.nn.RMSNorm):
         def __setattr__(self, name: str, value: object) -> None:
-            if name == "_trinorm_form":
+            if name == "__class__":
                 raise RuntimeError("sealed")
             super().__setattr__(name, value)
 
@@ -222,6 +222,23 @@ def test_an_exception_in_the_middle_leaves_the_model_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="sealed"):
         trinorm.replace(model)
     assert [(type(m), dict(vars(m))) for m in model.modules()] == before
+
+
+def test_restore_says_what_has_become_another_class_since() -> None:
+    model = torch.nn.ModuleList([torch.nn.LayerNorm(8), torch.nn.LayerNorm(8)])
+    trinorm.replace(model)
+    torch.nn.utils.parametrize.register_parametrization(model[1], "weight", torch.nn.Identity())
+    classes = [type(m) for m in model]
+    with pytest.raises(RuntimeError, match=r"restore\(\): 1 has become a .*Parametrized"):
+        trinorm.restore(model)
+    assert [type(m) for m in model] == classes
+
+
+def test_a_shared_norm_is_asked_for_under_any_of_its_names() -> None:
+    norm = torch.nn.LayerNorm(8)
+    model = torch.nn.ModuleDict({"a": norm, "b": norm})
+    assert trinorm.replace(model, exclude=["b"]).replaced == ()
+    assert [entry.path for entry in trinorm.replace(model, include=["a"], exclude=None).replaced] == ["a", "b"]
 
 
 def test_a_report_is_a_table_of_richs() -> None:

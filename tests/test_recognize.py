@@ -1,11 +1,10 @@
-"""recognize.py: norms of other classes, found by what they compute; what only looks like one is left."""
+"""recognize.py: norms of other classes, found by what they compute."""
 
 from __future__ import annotations
 
 import copy
 import io
 import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -15,111 +14,20 @@ import trinorm
 from trinorm import recognize
 from trinorm.compare import assert_no_worse
 from trinorm.forms import Form
+from written_norms import (
+    KNOWN,
+    AlphaBeta,
+    AtTheEnd,
+    BeforeTheWeight,
+    BeforeTheWeightNorm,
+    GateBefore,
+    GateBehind,
+    Positions,
+    inputs,
+    named_norm,
+)
 
-
-class Written(torch.nn.Module):
-    """A norm that a model has written out. Of those below each differs from another in one thing."""
-
-    def __init__(self, n: int = 48, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.rand(n) + 0.5)
-        self.variance_epsilon = eps
-
-    def rounded(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-
-class BeforeTheWeight(Written):
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.weight * self.rounded(hidden).to(hidden.dtype)
-
-
-class AtTheEnd(Written):
-    def forward(self, hidden: Tensor) -> Tensor:
-        return (self.weight * self.rounded(hidden)).to(hidden.dtype)
-
-
-class OneAndAWeight(Written):
-    def forward(self, hidden: Tensor) -> Tensor:
-        return (self.rounded(hidden) * (1.0 + self.weight.float())).to(hidden.dtype)
-
-
-class NoWeight(torch.nn.Module):
-    """Which has its epsilon in its forward, and not even the name of what it is."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)).type_as(x)
-
-
-class AlphaBeta(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.beta, self.alpha = (torch.nn.Parameter(torch.rand(48)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean, variance = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
-        return (x - mean) / torch.sqrt(variance + 1e-12) * self.alpha + self.beta
-
-
-class Positions(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.bias = (torch.nn.Parameter(torch.rand(6)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean(1, keepdim=True)
-        variance = (x - mean).pow(2).mean(1, keepdim=True)
-        return self.weight[:, None, None] * ((x - mean) / torch.sqrt(variance + 1e-6)) + self.bias[:, None, None]
-
-
-class GateBehind(Written):
-    def forward(self, hidden: Tensor, gate: Tensor | None = None) -> Tensor:
-        y = self.weight * self.rounded(hidden).to(hidden.dtype)
-        return (y * torch.nn.functional.silu(gate.float())).to(hidden.dtype)  # type: ignore[union-attr]
-
-
-class GateBefore(Written):
-    def __init__(self) -> None:
-        super().__init__()
-        self.group_size = 12
-
-    def forward(self, hidden: Tensor, gate: Tensor | None = None) -> Tensor:
-        wide = hidden.float()
-        if gate is not None:
-            wide = wide * torch.nn.functional.silu(gate.float())
-        groups = self.rounded(wide.unflatten(-1, (-1, self.group_size)))
-        return self.weight * groups.flatten(-2).to(hidden.dtype)
-
-
-class SigmoidGate(Written):
-    def forward(self, hidden: Tensor, gate: Tensor) -> Tensor:
-        return (self.weight * self.rounded(hidden) * torch.sigmoid(gate.float())).to(hidden.dtype)
-
-
-KNOWN: dict[type[torch.nn.Module], str] = {
-    BeforeTheWeight: "rms_norm, eps=1e-06, cast='llama'",
-    AtTheEnd: "rms_norm, eps=1e-06, cast='output'",
-    OneAndAWeight: "rms_norm, eps=1e-06, cast='gemma'",
-    NoWeight: "rms_norm, eps=1e-05, cast='output'",
-    AlphaBeta: "layer_norm, eps=1e-12, cast='output'",
-    Positions: "channel_layer_norm, eps=1e-06",
-    GateBehind: "gated_rms_norm, eps=1e-06, activation='silu', norm_before_gate=True, cast='llama'",
-    GateBefore: "gated_rms_norm, eps=1e-06, activation='silu', norm_before_gate=False, cast='llama', group_size=12",
-    SigmoidGate: "gated_rms_norm, eps=1e-06, activation='sigmoid', norm_before_gate=True, cast='output'",
-}
 EVERY = pytest.mark.parametrize("kind", KNOWN, ids=lambda kind: kind.__name__)
-
-
-def inputs(kind: type[torch.nn.Module], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    shape = (2, 6, 3, 5) if kind is Positions else (3, 5, 48)
-    gated = kind in (GateBehind, GateBefore, SigmoidGate)
-    return [torch.randn(shape, device=device).to(dtype) for _ in range(1 + gated)]
-
-
-def named_norm(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """``replace`` asks those alone whose class's name has "norm" in it, as everything else is some other layer."""
-    return type(f"{kind.__name__}Norm", (kind,), {"__module__": __name__})
 
 
 @EVERY
@@ -149,61 +57,25 @@ def test_values_and_gradients(kind: type[torch.nn.Module], dtype: torch.dtype, d
         assert torch.equal(ours, want)
 
 
-class InTraining(BeforeTheWeight):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.dropout(super().forward(x), 0.5, self.training)
+class OfGroups(torch.nn.Module):
+    """Whose weight is shorter than its rows, and so tells nothing of them."""
 
-
-class SampleVariance(AlphaBeta):
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True) + 1e-6) * self.alpha + self.beta
-
-
-class EpsilonOutside(Written):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
-
-
-class SmallRowsAlone(BeforeTheWeight):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.clamp(-50, 50))
-
-
-class Pair(BeforeTheWeight):
-    def forward(self, x: Tensor) -> Any:
-        return super().forward(x), x
-
-
-class Raising(Written):
-    def forward(self, x: Tensor) -> Tensor:
-        raise ValueError("not today")
-
-
-class Counting(BeforeTheWeight):
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("calls", torch.zeros(()))
+        self.group = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.unflatten(-1, (-1, self.group))
+        return (groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + 1e-6)).flatten(-2)
 
 
-UNKNOWN: dict[type[torch.nn.Module], str] = {
-    InTraining: "no norm that trinorm has",
-    SampleVariance: "no norm that trinorm has",
-    EpsilonOutside: "no norm that trinorm has",
-    SmallRowsAlone: "no norm that trinorm has",
-    Pair: "no norm that trinorm has",
-    Raising: "its forward raises ValueError: not today",
-    Counting: "modules or buffers of its own",
-}
-
-
-@pytest.mark.parametrize("kind", UNKNOWN, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("training", [True, False])
-def test_what_only_looks_like_one(kind: type[torch.nn.Module], training: bool) -> None:
-    module = named_norm(kind)().train(training)
-    before = dict(vars(module))
-    report = trinorm.replace(module)
-    assert not report.replaced and UNKNOWN[kind] in report.left[0].reason
-    assert vars(module) == before
+def test_a_length_that_is_one_group_is_one_form(device: torch.device) -> None:
+    module = named_norm(OfGroups)().to(device)
+    plain = copy.deepcopy(module)
+    trinorm.replace(module)
+    x = torch.randn(3, 5, 48, device=device) * torch.arange(48, device=device)
+    assert torch.equal(module(x), plain(x))
+    torch.testing.assert_close(module(x[..., 8:16]), plain(x[..., 8:16]))
 
 
 class OtherwiseInFourDims(BeforeTheWeight):
@@ -254,10 +126,6 @@ def test_copies_pickles_and_checkpoints(device: torch.device) -> None:
     assert repr(module).startswith("BeforeTheWeightNorm(") and "trinorm.functional.rms_norm" in repr(module)
 
 
-class BeforeTheWeightNorm(BeforeTheWeight):
-    """Which pickle finds."""
-
-
 def test_compiled_in_one_graph(device: torch.device) -> None:
     module = BeforeTheWeightNorm().to(device)
     trinorm.replace(module)
@@ -284,49 +152,41 @@ def test_one_trial_serves_all_that_are_alike(monkeypatch: pytest.MonkeyPatch) ->
     assert report.replaced[0].by != report.replaced[5].by
 
 
-# --- models ---
+def test_what_was_set_since_counts(device: torch.device) -> None:
+    """The epsilon, and a class's forward: then it is the module's own that runs."""
+    x = torch.randn(3, 48, device=device) * 1e-3
+    module = BeforeTheWeightNorm().to(device)
+    trinorm.replace(module)
+    module.weight = torch.nn.Parameter(module.weight.detach() * 2)
+    module.eval().train()
+    assert "_trinorm_form" in vars(module)
+    module.variance_epsilon = 1e-2
+    plain = BeforeTheWeightNorm(48, 1e-2).to(device)
+    plain.load_state_dict(module.state_dict())
+    assert torch.equal(module(x), plain(x)) and "trinorm" not in repr(module)
+    other = named_norm(AtTheEnd)
+    module = other().to(device)
+    trinorm.replace(module)
+    other.forward = lambda self, x: x  # type: ignore[method-assign,assignment]
+    assert module(x) is x
 
 
-def _models() -> dict[str, tuple[str, dict[str, Any]]]:
-    small: dict[str, Any] = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-    small.update(num_attention_heads=2, num_key_value_heads=2)
-    return {
-        "Llama": ("LlamaForCausalLM", small),
-        "Qwen3": ("Qwen3ForCausalLM", dict(small, head_dim=16)),
-        "Olmo2": ("Olmo2ForCausalLM", small),
-        "Gemma3": ("Gemma3ForCausalLM", dict(small, head_dim=16)),
-        "Cohere": ("CohereForCausalLM", dict(small, use_qk_norm=False)),
-        "GPT2": ("GPT2LMHeadModel", dict(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64)),
-    }
-
-
-@pytest.mark.parametrize("name", _models())
-def test_models_of_transformers(name: str, device: torch.device) -> None:
-    """All their norms, with the same logits and gradients, and the same words; and back again."""
-    transformers = pytest.importorskip("transformers")
-    kind, sizes = _models()[name]
-    torch.manual_seed(0)
-    model_class = getattr(transformers, kind)
-    config = model_class.config_class(**sizes, eos_token_id=None, bos_token_id=None, pad_token_id=None)
-    model = model_class(config).to(device).eval()
-    for p in model.parameters():
-        if p.dim() == 1:
-            torch.nn.init.uniform_(p, 0.5, 1.5)
-    tokens = torch.randint(64, (2, 9), device=device)
-    classes = [type(m) for m in model.modules()]
-    found = []
-    for replaced in (False, True):
-        if replaced:
-            report = trinorm.replace(model)
-            assert report.replaced and not report.left
-        logits = model(tokens).logits
-        grads = torch.autograd.grad(logits.square().mean(), list(model.parameters()), allow_unused=True)
-        words = model.generate(tokens, max_new_tokens=8, do_sample=False)
-        found.append((logits, [g for g in grads if g is not None], words))
-    (before, grads_before, words_before), (after, grads_after, words_after) = found
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(grads_after, grads_before, rtol=1e-3, atol=1e-5)
-    assert torch.equal(words_before, words_after)
-    assert len(trinorm.restore(model)) == len(report.replaced)
-    assert [type(m) for m in model.modules()] == classes
-    assert torch.equal(model(tokens).logits, before)
+def test_other_shapes_and_orders_have_the_modules_own_forward(device: torch.device) -> None:
+    gain = named_norm(BeforeTheWeight)(1).to(device)  # one number for rows of any length
+    plain = copy.deepcopy(gain)
+    trinorm.replace(gain)
+    x = torch.randn(4, 2, 48, device=device)
+    assert torch.equal(gain(x), plain(x))
+    norm = BeforeTheWeightNorm().to(device)
+    plain = copy.deepcopy(norm)
+    trinorm.replace(norm)
+    turned = x.transpose(0, 1)
+    assert norm(turned).stride() == plain(turned).stride()
+    half = torch.randn(4, 96, device=device).chunk(2, -1)[1]
+    torch.testing.assert_close(norm(half), plain(half))
+    gated = named_norm(GateBehind)().to(device)
+    plain = copy.deepcopy(gated)
+    trinorm.replace(gated)
+    assert torch.equal(gated(x, x[:, :1]), plain(x, x[:, :1]))
+    again = type(norm)(48).to(device)  # of its class, but not replaced
+    assert torch.equal(again(x), BeforeTheWeight.forward(again, x))

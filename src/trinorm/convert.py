@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from . import checks, nn
 from .forms import Form
 from .ops.road import KERNEL_DTYPES
-from .recognize import Recognized, original, recognize, recognized
+from .recognize import FORM, MARK, Recognized, original, recognize, recognized
 
 # torch's norms that trinorm.nn has under the same name.
 _REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
@@ -79,27 +79,24 @@ class Report:
 # Which modules: patterns of their names in the model ("*.input_layernorm"), and classes.
 Which = Sequence[str | type[torch.nn.Module]]
 
-# What a module becomes: its class and, where it was recognized, its form.
-_Kind = tuple[type[torch.nn.Module], Form | None]
 
-# An instance's mark: its class was another before replace.
-_MARK = "_trinorm_replaced"
-
-
-def replace(model: torch.nn.Module, *, include: Which | None = None, exclude: Which = (), dry_run: bool = False) -> Report:
+def replace(
+    model: torch.nn.Module, *, include: Which | None = None, exclude: Which | None = None, dry_run: bool = False
+) -> Report:
     """Make the norms inside ``model`` trinorm's, in place.
 
     ``torch.nn.LayerNorm``, ``RMSNorm``, ``GroupNorm``, ``InstanceNorm1d`` to ``3d`` and ``BatchNorm1d`` to ``3d`` become
     :mod:`trinorm.nn`'s of that name. A norm of another class (transformers' RMSNorms, gated norms, LayerNorms over
-    channels) is recognized by what its forward computes: it is called on a small sample on the CPU, in fp32, bf16 and
-    fp16, and compared with each of trinorm's norms in float64; what it rounds, and where, is found by its bits. Such a
-    module keeps its class's name, its attributes and ``isinstance``; and its own forward for what was not tried or differs:
-    dtypes, numbers of dims, further arguments, and autocast where that would give trinorm's another dtype. Norms of any
-    other kind are left, and the report says why.
+    channels) is recognized by what its forward computes: it is called on a sample on the CPU, in fp32, bf16 and fp16, in
+    both modes, and its results and gradients are compared with each of trinorm's norms in float64; what it rounds, and
+    where, is found by its bits. Such a module keeps its class's name and its ``isinstance``; and its own forward for what
+    was not compared: other dtypes, shapes and orders of memory, further arguments, autocast where that would give
+    trinorm's another dtype, and all calls once one of its attributes has been set, or its class has another forward. Norms
+    of any other kind are left, and the report says why.
 
-    The module object stays the same one and only its class changes: parameters, buffers, hooks, names, optimizers that
-    hold its parameters, and every other place that refers to it are untouched, so shared modules and tied weights stay
-    shared. :func:`restore` undoes it.
+    The module object stays the same one and its class changes (an attribute says so): parameters, buffers, hooks, names,
+    optimizers that hold its parameters, and every other place that refers to it are untouched, so shared modules and tied
+    weights stay shared. :func:`restore` undoes it.
 
     torch's own fused inference paths (``nn.TransformerEncoderLayer`` in eval under no_grad) read a norm's parameters and
     never call it: there a replaced norm changes nothing. ``torch.ao.quantization`` knows torch's classes and no subclass of
@@ -107,8 +104,9 @@ def replace(model: torch.nn.Module, *, include: Which | None = None, exclude: Wh
 
     Args:
         model: any module; it may itself be a norm.
-        include: only these: patterns as :mod:`fnmatch` has them of names in the model, and classes; None is all.
-        exclude: not these, likewise.
+        include: only these: patterns as :mod:`fnmatch` has them of names in the model, and classes; None is all. Of a
+            module of several names one is enough.
+        exclude: not these, likewise; None is none.
         dry_run: whether the model is left as it is, and the report says what would be done.
 
     Returns:
@@ -122,27 +120,36 @@ def replace(model: torch.nn.Module, *, include: Which | None = None, exclude: Wh
         raise TypeError(f"replace(): model must be a torch.nn.Module, not {type(model).__name__}")
     for name, which in (("include", include), ("exclude", exclude)):
         _check_which(name, which)
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
     replaced: list[Replaced] = []
     left: list[Left] = []
-    kinds: dict[torch.nn.Module, _Kind | str] = {}
-    swapped: dict[torch.nn.Module, _Kind] = {}
+    swapped: list[tuple[torch.nn.Module, Form | None]] = []
     known: dict[Hashable, Form | str] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if module not in kinds:
-            kinds[module] = _kind(module, known)
-        kind, name = kinds[module], _name(type(module))
-        if isinstance(kind, tuple) and (_is_among(path, module, exclude) or not _is_among(path, module, include)):
-            kind = "not asked for"
-        if isinstance(kind, tuple):
-            swapped[module] = kind
-            replaced.append(Replaced(path, name, str(kind[1] or _name(kind[0]))))
+    for module in _each(model):
+        kind, names = _name(type(module)), paths[id(module)]
+        asked = (include is None or _is_among(names, module, include)) and not _is_among(names, module, exclude or ())
+        found = _found(module, known) if asked else "not asked for"
+        if isinstance(found, Form) and not dry_run:
+            try:
+                recognized(type(module))
+            except Exception as error:  # of its __init_subclass__, say
+                found = f"its class cannot be extended: {type(error).__name__}: {error}"
+        if not isinstance(found, str):
+            swapped.append((module, found))
+            by = str(found or _name(_REPLACEMENTS[type(module)]))
+            replaced += [Replaced(path, kind, by) for path in names]
         elif _is_norm(module):
-            left.append(Left(path, name, kind))
+            left += [Left(path, kind, found) for path in names]
     # What merely holds a norm that was swapped is none itself.
     within = tuple(entry.path for entry in replaced)
     left = [entry for entry in left if not any(path.startswith(f"{entry.path}." if entry.path else "") for path in within)]
     if not dry_run:
         _swap(swapped)
+    order = {path: i for i, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    replaced.sort(key=lambda entry: order[entry.path])
+    left.sort(key=lambda entry: order[entry.path])
     return Report(tuple(replaced), tuple(left))
 
 
@@ -156,39 +163,56 @@ def restore(model: torch.nn.Module) -> tuple[str, ...]:
 
     Raises:
         TypeError: ``model`` is not a module.
+        RuntimeError: a norm's class was changed once more since (``torch.nn.utils.parametrize``, ``fully_shard``); nothing
+            is restored then.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"restore(): model must be a torch.nn.Module, not {type(model).__name__}")
-    paths = tuple(path for path, module in model.named_modules(remove_duplicate=False) if _MARK in vars(module))
-    for module in model.modules():
-        if _MARK in vars(module):
-            recognized_before = isinstance(module, Recognized)
-            module.__class__ = original(type(module)) if recognized_before else _ORIGINALS[type(module)]
-            for name in (_MARK, *(["_trinorm_form"] if recognized_before else [])):
-                delattr(module, name)
-    return paths
+    swapped = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if MARK in vars(m)]
+    before = {id(m): original(type(m)) or _ORIGINALS.get(type(m)) for _, m in swapped}
+    for path, module in swapped:
+        if before[id(module)] is None:
+            now = _name(type(module))
+            raise RuntimeError(
+                f"restore(): {path or 'the model'} has become a {now} since it was replaced; undo that first"
+            )
+    for _, module in swapped:
+        if MARK in vars(module):
+            module.__class__ = before[id(module)]
+            for name in (MARK, FORM):
+                vars(module).pop(name, None)
+    return tuple(path for path, _ in swapped)
 
 
-def _swap(kinds: Mapping[torch.nn.Module, _Kind]) -> None:
-    """All of them, or, where one raises, none."""
-    before = {module: (type(module), dict(vars(module))) for module in kinds}
+def _each(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Every module once, by identity: a class may say that two are equal."""
+    seen = set()
+    for _, module in model.named_modules(remove_duplicate=False):
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+
+
+def _swap(modules: list[tuple[torch.nn.Module, Form | None]]) -> None:
+    """All of them, or, where one raises, none. Attributes are written past what a class makes of that."""
+    before = [(module, type(module), dict(vars(module))) for module, _ in modules]
     try:
-        for module, (kind, form) in kinds.items():
-            module.__class__ = kind
-            setattr(module, _MARK, True)
+        for module, form in modules:
+            module.__class__ = _REPLACEMENTS[type(module)] if form is None else recognized(type(module))
+            vars(module)[MARK] = True
             if form is not None:
-                module._trinorm_form = form  # type: ignore[assignment]
+                vars(module)[FORM] = form
     except BaseException:
-        for module, (was, attributes) in before.items():
-            module.__class__ = was
+        for module, kind, attributes in before:
+            module.__class__ = kind
             module.__dict__ = attributes
         raise
 
 
-def _kind(module: torch.nn.Module, known: dict[Hashable, Form | str]) -> _Kind | str:
-    """What a module becomes; or why it is left."""
+def _found(module: torch.nn.Module, known: dict[Hashable, Form | str]) -> Form | str | None:
+    """None for a torch norm that trinorm.nn has; the form of another that is recognized; or why a module is left."""
     if type(module) in _REPLACEMENTS and _obstacle(module) is None:
-        return _REPLACEMENTS[type(module)], None
+        return None
     reason = _why_left(module)
     if reason is not None or not _is_norm(module):
         return reason or ""
@@ -196,8 +220,7 @@ def _kind(module: torch.nn.Module, known: dict[Hashable, Form | str]) -> _Kind |
     asked = type(module), *((name, _identity(value)) for name, value in sorted(vars(module).items()))
     if asked not in known:
         known[asked] = recognize(module)
-    form = known[asked]
-    return (recognized(type(module)), form) if isinstance(form, Form) else form
+    return known[asked]
 
 
 def _identity(value: Any) -> Hashable:
@@ -216,10 +239,9 @@ def _check_which(name: str, which: Which | None) -> None:
             raise TypeError(f"replace(): {name} has {one!r}; it must have strings and classes of modules")
 
 
-def _is_among(path: str, module: torch.nn.Module, which: Which | None) -> bool:
-    if which is None:
-        return True
-    return any(fnmatchcase(path, one) if isinstance(one, str) else isinstance(module, one) for one in which)
+def _is_among(paths: list[str], module: torch.nn.Module, which: Which) -> bool:
+    of_name = (fnmatchcase(path, one) for one in which if isinstance(one, str) for path in paths)
+    return any(of_name) or isinstance(module, tuple(one for one in which if not isinstance(one, str)))
 
 
 def _name(kind: type) -> str:
@@ -274,6 +296,8 @@ def _why_left(module: torch.nn.Module) -> str | None:
         return "scripted or traced: what it runs is fixed; replace before that"
     if kind in _REPLACEMENTS:
         return _obstacle(module)
+    if any(of.__module__.startswith("torch.distributed.") for of in kind.__mro__):
+        return "its class is made by torch.distributed; replace before sharding"
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
         return "lazy: its kind is not settled before its first call"
     if ".quantized" in kind.__module__ or ".quantizable" in kind.__module__:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import itertools
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +23,9 @@ Parameters = tuple[Tensor | None, Tensor | None]
 class Form:
     """The norm of the last dim.
 
-    weight, bias: the names of the module's parameters; None where it has none. dtypes, ranks: of which, and of inputs of
-    how many dims, its results are these; of others the module's own forward is called.
+    weight, bias: the names of the module's parameters; None where it has none. dtypes, ranks, length: of which, of inputs
+    of how many dims, and of how many elements a row (None is any) its results are these; of others the module's own
+    forward is called.
     """
 
     norm: RowNorm
@@ -32,6 +34,7 @@ class Form:
     bias: str | None
     dtypes: frozenset[Dtypes] = frozenset()
     ranks: frozenset[int] = frozenset()
+    length: int | None = None
 
     # How many tensors the forward takes.
     tensors: ClassVar[int] = 1
@@ -39,13 +42,36 @@ class Form:
     # Of how many dims an input may be.
     tried: ClassVar[tuple[int, ...]] = (3, 2, 4)
 
-    def within(self, dtypes: frozenset[Dtypes], ranks: frozenset[int]) -> Form:
-        return replace(self, dtypes=dtypes, ranks=ranks)
+    # Which dim is a row.
+    dim: ClassVar[int] = -1
 
     @staticmethod
     def laid(rows: Tensor, rank: int) -> Tensor:
-        """Rows, ``(8, N)``, as the forward takes them."""
+        """Rows, ``(16, N)``, as the forward takes them."""
         return rows.view(*(rows.shape[0] >> (rank - 2), *[2] * (rank - 2)), rows.shape[1])
+
+    def serves(self, parameters: Parameters, *tensors: Any) -> bool:
+        """Whether the call is like one of those that were compared."""
+        if len(tensors) != self.tensors or not all(isinstance(t, Tensor) for t in tensors):
+            return False
+        x, weight = tensors[0], parameters[0]
+        if x.dim() not in self.ranks or (x.dtype, None if weight is None else weight.dtype) not in self.dtypes:
+            return False
+        n = x.shape[self.dim]
+        if self.length is not None and n != self.length:
+            return False
+        # Of images a forward may find out by their shape which dim the channels are.
+        if x.dim() == 4 and x.shape[1] == x.shape[-1]:
+            return False
+        if any(p is not None and (p.shape != (n,) or p.dtype != weight.dtype) for p in parameters):  # type: ignore[union-attr]
+            return False
+        if any(t.shape != x.shape for t in tensors):
+            return False
+        # What is written out returns its result in the input's order of memory, and trinorm in rows'.
+        if not (x.is_contiguous() or all(a >= b for a, b in itertools.pairwise(x.stride()))):
+            return False
+        # It keeps its input's dtype under autocast too, where torch's own norm does not.
+        return not reference.autocast_to_fp32(self.norm, x.device.type)
 
     def __call__(self, parameters: Parameters, x: Tensor, gate: Tensor | None = None) -> Tensor:
         shape, (weight, bias) = x.shape[-1:], parameters
@@ -70,6 +96,7 @@ class ChannelForm(Form):
     """LayerNorm over the channels of images whose channels are their second dim."""
 
     tried: ClassVar[tuple[int, ...]] = (4,)
+    dim: ClassVar[int] = 1
 
     @staticmethod
     def laid(rows: Tensor, rank: int) -> Tensor:
