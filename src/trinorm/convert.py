@@ -253,6 +253,9 @@ def _is_norm(module: torch.nn.Module) -> bool:
     """Whether a module is some norm: by torch's own classes, else by its class's name, which is all there is to go by."""
     if isinstance(module, torch.jit.ScriptModule):
         return "norm" in module.original_name.lower()
+    # weight_norm's and spectral_norm's, which are of parameters.
+    if type(module).__module__ == "torch.nn.utils.parametrizations":
+        return False
     return isinstance(module, _TORCH_NORMS) or "norm" in type(module).__name__.lower()
 
 
