@@ -91,6 +91,7 @@ FREE: list[tuple[Callable[[RowNorm], Norm], tuple[tuple[int, ...], ...], tuple[P
     (of_heads, (HEADS, (4, SIZE)), (S[2], R)),
     (of_heads, (HEADS, (4, SIZE)), (S[3], S[1])),
     (partial, (X, (SIZE,)), (S[2], S[0])),
+    (scaled, (X, (1,)), (S[0], S[0])),
 ]
 
 

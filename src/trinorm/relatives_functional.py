@@ -114,7 +114,9 @@ def scale_norm(
     if weight.dim() > 1 or weight.numel() != 1:
         raise RuntimeError(f"{op}(): weight has shape {tuple(weight.shape)}; it must be () or (1,), of one element")
     # A row's weights, each g; widened first, so that torch's sum of their gradients rounds as the kernels do.
-    row = weight.to(road.accumulator_dtype(input, weight)).expand(input.shape[-1:])
+    # By its element, as what is sharded by its one dim DTensor does not expand.
+    row = weight.to(road.accumulator_dtype(input, weight))
+    row = (row[0] if row.dim() else row).expand(input.shape[-1:])
     return _of_rows(op, (input, row), None, eps, "output", batch_invariant, divisor=1)
 
 
