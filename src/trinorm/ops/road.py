@@ -123,7 +123,7 @@ def observer() -> str | None:
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return _TRACER
-    if within_transform():
+    if torch._C._are_functorch_transforms_active():  # within_transform, without its call
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode AD is active"
