@@ -79,6 +79,7 @@ FLOW = (
     "quantized_nn",
     "nn",
     "forms",
+    "made",
     "recognize",
     "convert",
     "__init__",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 
 from . import checks, nn
 from .forms import Form
+from .made import MARK, each, original, swap
 from .ops.road import KERNEL_DTYPES
-from .recognize import FORM, MARK, Recognized, original, recognize, recognized
+from .recognize import FORM, Recognized, recognize, recognized
 
 # torch's norms that trinorm.nn has under the same name.
 _REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
@@ -125,19 +126,20 @@ def replace(
         paths.setdefault(id(module), []).append(path)
     replaced: list[Replaced] = []
     left: list[Left] = []
-    swapped: list[tuple[torch.nn.Module, Form | None]] = []
+    swapped: list[tuple[torch.nn.Module, type[torch.nn.Module], dict[str, Any]]] = []
     known: dict[Hashable, Form | str] = {}
-    for module in _each(model):
+    for module in each(model):
         kind, names = _name(type(module)), paths[id(module)]
         asked = (include is None or _is_among(names, module, include)) and not _is_among(names, module, exclude or ())
         found = _found(module, known) if asked else "not asked for"
         if isinstance(found, Form) and not dry_run:
             try:
-                recognized(type(module))
+                swapped.append((module, recognized(type(module)), {FORM: found}))
             except Exception as error:  # of its __init_subclass__, say
                 found = f"its class cannot be extended: {type(error).__name__}: {error}"
+        elif found is None:
+            swapped.append((module, _REPLACEMENTS[type(module)], {}))
         if not isinstance(found, str):
-            swapped.append((module, found))
             by = str(found or _name(_REPLACEMENTS[type(module)]))
             replaced += [Replaced(path, kind, by) for path in names]
         elif _is_norm(module):
@@ -146,7 +148,7 @@ def replace(
     within = tuple(entry.path for entry in replaced)
     left = [entry for entry in left if not any(path.startswith(f"{entry.path}." if entry.path else "") for path in within)]
     if not dry_run:
-        _swap(swapped)
+        swap(swapped)
     order = {path: i for i, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
     replaced.sort(key=lambda entry: order[entry.path])
     left.sort(key=lambda entry: order[entry.path])
@@ -182,31 +184,6 @@ def restore(model: torch.nn.Module) -> tuple[str, ...]:
             for name in (MARK, FORM):
                 vars(module).pop(name, None)
     return tuple(path for path, _ in swapped)
-
-
-def _each(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Every module once, by identity: a class may say that two are equal."""
-    seen = set()
-    for _, module in model.named_modules(remove_duplicate=False):
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield module
-
-
-def _swap(modules: list[tuple[torch.nn.Module, Form | None]]) -> None:
-    """All of them, or, where one raises, none. Attributes are written past what a class makes of that."""
-    before = [(module, type(module), dict(vars(module))) for module, _ in modules]
-    try:
-        for module, form in modules:
-            module.__class__ = _REPLACEMENTS[type(module)] if form is None else recognized(type(module))
-            vars(module)[MARK] = True
-            if form is not None:
-                vars(module)[FORM] = form
-    except BaseException:
-        for module, kind, attributes in before:
-            module.__class__ = kind
-            module.__dict__ = attributes
-        raise
 
 
 def _found(module: torch.nn.Module, known: dict[Hashable, Form | str]) -> Form | str | None:
