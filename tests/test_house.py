@@ -82,6 +82,8 @@ FLOW = (
     "made",
     "recognize",
     "convert",
+    "rewritten",
+    "residuals",
     "__init__",
     "interpreter",
     "targets",

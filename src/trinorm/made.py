@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-# The mark of what was given another class.
-MARK = "_trinorm_replaced"
+# The mark of what was given another class; and where a block keeps the norm that the next one begins with, in a tuple, as
+# it is no module of its own.
+MARK, NEXT = "_trinorm_replaced", "_trinorm_next"
 
 
 class Made(torch.nn.Module):
@@ -46,8 +47,9 @@ def each(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def swap(changes: list[tuple[torch.nn.Module, type[torch.nn.Module], dict[str, Any]]]) -> None:
-    """Give each module its new class, the mark and attributes; or, where one raises, none. Attributes are written past what a
-    class makes of that.
+    """Give each module its new class, the mark and attributes; or, where one raises, none.
+
+    Attributes are written past what a class makes of that.
     """
     before = [(module, type(module), dict(vars(module))) for module, _, _ in changes]
     try:

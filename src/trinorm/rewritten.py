@@ -1,0 +1,345 @@
+"""A module's forward with its sums and the norms behind them taken together: found in its source, and compiled anew."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import linecache
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+# What the new forward calls in place of a sum, of a norm of a sum, of a sum that is returned, and of the norm of the
+# forward's argument. They are its free variables: no name of the model's own module is touched.
+SUM, NORM_OF_SUM = "_trinorm_sum", "_trinorm_norm_of_sum"
+RETURNED, OF_ARGUMENT = "_trinorm_returned", "_trinorm_of_argument"
+
+
+class UnfitError(Exception):
+    """Why a forward is left as it is."""
+
+
+@dataclass
+class Found:
+    """What a forward has of what is looked for.
+
+    sums: by the name of a norm those that go into it, with their lines; returned: the sum that is returned; of_argument:
+    the norm of the forward's argument; apart: by a norm's name, why a sum that goes into it stays apart.
+    """
+
+    sums: dict[str, list[str]] = field(default_factory=dict)
+    returned: str | None = None
+    of_argument: str | None = None
+    apart: dict[str, str] = field(default_factory=dict)
+
+
+class Forward:
+    """The forward of a class of modules whose ``names`` are norms. Raises UnfitError where its source is not what runs.
+
+    What is rewritten has the statements of the source, at their lines, but for these::
+
+        h = a + b        h, y = sum(self.norm, a, b)
+        z = self.norm(h)      z = y.pop() if y else self.norm(h)
+
+        self.norm(a + b)      norm_of_sum(self.norm, a, b)
+
+        h = a + b        h = returned(self, a, b)
+        return h              return h
+
+        self.norm(argument)   of_argument(self, self.norm, argument)
+
+    of which the first is done where nobody but other sums has h, and so nobody can tell how its gradient came about.
+    """
+
+    def __init__(self, kind: type[torch.nn.Module], names: frozenset[str]) -> None:
+        self._kind, self._names, self.found = kind, names, Found()
+        self._chain = list(_chain(kind.forward))
+        raw = self._chain[-1]
+        if not isinstance(raw, types.FunctionType):
+            raise UnfitError("its module's forward is no Python function")
+        self._raw, (self._definition, self._imported) = raw, _parsed(raw)
+        if not _is_alike(self._code(()), raw.__code__):
+            raise UnfitError("its module's forward is not what its source says")
+        arguments = [*self._definition.args.posonlyargs, *self._definition.args.args]
+        self._self = arguments[0].arg if arguments else ""
+        self._new: dict[int, ast.expr] = {}  # by the id of the node that it stands for
+        if not any(self._self in _stored(statement) for statement in self._definition.body):
+            self._find_norms_of_sums()
+            for i in range(len(self._definition.body)):
+                self._find_sum(i)
+            if len(arguments) > 1:
+                self._find_of_argument(arguments[1].arg)
+
+    def rewritten(self, helpers: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+        """The new forward, with the decorators that the source has, and ``helpers`` for what it calls."""
+        definition, raw = self._definition, self._raw
+        changed = _Replacing(self._new).visit(definition)
+        code = self._code(tuple(helpers), changed)
+        cells = dict(zip(raw.__code__.co_freevars, raw.__closure__ or (), strict=True))
+        cells.update({name: types.CellType(helper) for name, helper in helpers.items()})
+        closure = tuple(cells[name] for name in code.co_freevars)
+        new = types.FunctionType(code, raw.__globals__, raw.__name__, raw.__defaults__, closure)
+        new.__kwdefaults__, new.__qualname__, new.__module__ = raw.__kwdefaults__, raw.__qualname__, raw.__module__
+        new.__doc__, new.__annotations__ = raw.__doc__, raw.__annotations__
+        forward: Any = new
+        for decorator in reversed(definition.decorator_list):
+            try:
+                how = compile(ast.Expression(decorator), raw.__code__.co_filename, "eval", _flags(raw), dont_inherit=True)
+                forward = eval(how, raw.__globals__)(forward)
+            except Exception as error:
+                raise UnfitError(
+                    f"its module's forward has a decorator that raises {type(error).__name__}: {error}"
+                ) from None
+        return forward
+
+    def is_wrapped_as(self, forward: Callable[..., Any], but: Callable[..., Any]) -> bool:
+        """Whether a forward has around it what the class's own has, decorators and what a base puts there; ``but`` one."""
+        of_forward = [_code_of(f) for f in list(_chain(forward))[:-1] if f is not but]
+        return of_forward == [_code_of(f) for f in self._chain[:-1]]
+
+    # --- what there is ---
+
+    def _find_norms_of_sums(self) -> None:
+        for call in ast.walk(self._definition):
+            if (name := self._norm_of(call)) is None:
+                continue
+            assert isinstance(call, ast.Call)
+            total = call.args[0]
+            if isinstance(total, ast.BinOp) and _is_sum(total):
+                self._new[id(call)] = _call(NORM_OF_SUM, call.func, total.left, total.right)
+                self._note(name, total)
+
+    def _find_sum(self, i: int) -> None:
+        """Of one of the forward's own statements, ``h = a + b``."""
+        statement = self._definition.body[i]
+        total = statement.value if isinstance(statement, (ast.Assign, ast.Return)) else None
+        if not isinstance(total, ast.BinOp) or not _is_sum(total):
+            return
+        if isinstance(statement, ast.Return):
+            self._find_returned(total)
+            return
+        assert isinstance(statement, ast.Assign)
+        target = statement.targets[0]
+        if len(statement.targets) > 1 or not isinstance(target, ast.Name):
+            return
+        uses = _Uses(self, i + 1, target.id)
+        if uses.norm is not None and uses.other is not None:
+            self.found.apart[uses.name] = f"line {uses.other} has the sum that goes into it too"
+        elif uses.norm is not None:
+            kept = f"_trinorm_{i}"
+            norm = uses.norm.func if uses.unless is None else ast.IfExp(uses.unless, ast.Constant(None), uses.norm.func)
+            pair = ast.Tuple([target, ast.Name(kept, ast.Store())], ast.Store())
+            self._new[id(target)], self._new[id(total)] = pair, _call(SUM, norm, total.left, total.right)
+            popped = ast.Call(ast.Attribute(_load(kept), "pop", ast.Load()), [], [])
+            self._new[id(uses.norm)] = ast.IfExp(_load(kept), popped, uses.norm)
+            self._note(uses.name, total)
+        elif uses.returned and uses.unless is None and uses.other is None:
+            self._find_returned(total)
+
+    def _find_returned(self, total: ast.BinOp) -> None:
+        self._new[id(total)] = _call(RETURNED, _load(self._self), total.left, total.right)
+        self.found.returned = ast.unparse(total)
+
+    def _find_of_argument(self, argument: str) -> None:
+        uses = _Uses(self, 0, argument)
+        if uses.norm is not None and uses.unless is None:
+            self._new[id(uses.norm)] = _call(OF_ARGUMENT, _load(self._self), uses.norm.func, uses.norm.args[0])
+            self.found.of_argument = uses.name
+
+    def _note(self, norm: str, total: ast.BinOp) -> None:
+        self.found.sums.setdefault(norm, []).append(f"{ast.unparse(total)}, line {total.lineno}")
+
+    def _norm_of(self, node: ast.AST) -> str | None:
+        """The name of the norm that a node is a call of, with one argument."""
+        if not isinstance(node, ast.Call) or len(node.args) != 1 or node.keywords or isinstance(node.args[0], ast.Starred):
+            return None
+        of = node.func
+        known = isinstance(of, ast.Attribute) and isinstance(of.value, ast.Name) and of.value.id == self._self
+        return of.attr if known and isinstance(of, ast.Attribute) and of.attr in self._names else None
+
+    def _code(self, helpers: tuple[str, ...], definition: ast.FunctionDef | None = None) -> types.CodeType:
+        """What Python makes of a definition: taken out of a function whose arguments are its free variables."""
+        definition, raw = definition or self._definition, self._raw
+        free = [ast.arg(name) for name in (*raw.__code__.co_freevars, *helpers)]
+        none: dict[str, Any] = dict(posonlyargs=[], kwonlyargs=[], kw_defaults=[], defaults=[])
+        around = ast.FunctionDef("around", ast.arguments(args=free, **none), [definition], [])
+        if sys.version_info >= (3, 12):
+            around.type_params = []
+        imports = [ast.Import([ast.alias(name)]) for name in self._imported]
+        tree = ast.fix_missing_locations(ast.Module([*imports, around], []))
+        code = compile(tree, raw.__code__.co_filename, "exec", _flags(raw), dont_inherit=True)
+        outer = next(c for c in code.co_consts if isinstance(c, types.CodeType))
+        inner: types.CodeType = next(c for c in outer.co_consts if getattr(c, "co_name", None) == raw.__code__.co_name)
+        return inner.replace(co_qualname=raw.__code__.co_qualname) if sys.version_info >= (3, 11) else inner
+
+
+class _Uses:
+    """What a forward does with a tensor that it has as ``name``, from its i-th statement on.
+
+    norm: the first norm's call of it, where every way leads there but the one of ``unless``, a test of some name's being
+    None; other: a line that may change it before, or hand it to anything but a sum or a norm; returned: whether it is
+    what is returned.
+    """
+
+    def __init__(self, forward: Forward, i: int, name: str) -> None:
+        self.norm: ast.Call | None = None
+        self.unless: ast.expr | None = None
+        self.other: int | None = None
+        self.name, self.returned = "", False
+        called = {name}  # the tensor's names
+        assigned: set[str] = set()  # what was assigned since
+        for statement in forward._definition.body[i:]:
+            stored, loads = _stored(statement), [use for use in _loads(statement) if use[0].id in called]
+            if isinstance(statement, ast.Return):
+                self.returned = isinstance(statement.value, ast.Name) and bool(loads) and self.norm is None
+                loads = [] if self.returned else loads
+            whole = not (isinstance(statement, ast.AugAssign) and stored & called) and not _is_compound(statement)
+            if (loads or stored & called) and not whole and self.norm is None:
+                test = getattr(statement, "test", None) if isinstance(statement, ast.If) and not statement.orelse else None
+                if self.unless is not None or not _is_of_none(test, called | assigned):
+                    return  # not the norm alone
+                self.unless = test
+                continue
+            for load, parent in loads:
+                norm = forward._norm_of(parent)
+                if norm is not None and self.norm is None and whole:
+                    assert isinstance(parent, ast.Call)
+                    self.norm, self.name = parent, norm
+                elif norm is None and not _is_harmless(parent) and not (whole and _is_copy(parent, load)):
+                    self.other = self.other or statement.lineno
+            assigned |= stored
+            if whole:
+                copy = isinstance(statement, ast.Assign) and isinstance(v := statement.value, ast.Name) and v.id in called
+                called = called | stored if copy else called - stored
+            if isinstance(statement, ast.Return):
+                return
+
+
+def _is_of_none(test: ast.expr | None, names: set[str]) -> bool:
+    """Whether a test is of a name's being None, or not, and none of these names'."""
+    if not isinstance(test, ast.Compare) or not isinstance(test.left, ast.Name) or test.left.id in names:
+        return False
+    (of, *more), (what, *_) = test.ops, test.comparators
+    return not more and isinstance(of, (ast.Is, ast.IsNot)) and isinstance(what, ast.Constant) and what.value is None
+
+
+def _is_compound(statement: ast.stmt) -> bool:
+    """Whether what it has in it is run in some order of its own, or not at all."""
+    return hasattr(statement, "body") or any(isinstance(node, (ast.Match, ast.NamedExpr)) for node in ast.walk(statement))
+
+
+def _is_copy(parent: ast.AST, load: ast.Name) -> bool:
+    return isinstance(parent, ast.Assign) and parent.value is load and all(isinstance(t, ast.Name) for t in parent.targets)
+
+
+def _is_harmless(parent: ast.AST) -> bool:
+    """Whether what has a tensor in it neither changes it nor asks for its gradient."""
+    of_shape = isinstance(parent, ast.Attribute) and parent.attr in ("shape", "dtype", "device")
+    return of_shape or isinstance(parent, ast.BinOp)
+
+
+def _is_sum(node: ast.expr) -> bool:
+    plain = ast.Constant, ast.Tuple, ast.List, ast.JoinedStr
+    return (
+        isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Add)
+        and not any(isinstance(side, plain) for side in (node.left, node.right))
+    )
+
+
+def _stored(statement: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+
+
+def _loads(statement: ast.AST) -> Iterator[tuple[ast.Name, ast.AST]]:
+    """The names that a statement reads, each with the node that it is in."""
+    for parent in ast.walk(statement):
+        for child in ast.iter_child_nodes(parent):
+            if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Load):
+                yield child, parent
+
+
+def _load(name: str) -> ast.Name:
+    return ast.Name(name, ast.Load())
+
+
+def _call(helper: str, *arguments: ast.expr) -> ast.Call:
+    return ast.Call(_load(helper), list(arguments), [])
+
+
+class _Replacing(ast.NodeTransformer):
+    """Puts new nodes where others are, at their place in the file."""
+
+    def __init__(self, new: dict[int, ast.expr]) -> None:
+        self._new = dict(new)
+
+    def visit(self, node: ast.AST) -> Any:
+        new = self._new.pop(id(node), None)
+        if new is None:
+            return self.generic_visit(node)
+        return self.generic_visit(ast.fix_missing_locations(ast.copy_location(new, node)))
+
+
+# --- the function and its source ---
+
+
+def _chain(function: Any) -> Iterator[Any]:
+    """A function, what it wraps, what that wraps, and so on."""
+    seen = 0
+    while function is not None and seen < 100:
+        yield function
+        function, seen = getattr(function, "__wrapped__", None), seen + 1
+
+
+def _code_of(function: Any) -> Any:
+    return getattr(function, "__code__", function)
+
+
+def _parsed(raw: types.FunctionType) -> tuple[ast.FunctionDef, list[str]]:
+    """(its definition, with the lines and columns of its file; the names that the file imports)."""
+    try:
+        module = _module("".join(linecache.getlines(raw.__code__.co_filename, raw.__globals__)))
+    except SyntaxError:
+        raise UnfitError("its module's forward has no source") from None
+    line = raw.__code__.co_firstlineno
+    for node in ast.walk(module):
+        if not isinstance(node, ast.FunctionDef) or node.name != raw.__code__.co_name:
+            continue
+        if line == min(node.lineno, *(decorator.lineno for decorator in node.decorator_list), node.lineno):
+            # The compiler wants to know, as it calls a method of theirs otherwise than another.
+            imported = [a.asname or a.name.partition(".")[0] for i in _imports(module) for a in i.names if a.name != "*"]
+            return copy.deepcopy(node), imported
+    raise UnfitError("its module's forward has no source of its own")
+
+
+@functools.lru_cache(maxsize=8)
+def _module(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
+def _imports(scope: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Those of a module's own scope."""
+    for node in ast.iter_child_nodes(scope):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield from _imports(node)
+
+
+def _flags(raw: types.FunctionType) -> int:
+    """What the file imports from __future__."""
+    return raw.__code__.co_flags & annotations.compiler_flag
+
+
+def _is_alike(one: types.CodeType, other: types.CodeType) -> bool:
+    """Whether two are compiled of one text."""
+    names = "co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount", "co_kwonlyargcount"
+    if any(getattr(one, name) != getattr(other, name) for name in names) or len(one.co_consts) != len(other.co_consts):
+        return False
+    pairs = zip(one.co_consts, other.co_consts, strict=True)
+    return all(_is_alike(a, b) if isinstance(a, types.CodeType) else (type(a), a) == (type(b), b) for a, b in pairs)
