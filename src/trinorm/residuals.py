@@ -167,23 +167,28 @@ def _block(
         source = Forward(of, names)
         if source.found == Found(apart=source.found.apart):
             return "", source.found
-        rewritten = source.rewritten(_HELPERS)
-
-        @functools.wraps(rewritten)
-        def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            # What has been put in its place since is what the model's author wants.
-            return (rewritten if of.forward is was else of.forward)(self, *args, **kwargs)
-
-        named: dict[str, Any] = {"__module__": of.__module__, "__qualname__": of.__qualname__, "forward": forward}
-        named.update(made_by=(block, (of, names)))
-        kind: type[torch.nn.Module] = type(of.__name__, (Block, of), named)
-        if not source.is_wrapped_as(kind.forward, forward):
-            return "something is wrapped around its module's forward that is not in its source", Found()
-        return kind, source.found
+        # Decorators that wrap nothing, but write docstrings, say, are not called again.
+        for rewritten in source.rewritten(_HELPERS):
+            kind = _made(of, names, was, rewritten)
+            if source.is_wrapped_as(kind.forward):
+                return kind, source.found
+        return "something is wrapped around its module's forward that is not in its source", Found()
     except UnfitError as reason:
         return str(reason), Found()
     except Exception as error:  # of its __init_subclass__, say
         return f"its module's class cannot be extended: {type(error).__name__}: {error}", Found()
+
+
+def _made(
+    of: type[torch.nn.Module], names: frozenset[str], was: Callable[..., Any], rewritten: Callable[..., Any]
+) -> type[torch.nn.Module]:
+    @functools.wraps(rewritten)
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # What has been put in its place since is what the model's author wants.
+        return (rewritten if of.forward is was else of.forward)(self, *args, **kwargs)
+
+    named: dict[str, Any] = {"__module__": of.__module__, "__qualname__": of.__qualname__, "forward": forward}
+    return type(of.__name__, (Block, of), {**named, "made_by": (block, (of, names))})
 
 
 # --- what a rewritten forward calls ---

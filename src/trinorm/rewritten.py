@@ -75,10 +75,10 @@ class Forward:
             if len(arguments) > 1:
                 self._find_of_argument(arguments[1].arg)
 
-    def rewritten(self, helpers: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
-        """The new forward, with the decorators that the source has, and ``helpers`` for what it calls."""
-        definition, raw = self._definition, self._raw
-        changed = _Replacing(self._new).visit(definition)
+    def rewritten(self, helpers: dict[str, Callable[..., Any]]) -> Iterator[Callable[..., Any]]:
+        """The new forward, with ``helpers`` for what it calls: as it is, and with the decorators that the source has."""
+        raw = self._raw
+        changed = _Replacing(self._new).visit(self._definition)
         code = self._code(tuple(helpers), changed)
         cells = dict(zip(raw.__code__.co_freevars, raw.__closure__ or (), strict=True))
         cells.update({name: types.CellType(helper) for name, helper in helpers.items()})
@@ -86,8 +86,10 @@ class Forward:
         new = types.FunctionType(code, raw.__globals__, raw.__name__, raw.__defaults__, closure)
         new.__kwdefaults__, new.__qualname__, new.__module__ = raw.__kwdefaults__, raw.__qualname__, raw.__module__
         new.__doc__, new.__annotations__ = raw.__doc__, raw.__annotations__
+        vars(new).update(vars(raw))
+        yield new
         forward: Any = new
-        for decorator in reversed(definition.decorator_list):
+        for decorator in reversed(self._definition.decorator_list):
             try:
                 how = compile(ast.Expression(decorator), raw.__code__.co_filename, "eval", _flags(raw), dont_inherit=True)
                 forward = eval(how, raw.__globals__)(forward)
@@ -95,12 +97,13 @@ class Forward:
                 raise UnfitError(
                     f"its module's forward has a decorator that raises {type(error).__name__}: {error}"
                 ) from None
-        return forward
+        yield forward
 
-    def is_wrapped_as(self, forward: Callable[..., Any], but: Callable[..., Any]) -> bool:
-        """Whether a forward has around it what the class's own has, decorators and what a base puts there; ``but`` one."""
-        of_forward = [_code_of(f) for f in list(_chain(forward))[:-1] if f is not but]
-        return of_forward == [_code_of(f) for f in self._chain[:-1]]
+    def is_wrapped_as(self, forward: Callable[..., Any]) -> bool:
+        """Whether a new forward has around it what the old one has, decorators and what a base puts there, and one more."""
+        around = [_code_of(f) for f in list(_chain(forward))[:-1]]
+        wrappers = [_code_of(f) for f in self._chain[:-1]]
+        return any(around[:i] + around[i + 1 :] == wrappers for i in range(len(around)))
 
     # --- what there is ---
 
