@@ -148,6 +148,22 @@ class Concatenated(Otherwise):
         return self.norm(pair[0])
 
 
+class Later(Otherwise):
+    """Of what the name then stands for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.layer(x)
+        later = lambda: self.norm(x)  # noqa: E731
+        x = torch.relu(x * 2)
+        return later()
+
+
+class PerhapsNot(Otherwise):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.layer(x)
+        return self.norm(x) if self.training else self.layer(x * 1)
+
+
 class WithArguments(Otherwise):
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x=x + self.layer(x))
@@ -179,6 +195,8 @@ APART: dict[type[Holding], str] = {
     OfAnotherTest: "no sum",
     Changed: "no sum",
     Concatenated: "no sum",
+    Later: "no sum",
+    PerhapsNot: "no sum",
     WithArguments: "no sum",
     Lambda: "no source",
     OfNoFile: "no source",

@@ -227,7 +227,7 @@ def _returned(module: torch.nn.Module, a: Any, b: Any) -> Any:
 
 def _of_argument(module: torch.nn.Module, norm: Any, x: Any) -> Any:
     """What the norm makes of x: what came with it, where x and the norm are still what they were."""
-    handed = None if torch.compiler.is_compiling() else getattr(x, HANDED, None)
+    handed = getattr(x, HANDED, None) if type(x) is Tensor and not torch.compiler.is_compiling() else None
     if handed is not None:
         delattr(x, HANDED)
         y, of, state = handed

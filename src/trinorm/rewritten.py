@@ -68,6 +68,7 @@ class Forward:
         arguments = [*self._definition.args.posonlyargs, *self._definition.args.args]
         self._self = arguments[0].arg if arguments else ""
         self._new: dict[int, ast.expr] = {}  # by the id of the node that it stands for
+        self.shared = {self._self}.union(*map(_shared, self._definition.body))
         if not any(self._self in _stored(statement) for statement in self._definition.body):
             self._find_norms_of_sums()
             for i in range(len(self._definition.body)):
@@ -197,6 +198,8 @@ class _Uses:
         called = {name}  # the tensor's names
         assigned: set[str] = set()  # what was assigned since
         for statement in forward._definition.body[i:]:
+            if called & forward.shared:
+                return
             stored, loads = _stored(statement), [use for use in _loads(statement) if use[0].id in called]
             if isinstance(statement, ast.Return):
                 self.returned = isinstance(statement.value, ast.Name) and bool(loads) and self.norm is None
@@ -233,7 +236,10 @@ def _is_of_none(test: ast.expr | None, names: set[str]) -> bool:
 
 def _is_compound(statement: ast.stmt) -> bool:
     """Whether what it has in it is run in some order of its own, or not at all."""
-    return hasattr(statement, "body") or any(isinstance(node, (ast.Match, ast.NamedExpr)) for node in ast.walk(statement))
+    return hasattr(statement, "body") or any(isinstance(node, _COMPOUND) for node in ast.walk(statement))
+
+
+_COMPOUND = ast.Match, ast.NamedExpr, ast.IfExp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
 
 
 def _is_copy(parent: ast.AST, load: ast.Name) -> bool:
@@ -257,6 +263,17 @@ def _is_sum(node: ast.expr) -> bool:
 
 def _stored(statement: ast.AST) -> set[str]:
     return {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+
+
+def _shared(statement: ast.AST) -> set[str]:
+    """The names in it that other functions have too."""
+    found: set[str] = set()
+    for node in ast.walk(statement):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            found |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        elif isinstance(node, (ast.Global, ast.Nonlocal)):
+            found |= set(node.names)
+    return found
 
 
 def _loads(statement: ast.AST) -> Iterator[tuple[ast.Name, ast.AST]]:
