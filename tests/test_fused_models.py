@@ -14,10 +14,11 @@ from transformers_models import MODELS, given, made, result
 from trinorm import residuals
 from trinorm.compare import assert_no_worse
 
-# What two layers have: sums that the report has as fused, those of a call, and of these those of two layers.
-SUMS = dict.fromkeys(MODELS, (3, 3, 1))
+# What two layers have: norms that the report has as fused; sums that a call has with a norm, and those of them that go from
+# one layer into the other; and norms whose backward adds the stream's gradient.
+SUMS = dict.fromkeys(MODELS, (4, 3, 1, 2))
 # Whose norms are of a branch, before the sum; whose one norm begins a layer; and whose first sum is of another shape.
-SUMS.update(Olmo2=(0, 0, 0), Cohere=(1, 1, 1), Bert=(5, 4, 0))
+SUMS.update(Olmo2=(0, 0, 0, 0), Cohere=(2, 1, 1, 2), Bert=(5, 4, 0, 0))
 
 
 @pytest.fixture
@@ -33,6 +34,15 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
     monkeypatch.setattr(residuals, "_both", noted)
     return norms
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What was made of streams, whose gradients come together, one by one."""
+    found: list[object] = []
+    actual = residuals._stream
+    monkeypatch.setattr(residuals, "_stream", lambda *of: (found.append(actual(*of)), found[-1])[1])
+    return found
 
 
 def pair(name: str, device: torch.device, **how: Any) -> tuple[torch.nn.Module, torch.nn.Module, trinorm.Report]:
@@ -62,17 +72,20 @@ def assert_gradients_no_worse(grads: list[torch.Tensor], *others: list[torch.Ten
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", MODELS)
-def test_values_and_gradients(name: str, training: bool, device: torch.device, together: list[object]) -> None:
+def test_values_and_gradients(
+    name: str, training: bool, device: torch.device, together: list[object], streams: list[object]
+) -> None:
     """In fp32 the bits of the replaced model, where, as on a CPU, one kernel computes a row in both."""
     replaced, fused, report = pair(name, device)
-    (said, sums, handed), x = SUMS[name], given(name).to(device)
+    (said, sums, handed, norms), x = SUMS[name], given(name).to(device)
     assert len(report.fused) == said
     (want, grads_want), (y, grads) = (gradients(model.train(training), x) for model in (replaced, fused))
     assert len(together) == sums - handed
+    assert len(streams) == norms and None not in streams
     with torch.no_grad():
         torch.manual_seed(1)
         without = result(fused, x)
-    assert len(together) == 2 * sums - handed
+    assert len(together) == 2 * sums - handed and len(streams) == norms
     assert torch.equal(without, y)
     if device.type == "cpu":
         assert torch.equal(y, want)

@@ -62,10 +62,10 @@ class Decorated(Plain):
 
 
 TOGETHER: dict[type[Holding], set[str]] = {
-    Plain: {"norm"},
+    Plain: {"norm", "other"},
     Inline: {"norm", "other"},
     BothOfOne: {"norm"},
-    InOneStatement: {"other"},
+    InOneStatement: {"other", "norm"},
     Unless: {"norm"},
     Decorated: {"norm"},
 }

@@ -79,15 +79,6 @@ class Form:
             return functional.layer_norm(x, shape, weight, bias, self.eps, cast=self.norm.cast)
         return functional.rms_norm(x, shape, weight, self.eps, cast=self.norm.cast)
 
-    def added(self, parameters: Parameters, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(what it makes of the sum, the sum)."""
-        weight, bias = parameters
-        if self.norm.center:
-            return functional.add_layer_norm(
-                x, residual, weight, bias, self.eps, normalized_shape=x.shape[-1:], cast=self.norm.cast
-            )
-        return functional.add_rms_norm(x, residual, weight, self.eps, normalized_shape=x.shape[-1:], cast=self.norm.cast)
-
     def exact(self, parameters: Parameters, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """In float64."""
         return reference.oracle(self.norm, x, x.shape[-1:], *parameters, self.eps).y

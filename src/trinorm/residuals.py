@@ -11,13 +11,16 @@ import torch
 import torch.nn.modules.module as hooks
 from torch import Tensor
 
+from . import checks
 from .convert import Fused, Left, Report, is_norm, name_of
 from .forms import Form
 from .functional import add_layer_norm, add_rms_norm
 from .made import MARK, NEXT, Made, each, swap
+from .ops import stream_norm
 from .recognize import Recognized, form_in_force
 from .rewritten import NORM_OF_SUM, OF_ARGUMENT, RETURNED, SUM, Forward, Found, UnfitError
 from .row_nn import LayerNorm, RMSNorm
+from .spec import LAYER_NORM, RMS_NORM, RowNorm
 
 # Where a sum has with it what the next block's norm makes of it.
 HANDED = "_trinorm_handed"
@@ -31,15 +34,18 @@ def fuse(model: torch.nn.Module) -> Report:
     """Make each residual's sum and the norm behind it one launch, in place.
 
     For norms that are trinorm's (:func:`replace` first), LayerNorm and RMSNorm of the last dims. The forward of each module
-    that holds some is read: its source, if that is what runs. Where the sum of two tensors goes into one of them, the two
-    become a call of :func:`trinorm.functional.add_rms_norm` or ``add_layer_norm``. Every other statement stays, at its
-    line, as do the forward's decorators. A sum that a block returns to the next one of a ``ModuleList`` or ``Sequential``
-    is normalized for that one at once and handed to it with the sum, where no gradient is recorded, outside of inference
-    mode and of torch.compile.
+    that holds some is read: its source, if that is what runs. Every other statement of it stays, at its line, as do its
+    decorators. What is changed:
 
-    At a call where the norm has hooks, or is not served (:func:`replace` says when), or the two are no plain contiguous
-    tensors of one shape, the sum and the norm are what they were. Results are those of the replaced model. In gradients one
-    rounding is missing: the sum's own and the norm's are added before it.
+    - Where the sum of two tensors goes into a norm, both become a call of :func:`trinorm.functional.add_rms_norm` or
+      ``add_layer_norm``, whose backward adds the sum's gradient and the norm's in the same launch.
+    - Where a norm is of the forward's argument, which a sum has too, its backward adds the two gradients likewise.
+    - A sum that a block returns to the next one of a ``ModuleList`` or ``Sequential`` is normalized for that one's first
+      norm in the same launch, and handed to it, where no gradient is recorded, outside of inference mode.
+
+    The last two are not done under torch.compile. At a call where the norm has hooks, or is not served (:func:`replace`
+    says when), or the two are no plain contiguous tensors of one shape, the sum and the norm are what they were. Results
+    are those of the replaced model. In gradients one rounding is missing: two are added before they are rounded.
 
     The module objects stay and their classes change, as by :func:`replace`; :func:`restore` undoes both.
 
@@ -63,6 +69,7 @@ def fuse(model: torch.nn.Module) -> Report:
             sums = list(plan.found.sums.get(name, ()))
             if name == plan.found.of_argument:
                 sums += [f"what {paths[giver][0]} returns, without gradients" for giver in givers.get(of, ())]
+                sums += [f"the gradient of {plan.found.stream}, in its backward"] if plan.found.stream else []
             for path in paths[of]:
                 row = f"{path}.{name}".removeprefix("."), name_of(type(norm))
                 if sums:
@@ -93,8 +100,13 @@ class _Plan:
             kind, self.found = _block(of, names, of.forward)  # type: ignore[arg-type]
             if isinstance(kind, str):
                 self.reason = kind
+                self.found = Found(apart=self.found.apart)
             else:
                 self.kind = kind
+
+    @property
+    def is_of_use(self) -> bool:
+        return bool(self.found.sums or self.found.stream or self.attributes)
 
     def why_left(self, name: str) -> str:
         reason = _why_apart(self.norms[name]) or self.reason or self.found.apart.get(name)
@@ -225,16 +237,26 @@ def _returned(module: torch.nn.Module, a: Any, b: Any) -> Any:
     return total
 
 
-def _of_argument(module: torch.nn.Module, norm: Any, x: Any) -> Any:
-    """What the norm makes of x: what came with it, where x and the norm are still what they were."""
-    handed = getattr(x, HANDED, None) if type(x) is Tensor and not torch.compiler.is_compiling() else None
+def _of_argument(module: torch.nn.Module, norm: Any, x: Any) -> tuple[Any, list[Tensor]]:
+    """(x, what the norm makes of it: nothing where it is to be called).
+
+    That is what came with x, where x and the norm are still what they were. Where a gradient is recorded, what is returned
+    for x is x with another gradient, which is added to the norm's in one pass.
+    """
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return x, []
+    handed = getattr(x, HANDED, None)
     if handed is not None:
         delattr(x, HANDED)
+    if torch.is_grad_enabled():
+        row = _row(norm, x)
+        both = None if row is None else _stream(x, *row)
+        return (x, []) if both is None else (both[1], [both[0]])
+    if handed is not None:
         y, of, state = handed
-        same = of is norm and not torch.is_grad_enabled() and not _is_replaced(norm) and not _is_replaced(module)
-        if same and state == _state(norm, x):
-            return y
-    return norm(x)
+        if of is norm and not _is_replaced(norm) and not _is_replaced(module) and state == _state(norm, x):
+            return x, [y]
+    return x, []
 
 
 _HELPERS = {SUM: _sum, NORM_OF_SUM: _norm_of_sum, RETURNED: _returned, OF_ARGUMENT: _of_argument}
@@ -256,21 +278,50 @@ def _both(norm: Any, a: Any, b: Any) -> tuple[Tensor, Tensor] | None:
         if wide not in (a.dtype, b.dtype):
             return None
         a, b = (a, b) if a.dtype == wide else (b, a)
+    row = _row(norm, a)
+    if row is None:
+        return None
+    spec, shape, weight, bias, eps, batch_invariant = row
+    how: dict[str, Any] = dict(bias=bias, normalized_shape=shape, cast=spec.cast, batch_invariant=batch_invariant)
+    if spec.center:
+        return add_layer_norm(a, b, weight, eps=eps, **how)  # type: ignore[arg-type]
+    return add_rms_norm(a, b, weight, eps, **how)
+
+
+# What a call of a norm is, besides its input: normalized_shape, weight, bias, eps, batch_invariant.
+_Row = tuple[RowNorm, tuple[int, ...], Tensor | None, Tensor | None, float | None, bool | None]
+
+
+def _row(norm: Any, x: Tensor) -> _Row | None:
+    """A norm's call of a tensor like x; None where it is not just a LayerNorm or an RMSNorm of its last dims."""
     kind = type(norm)
     if kind is LayerNorm or kind is RMSNorm:
         if norm.save != "input" or _is_replaced(norm):
             return None
-        how: dict[str, Any] = dict(
-            normalized_shape=norm.normalized_shape, cast=norm.cast, batch_invariant=norm.batch_invariant
-        )
-        if kind is RMSNorm:
-            return add_rms_norm(a, b, norm.weight, norm.eps, **how)
-        return add_layer_norm(a, b, norm.weight, norm.bias, norm.eps, **how)
+        spec, bias = (RMS_NORM, None) if kind is RMSNorm else (LAYER_NORM, norm.bias)
+        return spec.with_cast(norm.cast), norm.normalized_shape, norm.weight, bias, norm.eps, norm.batch_invariant
     form = form_in_force(norm) if isinstance(norm, Recognized) else None
     if type(form) is not Form or _is_replaced(norm):
         return None
-    parameters = tuple(None if name is None else getattr(norm, name) for name in (form.weight, form.bias))
-    return form.added(parameters, a, b) if form.serves(parameters, a) else None  # type: ignore[arg-type]
+    weight, bias = (None if name is None else getattr(norm, name) for name in (form.weight, form.bias))
+    return (form.norm, x.shape[-1:], weight, bias, form.eps, None) if form.serves((weight, bias), x) else None
+
+
+def _stream(
+    x: Tensor,
+    spec: RowNorm,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    batch_invariant: bool | None,
+) -> tuple[Tensor, Tensor] | None:
+    """(y, x), of which the gradients are added in one pass."""
+    if not x.requires_grad:
+        return None
+    eps = checks.own_epsilon(spec, x, eps)
+    size, eps, invariant = checks.rows(spec.name, x, shape, weight, bias, eps, spec.cast, batch_invariant)
+    return stream_norm(spec, x, size, weight, bias, eps, invariant)
 
 
 def _is_replaced(module: torch.nn.Module) -> bool:

@@ -29,12 +29,14 @@ class Found:
     """What a forward has of what is looked for.
 
     sums: by the name of a norm those that go into it, with their lines; returned: the sum that is returned; of_argument:
-    the norm of the forward's argument; apart: by a norm's name, why a sum that goes into it stays apart.
+    the norm of the forward's argument; stream: that argument, if sums have it too; apart: by a norm's name, why a sum that
+    goes into it stays apart.
     """
 
     sums: dict[str, list[str]] = field(default_factory=dict)
     returned: str | None = None
     of_argument: str | None = None
+    stream: str | None = None
     apart: dict[str, str] = field(default_factory=dict)
 
 
@@ -51,9 +53,11 @@ class Forward:
         h = a + b        h = returned(self, a, b)
         return h              return h
 
-        self.norm(argument)   of_argument(self, self.norm, argument)
+                              x, y = of_argument(self, self.norm, x)
+        z = self.norm(x)      z = y.pop() if y else self.norm(x)
 
-    of which the first is done where nobody but other sums has h, and so nobody can tell how its gradient came about.
+    where h is such a sum, and x the forward's argument; but for what is returned, where nobody but other sums has them
+    besides, and so nobody can tell how their gradients came about.
     """
 
     def __init__(self, kind: type[torch.nn.Module], names: frozenset[str]) -> None:
@@ -67,7 +71,9 @@ class Forward:
             raise UnfitError("its module's forward is not what its source says")
         arguments = [*self._definition.args.posonlyargs, *self._definition.args.args]
         self._self = arguments[0].arg if arguments else ""
-        self._new: dict[int, ast.expr] = {}  # by the id of the node that it stands for
+        # By the id of a node what stands for it, and what is done before it.
+        self._new: dict[int, ast.expr] = {}
+        self._before: dict[int, list[ast.stmt]] = {}
         self.shared = {self._self}.union(*map(_shared, self._definition.body))
         if not any(self._self in _stored(statement) for statement in self._definition.body):
             self._find_norms_of_sums()
@@ -79,7 +85,7 @@ class Forward:
     def rewritten(self, helpers: dict[str, Callable[..., Any]]) -> Iterator[Callable[..., Any]]:
         """The new forward, with ``helpers`` for what it calls: as it is, and with the decorators that the source has."""
         raw = self._raw
-        changed = _Replacing(self._new).visit(self._definition)
+        changed = _Replacing(self._new, self._before).visit(self._definition)
         code = self._code(tuple(helpers), changed)
         cells = dict(zip(raw.__code__.co_freevars, raw.__closure__ or (), strict=True))
         cells.update({name: types.CellType(helper) for name, helper in helpers.items()})
@@ -135,12 +141,10 @@ class Forward:
         if uses.norm is not None and uses.other is not None:
             self.found.apart[uses.name] = f"line {uses.other} has the sum that goes into it too"
         elif uses.norm is not None:
-            kept = f"_trinorm_{i}"
             norm = uses.norm.func if uses.unless is None else ast.IfExp(uses.unless, ast.Constant(None), uses.norm.func)
-            pair = ast.Tuple([target, ast.Name(kept, ast.Store())], ast.Store())
-            self._new[id(target)], self._new[id(total)] = pair, _call(SUM, norm, total.left, total.right)
-            popped = ast.Call(ast.Attribute(_load(kept), "pop", ast.Load()), [], [])
-            self._new[id(uses.norm)] = ast.IfExp(_load(kept), popped, uses.norm)
+            self._new[id(target)] = _pair(target.id, kept := f"_trinorm_{i}")
+            self._new[id(total)] = _call(SUM, norm, total.left, total.right)
+            self._take(kept, uses.norm)
             self._note(uses.name, total)
         elif uses.returned and uses.unless is None and uses.other is None:
             self._find_returned(total)
@@ -151,9 +155,20 @@ class Forward:
 
     def _find_of_argument(self, argument: str) -> None:
         uses = _Uses(self, 0, argument)
-        if uses.norm is not None and uses.unless is None:
-            self._new[id(uses.norm)] = _call(OF_ARGUMENT, _load(self._self), uses.norm.func, uses.norm.args[0])
-            self.found.of_argument = uses.name
+        if uses.norm is None or uses.unless is not None or uses.other is not None:
+            return
+        name, *others = sorted(uses.called)
+        call = _call(OF_ARGUMENT, _load(self._self), uses.norm.func, _load(name))
+        both = ast.Assign([_pair(name, kept := "_trinorm_of_argument_y")], call)
+        copies = [ast.Assign([ast.Name(other, ast.Store())], _load(name)) for other in others]
+        self._before[id(uses.statement)] = [both, *copies]
+        self._take(kept, uses.norm)
+        self.found.of_argument, self.found.stream = uses.name, argument if uses.added else None
+
+    def _take(self, kept: str, norm: ast.Call) -> None:
+        """In place of a norm's call what is kept, if there is any."""
+        popped = ast.Call(ast.Attribute(_load(kept), "pop", ast.Load()), [], [])
+        self._new[id(norm)] = ast.IfExp(_load(kept), popped, norm)
 
     def _note(self, norm: str, total: ast.BinOp) -> None:
         self.found.sums.setdefault(norm, []).append(f"{ast.unparse(total)}, line {total.lineno}")
@@ -185,16 +200,18 @@ class Forward:
 class _Uses:
     """What a forward does with a tensor that it has as ``name``, from its i-th statement on.
 
-    norm: the first norm's call of it, where every way leads there but the one of ``unless``, a test of some name's being
-    None; other: a line that may change it before, or hand it to anything but a sum or a norm; returned: whether it is
-    what is returned.
+    norm: the first norm's call of it, in ``statement``, before which ``called`` are its names. Every way leads there but
+    the one of ``unless``, a test of some name's being None. other: a line that may change it before, or hand it to anything
+    but a sum or a norm; added: whether a sum has it; returned: whether it is what is returned.
     """
 
     def __init__(self, forward: Forward, i: int, name: str) -> None:
         self.norm: ast.Call | None = None
         self.unless: ast.expr | None = None
         self.other: int | None = None
-        self.name, self.returned = "", False
+        self.name, self.added, self.returned = "", False, False
+        self.statement: ast.stmt | None = None
+        self.called: set[str] = set()
         called = {name}  # the tensor's names
         assigned: set[str] = set()  # what was assigned since
         for statement in forward._definition.body[i:]:
@@ -204,7 +221,10 @@ class _Uses:
             if isinstance(statement, ast.Return):
                 self.returned = isinstance(statement.value, ast.Name) and bool(loads) and self.norm is None
                 loads = [] if self.returned else loads
-            whole = not (isinstance(statement, ast.AugAssign) and stored & called) and not _is_compound(statement)
+            in_place = isinstance(statement, ast.AugAssign) and bool(stored & called)
+            whole = not in_place and not _is_compound(statement)
+            if in_place and self.norm is not None:
+                self.other = self.other or statement.lineno
             if (loads or stored & called) and not whole and self.norm is None:
                 test = getattr(statement, "test", None) if isinstance(statement, ast.If) and not statement.orelse else None
                 if self.unless is not None or not _is_of_none(test, called | assigned):
@@ -215,8 +235,10 @@ class _Uses:
                 norm = forward._norm_of(parent)
                 if norm is not None and self.norm is None and whole:
                     assert isinstance(parent, ast.Call)
-                    self.norm, self.name = parent, norm
-                elif norm is None and not _is_harmless(parent) and not (whole and _is_copy(parent, load)):
+                    self.norm, self.name, self.statement, self.called = parent, norm, statement, set(called)
+                elif isinstance(parent, ast.BinOp):
+                    self.added = True
+                elif norm is None and not _is_of_shape(parent) and not (whole and _is_copy(parent, load)):
                     self.other = self.other or statement.lineno
             assigned |= stored
             if whole:
@@ -246,10 +268,8 @@ def _is_copy(parent: ast.AST, load: ast.Name) -> bool:
     return isinstance(parent, ast.Assign) and parent.value is load and all(isinstance(t, ast.Name) for t in parent.targets)
 
 
-def _is_harmless(parent: ast.AST) -> bool:
-    """Whether what has a tensor in it neither changes it nor asks for its gradient."""
-    of_shape = isinstance(parent, ast.Attribute) and parent.attr in ("shape", "dtype", "device")
-    return of_shape or isinstance(parent, ast.BinOp)
+def _is_of_shape(parent: ast.AST) -> bool:
+    return isinstance(parent, ast.Attribute) and parent.attr in ("shape", "dtype", "device")
 
 
 def _is_sum(node: ast.expr) -> bool:
@@ -292,17 +312,23 @@ def _call(helper: str, *arguments: ast.expr) -> ast.Call:
     return ast.Call(_load(helper), list(arguments), [])
 
 
-class _Replacing(ast.NodeTransformer):
-    """Puts new nodes where others are, at their place in the file."""
+def _pair(first: str, second: str) -> ast.Tuple:
+    return ast.Tuple([ast.Name(first, ast.Store()), ast.Name(second, ast.Store())], ast.Store())
 
-    def __init__(self, new: dict[int, ast.expr]) -> None:
-        self._new = dict(new)
+
+class _Replacing(ast.NodeTransformer):
+    """Puts new nodes where others are, or before them, at their place in the file."""
+
+    def __init__(self, new: dict[int, ast.expr], before: dict[int, list[ast.stmt]]) -> None:
+        self._new, self._before = dict(new), before
 
     def visit(self, node: ast.AST) -> Any:
+        before = [ast.fix_missing_locations(ast.copy_location(new, node)) for new in self._before.get(id(node), ())]
         new = self._new.pop(id(node), None)
-        if new is None:
-            return self.generic_visit(node)
-        return self.generic_visit(ast.fix_missing_locations(ast.copy_location(new, node)))
+        if new is not None:
+            node = ast.fix_missing_locations(ast.copy_location(new, node))
+        node = self.generic_visit(node)
+        return [*before, node] if before else node
 
 
 # --- the function and its source ---
