@@ -13,6 +13,7 @@ from torch import Tensor
 import trinorm
 from trinorm import residuals
 from written_blocks import Inline, Plain, fused
+from written_norms import BeforeTheWeightNorm
 
 # --- at a call ---
 
@@ -37,6 +38,20 @@ def test_a_sum_of_other_than_two_alike_is_what_it_was(device: torch.device) -> N
             y, total = both
             assert torch.equal(total, a + b) and torch.equal(y, after.other(a + b)) and y.dtype == after.other(a + b).dtype
     after.norm.save = "output"
+    assert residuals._both(norm, x, x) is None
+
+
+def test_a_recognized_norm_is_asked_whether_it_still_is_one(device: torch.device) -> None:
+    norm, x = BeforeTheWeightNorm(16).to(device), torch.randn(2, 16, device=device)
+    trinorm.replace(norm)
+    y, total = residuals._both(norm, x, x)
+    assert torch.equal(total, x + x) and torch.equal(y, norm(x + x))
+    assert residuals._both(norm, x.half(), x.half()) is None  # beside fp32 weights its own forward returns fp32
+    hook = norm.register_forward_hook(lambda *of: None)
+    assert residuals._both(norm, x, x) is None
+    hook.remove()
+    assert residuals._both(norm, x, x) is not None
+    norm.variance_epsilon = 1.0
     assert residuals._both(norm, x, x) is None
 
 
@@ -116,6 +131,20 @@ def test_what_does_not_hold_any_more_is_not_taken(device: torch.device) -> None:
         model[1].other.register_forward_hook(lambda *of: of[2] * 0)
     assert torch.equal(before[1](hooked[0]), after[1](hooked[1]))
     assert residuals.HANDED not in vars(after[0](x))  # nor made for a norm with hooks
+
+
+@torch.no_grad()
+def test_nothing_is_taken_under_autocast_nor_by_a_block_with_hooks(device: torch.device) -> None:
+    _, after = blocks(device)
+    x, (_, block, _) = torch.randn(4, 16, device=device), after
+    assert residuals._of_argument(block, block.other, after[0](x))[1]
+    total = after[0](x)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert not residuals._of_argument(block, block.other, total)[1]
+    hook = block.register_forward_pre_hook(lambda *of: None)
+    assert not residuals._of_argument(block, block.other, after[0](x))[1]
+    hook.remove()
+    assert not residuals._of_argument(block, after[2].other, after[0](x))[1]
 
 
 def test_nothing_is_handed_on_with_gradients_or_in_inference_mode(device: torch.device) -> None:

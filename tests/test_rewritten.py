@@ -84,6 +84,22 @@ def test_sums_and_norms_that_go_together(kind: type[Holding], device: torch.devi
         torch.testing.assert_close(*found)
 
 
+def test_a_stream_has_one_gradient(device: torch.device) -> None:
+    """Of what begins a block: the norm's and the residual's come back as one."""
+    edges = []
+    for model in fused(Plain, device)[:2]:
+        x = torch.randn(3, 5, 16, device=device, requires_grad=True)
+        nodes, seen, into = [model(x).grad_fn], set(), 0
+        while nodes:
+            for node, _ in nodes.pop().next_functions:
+                into += getattr(node, "variable", None) is x
+                if node is not None and node not in seen:
+                    seen.add(node)
+                    nodes.append(node)
+        edges.append(into)
+    assert edges == [2, 1]
+
+
 class Otherwise(Holding):
     """Of which nothing is fused."""
 
@@ -100,6 +116,22 @@ class InPlace(Otherwise):
         x = x + self.layer(x)
         x *= 2
         return self.norm(x)
+
+
+class InPlaceByAnotherName(Otherwise):
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x + self.layer(x)
+        x = residual
+        x *= 2
+        return self.norm(residual)
+
+
+class ArgumentHandedOn(Otherwise):
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x
+        x = self.norm(x)
+        self.record.append(residual)
+        return x * residual
 
 
 class HandedOn(Otherwise):
@@ -129,7 +161,7 @@ class InABranch(Otherwise):
 class OfAnotherTest(Otherwise):
     def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
         x = x + self.layer(x)
-        more = self.layer(x * 1) if self.training else more
+        more = self.layer.bias
         if more is not None:
             x = x * more
         return self.norm(x)
@@ -186,9 +218,23 @@ class Patched(Otherwise):
 
 Patched.forward = twice(Patched.forward)  # type: ignore[method-assign]
 
+
+class Recoded(Otherwise):
+    """Whose source says something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.layer(x) * 2.0)
+
+
+code = Recoded.forward.__code__
+Recoded.forward.__code__ = code.replace(co_consts=tuple(3.0 if c == 2.0 else c for c in code.co_consts))
+
 APART: dict[type[Holding], str] = {
     Written: "has the sum that goes into it too",
     InPlace: "no sum",
+    InPlaceByAnotherName: "no sum",
+    ArgumentHandedOn: "no sum",
+    Recoded: "not what its source says",
     HandedOn: "has the sum that goes into it too",
     BothReturned: "has the sum that goes into it too",
     InABranch: "no sum",
@@ -233,4 +279,8 @@ def test_a_traceback_shows_the_models_file(device: torch.device) -> None:
         after(torch.randn(2, 16, device=device))
     except TypeError as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
+    after.layer = torch.nn.Linear(16, 7, device=device)
+    with pytest.raises(RuntimeError) as caught:
+        after(torch.randn(2, 16, device=device))
+    assert [(f.filename, f.line) for f in traceback.extract_tb(caught.tb)][-2] == (frame.filename, frame.line)
     assert frame.filename == written_blocks.__file__ and frame.line == "x = residual + self.layer(x)"

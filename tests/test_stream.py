@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -77,6 +79,17 @@ def test_second_derivatives(spec: RowNorm, device: torch.device) -> None:
     assert torch.autograd.gradgradcheck(norm, inputs, **JACOBIAN)
 
 
+@SPEC
+def test_calls_are_told_apart(spec: RowNorm, device: torch.device) -> None:
+    x, weight, bias, *_ = given(spec, torch.bfloat16, device)
+    x.requires_grad_()
+    for cast, eps in itertools.product(CASTS, (EPS, 1.0)):
+        of = spec.with_cast(cast), x, (48,), weight, bias, eps
+        both = stream_norm(*of, False)
+        assert both is not None
+        assert_no_worse("y", both[0].detach(), exact(*of), reference.composite(*of).detach())
+
+
 def test_where_it_is_nothing_but_the_norm(device: torch.device) -> None:
     """Without a gradient of x, of memory in another order, and where the kernels do not serve."""
     spec = SPECS[1].values[0]
@@ -84,7 +97,8 @@ def test_where_it_is_nothing_but_the_norm(device: torch.device) -> None:
     assert stream_norm(spec, x, (48,), weight, None, EPS, False) is None
     x.requires_grad_()
     assert stream_norm(spec, x, (48,), weight, None, EPS, False) is not None
-    assert stream_norm(spec, x.T, (48,), weight, None, EPS, False) is None
+    for other in (x.T, torch.cat([x, x], 1)[:, :48]):
+        assert stream_norm(spec, other, (48,), weight, None, EPS, False) is None
     assert stream_norm(spec, x.to("meta"), (48,), weight.to("meta"), None, EPS, False) is None
     with torch.no_grad():
         assert stream_norm(spec, x, (48,), weight, None, EPS, False) is None
