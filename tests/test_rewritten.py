@@ -84,10 +84,18 @@ def test_sums_and_norms_that_go_together(kind: type[Holding], device: torch.devi
         torch.testing.assert_close(*found)
 
 
-def test_a_stream_has_one_gradient(device: torch.device) -> None:
+class Named(Holding):
+    def forward(self, hidden: Tensor) -> Tensor:
+        stream = hidden
+        hidden = self.norm(hidden)
+        return stream + hidden
+
+
+@pytest.mark.parametrize("kind", [Plain, Named])
+def test_a_stream_has_one_gradient(kind: type[Holding], device: torch.device) -> None:
     """Of what begins a block: the norm's and the residual's come back as one."""
     edges = []
-    for model in fused(Plain, device)[:2]:
+    for model in fused(kind, device)[:2]:
         x = torch.randn(3, 5, 16, device=device, requires_grad=True)
         nodes, seen, into = [model(x).grad_fn], set(), 0
         while nodes:

@@ -76,7 +76,7 @@ def fuse(model: torch.nn.Module) -> Report:
                     fused.append(Fused(*row, "; ".join(sums)))
                 else:
                     left.append(Left(*row, plan.why_left(name)))
-    of_use = [plan for of, plan in plans.items() if plan.found.sums or NEXT in plan.attributes or of in givers]
+    of_use = [plan for of, plan in plans.items() if plan.is_of_use or of in givers]
     order = {path: i for i, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
     for rows in fused, left:
         rows.sort(key=lambda row: order[row.path])
