@@ -1,227 +1,168 @@
-"""Steps of real models' blocks with random weights in bf16: with torch's norms, torch.compile, and trinorm's.
+"""Steps of real models with random weights, in bf16: with torch's norms, Liger-Kernel's and trinorm's, and compiled.
 
-    python benchmarks/models.py --json models.jsonl
+    python benchmarks/models.py --quick --json models.jsonl
 
-unet and vae are the residual blocks of SDXL's UNet, trained, and of its VAE's decoder, forward alone; resnet is ResNet-50
-(He et al., arXiv:1512.03385) and convnext ConvNeXt-T (arXiv:2201.03545, by timm), trained under autocast. fused has
-activations, and ResNet's residual, in the norms' pass. Times are medians in milliseconds: a step, the host's part, its
-kernels.
+A training step is the forward, the model's own loss and the backward; gradients are dropped before each, and there is no
+optimizer. The columns of a row take turns, step by step, with the same parameters. ms is a step between two CUDA events,
+with nothing queued before; host_ms what the host takes to start it; kernels_ms its kernels together, by the profiler: a
+step that takes much longer than its kernels waits for the host. peak_mb is the most memory in a step, held_mb what was held
+before it. logits_error and gradients_error are ‖a − b‖/‖b‖ to the fp32 model with the same weights: of the logits, and of
+the gradients of all parameters together.
+
+compile is torch.compile of the whole model, layers of each layer (one graph for all). With --quick a model of many equal
+layers is not compiled whole, but for Llama and Gemma's decoding with few of them, in rows that say so. Liger-Kernel's
+kernels need a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
 import json
-import statistics
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
-import trinorm
-from trinorm import nn as tnn
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before trinorm is imported
+    from trinorm import interpreter
 
-FORMATS = {"first": torch.contiguous_format, "last": torch.channels_last}
-Change = Callable[[nn.Module], nn.Module]
+    interpreter.install()
 
-
-class Residual(nn.Module):
-    """GroupNorm, SiLU and a convolution, twice, with a time embedding between them or none."""
-
-    def __init__(self, channels: int, embedding: int) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList(nn.GroupNorm(32, channels) for _ in range(2))
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-        self.time = nn.Linear(embedding, channels) if embedding else None
-        self.fused = False
-
-    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
-        h = x
-        for i, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
-            h = conv(norm(h) if self.fused else F.silu(norm(h)))
-            if self.time is not None and t is not None and i == 0:
-                h = h + self.time(F.silu(t))[:, :, None, None]
-        return x + h
+from model_cases import CASES, FURTHER
+from model_columns import COLUMNS
+from model_rows import Row, free, measure, prepare
 
 
-class Bottleneck(nn.Module):
-    """ResNet's, whose last norm takes the shortcut along where it is fused."""
-
-    def __init__(self, entering: int, inner: int, stride: int) -> None:
-        super().__init__()
-        sizes = ((entering, inner, 1, 1), (inner, inner, 3, stride), (inner, 4 * inner, 1, 1))
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, k, s, k // 2, bias=False) for a, b, k, s in sizes)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for _, b, _, _ in sizes)
-        alike = stride == 1 and entering == 4 * inner
-        way = (nn.Conv2d(entering, 4 * inner, 1, stride, bias=False), nn.BatchNorm2d(4 * inner))
-        self.shortcut = nn.Identity() if alike else nn.Sequential(*way)
-        self.fused = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut, y = self.shortcut(x), x
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            y = conv(y)
-            if self.fused:
-                y = norm(y, residual=shortcut) if i == 2 else norm(y)
-            else:
-                y = F.relu(norm(y) + shortcut) if i == 2 else F.relu(norm(y))
-        return y
+def rows(cases: list[str], columns: list[str], quick: bool, tiny: bool, device: torch.device) -> Iterator[Row]:
+    """Of a case of many layers in a quick run: all, with nothing compiled whole; and few of them, where it says so."""
+    for name in cases:
+        case = {**CASES, **FURTHER}[name]
+        wanted = [column for column in columns if column not in case.without]
+        split = quick and case.layers is not None and any(COLUMNS[column].whole for column in wanted)
+        yield Row(case, tiny, device, None, [c for c in wanted if not (split and COLUMNS[c].whole)])
+        if split and case.few:
+            yield Row(case, tiny, device, 1 if tiny else case.few, [c for c in wanted if COLUMNS[c].few])
 
 
-class ResNet50(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
-        blocks, entering = [], 64
-        for inner, depth, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
-            for i in range(depth):
-                blocks.append(Bottleneck(entering, inner, stride if i == 0 else 1))
-                entering = 4 * inner
-        self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(entering, 1000)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.norm(self.stem(x))), 3, 2, 1)
-        return self.head(self.blocks(x).mean((2, 3)))
-
-
-def replaced(model: nn.Module) -> nn.Module:
-    """trinorm's norms; timm's LayerNorm2d too, which is no class of torch's."""
-    trinorm.replace(model)
-    for path, child in list(model.named_modules()):
-        if type(child).__name__ not in ("LayerNorm2d", "LayerNorm") or isinstance(child, tnn.LayerNorm):
-            continue
-        kind = tnn.ChannelLayerNorm if type(child).__name__ == "LayerNorm2d" else tnn.LayerNorm
-        norm = kind(child.weight.numel(), eps=child.eps).to(child.weight.device)
-        norm.weight, norm.bias = child.weight, child.bias
-        model.set_submodule(path, norm)
-    return model
+def records(row: Row, origin: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for variant in row.variants:
+        yield dict(
+            model=row.case.title,
+            **{"pass": row.case.what},
+            layers=row.layers or row.case.layers,
+            of_layers=row.case.layers,
+            shape=row.shape,
+            order="channels_last" if row.case.last else "contiguous",
+            dtype="bfloat16",
+            autocast=row.case.autocast,
+            column=variant.column,
+            **variant.found,
+            compared=row.compared,
+            failure=variant.failure,
+            **origin,
+        )
 
 
-def fused(model: nn.Module) -> nn.Module:
-    for block in replaced(model).modules():
-        if isinstance(block, (Residual, Bottleneck)):
-            block.fused = True
-            for norm in block.norms:
-                norm.activation = "silu" if isinstance(block, Residual) else "relu"  # type: ignore[assignment]
-    return model
+def origin(device: torch.device) -> dict[str, Any]:
+    """The card, the versions, the commit (TRINORM_COMMIT where it is set) and the day, as trinorm bench writes them."""
+    from trinorm.bench.records import provenance
+
+    found: dict[str, Any] = asdict(provenance(device)) if device.type == "cuda" else {}
+    for package in ("transformers", "timm", "liger_kernel"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
-VARIANTS: dict[str, Change] = {
-    "torch": lambda model: model,
-    "compile": torch.compile,
-    "trinorm": replaced,
-    "fused": fused,
-    "fused+compile": lambda model: torch.compile(fused(model)),
-}
+def tables(found: Sequence[dict[str, Any]]) -> Iterator[Table]:
+    """Times and memory; and errors."""
+    columns = list(dict.fromkeys(record["column"] for record in found))
+    by_row: dict[str, dict[str, dict[str, Any]]] = {}
+    for r in found:
+        few = f", {r['layers']} of {r['of_layers']} layers" if r["layers"] != r["of_layers"] else ""
+        last = ", last" if r["order"] == "channels_last" else ""
+        title = f"{r['model']}{few}{last}, {r['pass']} {'×'.join(map(str, r['shape']))}"
+        by_row.setdefault(title, {})[r["column"]] = r
+
+    def times(r: dict[str, Any]) -> str:
+        gigabytes = f" {r['peak_mb'] / 1024:.1f}" if "peak_mb" in r else ""
+        return f"{r['ms']:.2f} ({r.get('kernels_ms', r['host_ms']):.2f}){gigabytes}" if "ms" in r else "failed"
+
+    def errors(r: dict[str, Any]) -> str:
+        both = (r.get("logits_error"), r.get("gradients_error"))
+        return " ".join("–" if e is None else f"{e:.2e}" for e in both)
+
+    for title, cell in (("ms (kernels' ms) peak GiB", times), ("‖a − b‖/‖b‖ to fp32: logits, gradients", errors)):
+        table = Table("model", *columns, title=title)
+        for name, cells in by_row.items():
+            table.add_row(name, *(cell(cells[c]) if c in cells else "" for c in columns))
+        yield table
 
 
-def models(
-    names: list[str], orders: list[str], device: str, small: bool
-) -> Iterator[tuple[str, nn.Module, tuple[Tensor, ...], bool, bool]]:
-    """(what, model, inputs, whether it is trained, whether under autocast) of each model, in each order of memory."""
-    part = 8 if small else 1
-    for order in orders:
-        memory = FORMATS[order]
-
-        def image(*shape: int, dtype: torch.dtype = torch.bfloat16, memory: torch.memory_format = memory) -> Tensor:
-            return torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=memory)
-
-        how: dict[str, Any] = dict(device=device, dtype=torch.bfloat16, memory_format=memory)
-        for channels, side in ((640, 64), (320, 128)) if "unet" in names else ():
-            time_ = torch.randn(4, 1280, device=device, dtype=torch.bfloat16)
-            x = image(4, channels, side // part, side // part).requires_grad_()
-            yield f"unet {'x'.join(map(str, x.shape))} {order}", Residual(channels, 1280).to(**how), (x, time_), True, False
-        if "vae" in names:
-            x = image(1, 256, 512 // part, 512 // part)
-            yield f"vae {'x'.join(map(str, x.shape))} {order}", Residual(256, 0).to(**how), (x,), False, False
-        images = [image(max(1, n // part**2), 3, 224, 224, dtype=torch.float32) for n in (64, 256)]
-        for x in images if "resnet" in names else ():
-            yield f"resnet {len(x)} {order}", ResNet50().to(device, memory_format=memory), (x,), True, True
-        if "convnext" in names:
-            import timm
-
-            model = timm.create_model("convnext_tiny").to(device, memory_format=memory)
-            yield f"convnext {len(images[0])} {order}", model, (images[0],), True, True
-
-
-def measure(step: Callable[[], None], device: str, steps: int) -> dict[str, float]:
-    """Milliseconds of a step, of the host in it, and of its kernels together."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    for _ in range(6):
-        step()
-    whole, host = [], []
-    for _ in range(steps):
-        synchronize()
-        start = time.perf_counter()
-        step()
-        host.append(time.perf_counter() - start)
-        synchronize()
-        whole.append(time.perf_counter() - start)
-    found = {"ms": statistics.median(whole) * 1e3, "host_ms": statistics.median(host) * 1e3}
-    if device == "cuda":
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            step()
-            synchronize()
-        found["kernels_ms"] = sum(event.device_time for event in profile.events()) / 1e3
-        found["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    return {name: round(value, 3) for name, value in found.items()}
-
-
-def run(
-    model: nn.Module, change: Change, inputs: tuple[Tensor, ...], train: bool, autocast: bool, args: Any
-) -> dict[str, float]:
-    torch._dynamo.reset()
-    if args.device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    model = change(copy.deepcopy(model))
-
-    def step() -> None:
-        with torch.autocast(args.device, torch.bfloat16, enabled=autocast), torch.set_grad_enabled(train):
-            y = model(*inputs)
-        if train:
-            y.float().square().mean().backward()
-            for t in (*model.parameters(), *inputs):
-                t.grad = None
-
-    return measure(step, args.device, args.steps)
-
-
-def main() -> None:
+def main(given: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="unet,vae,resnet,convnext", help="comma-separated")
-    parser.add_argument("--orders", default=",".join(FORMATS), help="comma-separated")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--json", type=Path, help="append a record a line to this file")
+    usual = [name for name, column in COLUMNS.items() if column.usual]
+    parser.add_argument("--cases", default=",".join(CASES), help=f"comma-separated; further ones: {','.join(FURTHER)}")
+    parser.add_argument("--columns", default=",".join(usual), help=f"comma-separated, of {','.join(COLUMNS)}")
+    parser.add_argument("--quick", action="store_true", help="compile no model of many layers whole")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row later than this")
+    parser.add_argument("--json", type=Path, help="append a record a line, to this file or in this folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="small shapes, to see that it runs")
-    args = parser.parse_args()
-    console, asked = Console(), args.variants.split(",")
-    table = Table("model", *asked, title="milliseconds a step (host; kernels)")
-    for what, model, inputs, train, autocast in models(
-        args.models.split(","), args.orders.split(","), args.device, args.small
-    ):
-        cells = []
-        for variant in asked:
-            found = run(model, VARIANTS[variant], inputs, train, autocast, args)
-            kernels = f"; {found['kernels_ms']:.2f}" if "kernels_ms" in found else ""
-            cells.append(f"{found['ms']:.2f} ({found['host_ms']:.2f}{kernels})")
-            gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
-            record = dict(model=what, variant=variant, **found, train=train, gpu=gpu, torch=torch.__version__)
-            console.print(record)
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs; nothing is written")
+    parser.add_argument("--show", type=Path, help="only the tables of such a file")
+    args = parser.parse_args(given)
+    console = Console(width=max(200, Console().width))
+    if args.show:
+        written = [json.loads(line) for line in args.show.read_text().splitlines()]
+        console.print(*tables(written))
+        return written
+    device = torch.device(args.device)
+    if args.json and (args.tiny or device.type != "cuda"):
+        parser.error("--json: toy sizes and a CPU's times are no results")
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # the fp32 model's convolutions
+    began, found = time.perf_counter(), []
+    source = origin(device)
+
+    def say(what: str) -> None:
+        console.print(f"[{time.perf_counter() - began:6.1f} s] {what}", markup=False, highlight=False, soft_wrap=True)
+
+    if args.json:
+        from trinorm.bench.records import results_path
+
+        args.json = results_path(args.json, source["gpu"], source["date"], "models-bf16")
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+    for row in rows(args.cases.split(","), args.columns.split(","), args.quick, args.tiny, device):
+        if time.perf_counter() - began > args.seconds:
+            say(f"{row.title}: not begun, the time is up")
+            continue
+        torch._dynamo.reset()
+        try:
+            timed = prepare(row, say)
+        except Exception as error:  # of a model that cannot be made here
+            say(f"{row.title}: {type(error).__name__}: {error}")
+            continue
+        free(device)
+        measure(row, timed, say)
+        for record in records(row, source):
+            found.append(record)
             if args.json:
                 with args.json.open("a") as file:
                     file.write(json.dumps(record) + "\n")
-        table.add_row(what, *cells)
-    console.print(table)
+        row.variants.clear()
+        del timed
+        free(device)
+    console.print(*tables(found))
+    return found
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from trinorm.tuning import (
     Tile,
 )
 
-HELD = RowForward(Tile(1, 512, 4), tiles=1, stream=True, preload=False, early=True, pivot=True)
+HELD = RowForward(Tile(1, 512, 4), tiles=1, stream=True, preload=False, early=True, pairwise=True)
 TILES = RowForward(Tile(4, 256, 4), tiles=2, stream=False, preload=True, early=True)
 # (rows, columns, forward, backward); 1000 columns leave a ragged chunk.
 CALLS = (

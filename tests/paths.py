@@ -32,7 +32,7 @@ PATHS = {
         RowBackward(Tile(1, 512, 4), tiles=2, stages=1, per_sm=2, stream=False),
     ),
     "few": (
-        RowForward(Tile(2, 2048, 8), tiles=1, stream=True, preload=True, early=True, pivot=True),
+        RowForward(Tile(2, 2048, 8), tiles=1, stream=True, preload=True, early=True, pairwise=True),
         RowBackwardFew(Tile(2, 2048, 8), sums=Tile(4, 1024, 8)),
     ),
 }

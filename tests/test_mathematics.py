@@ -288,6 +288,15 @@ def test_chans_rule_for_blocks_of_one_size(row: list[Fraction], size: int) -> No
     assert (mean, squares) == moments(row)
 
 
+@given(numbers, numbers)
+def test_chans_rule_for_two_groups(xs: list[Fraction], others: list[Fraction]) -> None:
+    (total, n, squares), (other_total, k, other_squares) = ((sum(g), len(g), moments(g)[1]) for g in (xs, others))
+    both = squares + other_squares + (k * total - n * other_total) ** 2 / (n * k * (n + k))
+    assert both == moments(xs + others)[1]
+    if n == k:
+        assert 2 * n * both == 2 * (n * squares + n * other_squares) + (total - other_total) ** 2
+
+
 @pytest.mark.parametrize(("dtype", "columns"), [(torch.bfloat16, 65536), (torch.float16, 8192)], ids=str)
 def test_sums_of_equal_values_are_exact(dtype: torch.dtype, columns: int) -> None:
     """Every partial sum, of the value with the most significant bits; one column more than allowed need not be."""

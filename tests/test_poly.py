@@ -213,7 +213,9 @@ def _sums_kernel(OUT, X, DY, scale, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: 
     dys = index.load_row(DY + rows * N, rows >= 0, N, CHUNK, False)
     eps = tl.full([1, 1], 1e-6, tl.float32)
     scales = None if scale is None else tl.full([ROWS, 1], scale, tl.float32)
-    (r3, r2, r1, _), (a3, a2, a1, total) = kernels.poly_stats_and_sums(xs, dys, scales, eps, N, tl.float32)
+    stats, sums = kernels.poly_stats_and_sums(xs, dys, scales, eps, N, tl.float32)  # Triton 3.6: no tuples of tuples
+    r3, r2, r1, _ = stats
+    a3, a2, a1, total = sums
     tl.store(OUT + rows, a3)
     tl.store(OUT + ROWS + rows, a2)
     tl.store(OUT + 2 * ROWS + rows, a1)

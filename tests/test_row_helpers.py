@@ -23,34 +23,65 @@ def _held(X, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _statistics_kernel(OUT, X, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    rows, every, pointers, xs = _held(X, N, ROWS, CHUNK)
+    rows, _, pointers, xs = _held(X, N, ROWS, CHUNK)
     tl.store(OUT + rows, stats.row_sum(xs[0]))
-    pivot = stats.row_pivot(pointers, every, N, tl.float32)
-    tl.store(OUT + ROWS + rows, pivot)
-    mean, power, good = stats.pivoted_moments(xs, pivot, N, tl.float32)
-    tl.store(OUT + 2 * ROWS + rows, mean)
-    tl.store(OUT + 3 * ROWS + rows, power)
-    tl.store(OUT + 4 * ROWS + rows, good.to(tl.float32))
-    tl.store(OUT + 5 * ROWS + rows, stats.streamed_mean(pointers, 2.0, N, tl.float32, CHUNK))
-    tl.store(OUT + 6 * ROWS + rows, stats.largest_of(pointers, N, tl.float32, CHUNK))
+    mean, power = stats.pairwise_moments(xs, N, tl.float32)
+    tl.store(OUT + ROWS + rows, mean)
+    tl.store(OUT + 2 * ROWS + rows, power)
+    tl.store(OUT + 3 * ROWS + rows, stats.streamed_mean(pointers, 2.0, N, tl.float32, CHUNK))
+    tl.store(OUT + 4 * ROWS + rows, stats.largest_of(pointers, N, tl.float32, CHUNK))
 
 
-def test_statistics_of_rows(device: torch.device) -> None:
-    x = torch.randint(-8, 8, (ROWS, N), device=device).float()
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("n", [5, N, 48])  # of one chunk that is ragged, and of three that are not
+def test_statistics_of_rows(n: int, compiled: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """compiled: with the reductions that only the compiler makes well, as the interpreter sees them."""
+    if compiled and not torch.cuda.is_available():
+        monkeypatch.setattr(stats, "is_interpreted", lambda: False)
+    x = torch.randint(-8, 8, (ROWS, n), device=device).float()
     x[1] += 1 << 10
-    x[2] = 3.0
-    at = torch.arange(16, device=device) * N // 16  # those that the pivot is made of
-    x[3, at] = 1 << 10
-    out = torch.empty(7, ROWS, device=device)
-    _statistics_kernel[(1,)](out, x, N=N, ROWS=ROWS, CHUNK=CHUNK)
-    total, pivot, mean, power, good, twice, largest = out
-    assert torch.equal(total, x[:, :CHUNK].sum(1))
-    assert torch.equal(pivot, x[:, at].mean(1))
+    x[2] = 3.140625
+    x[3, n // 2 :] = 1 << 10
+    out = torch.empty(5, ROWS, device=device)
+    _statistics_kernel[(1,)](out, x, N=n, ROWS=ROWS, CHUNK=CHUNK)
+    total, mean, power, twice, largest = out
+    assert torch.equal(total[[0, 1, 3]], x[[0, 1, 3], :CHUNK].sum(1))
     torch.testing.assert_close(mean, x.mean(1), rtol=2**-23, atol=0)
-    assert good.tolist() == [1, 1, 1, 0]
-    torch.testing.assert_close(power[:3], x[:3].double().var(1, correction=0).float(), rtol=2**-20, atol=0)
+    assert mean[2] == x[2, 0] and power[2] == 0
+    torch.testing.assert_close(power, x.double().var(1, correction=0).float(), rtol=2**-20, atol=0)
     torch.testing.assert_close(twice, 2 * x.mean(1), rtol=2**-23, atol=0)
     assert torch.equal(largest, x.abs().amax(1))
+
+
+@triton.jit
+def _merge_kernel(OUT, GROUPS):
+    """Of two groups, seen from either's side."""
+    mine = tl.arange(0, 2)
+    total, squares, count = tl.load(GROUPS + mine), tl.load(GROUPS + 2 + mine), tl.load(GROUPS + 4 + mine)
+    theirs = 1 - mine
+    other_total, other_squares = tl.load(GROUPS + theirs), tl.load(GROUPS + 2 + theirs)
+    other_count = tl.load(GROUPS + 4 + theirs)
+    total, squares, count = stats.merge_unequal(total, squares, count, other_total, other_squares, other_count)
+    tl.store(OUT + mine, total)
+    tl.store(OUT + 2 + mine, squares)
+    tl.store(OUT + 4 + mine, count)
+
+
+@pytest.mark.parametrize("sizes", [(3, 5), (7, 0), (0, 0), (4, 4)])
+def test_two_groups_are_one(sizes: tuple[int, int], device: torch.device) -> None:
+    """And of the same bits on either side, as both may store them to one place."""
+    groups = [torch.randint(0, 8, (size,), device=device).double() for size in sizes]
+    given = torch.stack([_moments(group) for group in groups], 1)
+    out = torch.empty(3, 2, device=device)
+    _merge_kernel[(1,)](out, given.float())
+    assert torch.equal(out[:, 0], out[:, 1])
+    torch.testing.assert_close(out[:, 0], _moments(torch.cat(groups)).float(), rtol=2**-20, atol=0)
+
+
+def _moments(x: Tensor) -> Tensor:
+    """Sum, sum of squares about the mean, count."""
+    squares = (x - x.mean()).square().sum() if len(x) else x.sum()
+    return torch.stack([x.sum(), squares, x.new_tensor(len(x))])
 
 
 @triton.jit

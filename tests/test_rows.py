@@ -94,23 +94,25 @@ def test_held(spec: RowNorm, n: int, path: str, device: str, force: Callable[[ob
     _check(spec, 7, n, device)
 
 
-def _at_pivots(x: torch.Tensor, value: float) -> torch.Tensor:
-    """x with this in the places of which a pivot is the mean (stats.row_pivot)."""
-    at = torch.arange(16, device=x.device) * x.shape[1] // 16
-    return x.index_fill(1, at, value)
+def _raised(x: torch.Tensor, value: float, every: int) -> torch.Tensor:
+    """x, and of so many columns and so many again the former with this added."""
+    return x + value * (torch.arange(x.shape[1], device=x.device) // every % 2 == 0)
 
 
-# Rows of 16-bit numbers by what their moments depend on: how near the mean the elements are that a pivot is made of.
+# Rows of 16-bit numbers by what their merged moments depend on: what the parts that are merged have between them.
 ROWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "normal": lambda x: x,
     "far from 0": lambda x: x / 64 + 100,
     "equal": lambda x: torch.full_like(x, 3.14159),
     "equal and large": lambda x: torch.full_like(x, 1e36),
-    "far pivots": lambda x: _at_pivots(x, 1000.0),
-    "pivots just near enough": lambda x: _at_pivots(x, 0.85),
-    "pivots just too far": lambda x: _at_pivots(x, 0.9),
+    "neighbours apart": lambda x: _raised(x, 100.0, 1),
+    "groups apart": lambda x: _raised(x, 100.0, 8),
+    "warps apart": lambda x: _raised(x, 100.0, 256),
+    "halves apart": lambda x: _raised(x, -100.0, -(-x.shape[1] // 2)),
+    "one far": lambda x: torch.cat([x[:, :-1], x[:, -1:] + 1000], 1),
     "a wave": lambda x: torch.cos(torch.arange(x.shape[1], device=x.device) * (32 * torch.pi / x.shape[1])) + 0.01 * x,
     "large": lambda x: x * 1e4,
+    "too large to merge": lambda x: x * 1e17,
     "small": lambda x: x * 1e-7,
     "infinite": lambda x: torch.cat([x[:1] / 0, x[1:]]),
 }
@@ -119,7 +121,7 @@ ROWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n", [1, 2, 3, 17, 1100, 4096])
 @pytest.mark.parametrize("case", ROWS)
-def test_moments_about_a_pivot(
+def test_merged_moments(
     case: str, n: int, dtype: torch.dtype, device: str, force: Callable[[object, object], None]
 ) -> None:
     force(*PATHS["few"])

@@ -262,7 +262,7 @@ def test_a_json_line_says_what_was_launched_and_how_fast() -> None:
         "stream": False,
         "preload": False,
         "early": True,
-        "pivot": False,
+        "pairwise": False,
     }
     assert (read["device_us"], read["ceiling_us"], read["ceiling_ratio"]) == (4.0, 3.0, 0.75)
     assert read["gpu"] == "Made-up GPU 9"

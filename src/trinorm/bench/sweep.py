@@ -36,7 +36,7 @@ _VALUES: dict[str, Sequence[Any]] = {
     "stream": (False, True),
     "preload": (False, True),
     "early": (False, True),
-    "pivot": (False, True),
+    "pairwise": (False, True),
     "tiles": (1, 2, 4),
     "block": (1024, 2048, 4096, 8192),
     "registers": (None, 80, 96, 128, 168),

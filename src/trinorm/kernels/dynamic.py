@@ -43,21 +43,12 @@ def is_coarse(dtype, ACC):
 
 
 @triton.jit
-def number(POINTER, ACC: tl.constexpr):
-    """alpha or s; None where there is none."""
+def number(POINTER, absent: tl.constexpr, ACC: tl.constexpr):
+    """alpha or s; as load_or the fp32 of bits ``absent`` where there is none."""
     if POINTER is None:
-        return None
+        return widened(tl.full([1, 1], absent, tl.int32).to(tl.float32, bitcast=True), ACC)
     else:
         return tl.load(POINTER).to(ACC)
-
-
-@triton.jit
-def argument(x, alpha, s):
-    """v."""
-    if s is None:
-        return x * alpha
-    else:
-        return x * alpha + s
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -90,7 +81,7 @@ def dynamic_forward(
     x = widened(load_once(X + row_offsets(rows, x_odd_sizes, x_strides) + columns, mask, STREAM), ACC)
     w = load_or(W, columns, in_row, NO_WEIGHT, False)
     b = load_or(B, columns, in_row, NO_BIAS, False)
-    v = argument(x, number(ALPHA, ACC), number(S, ACC))
+    v = x * number(ALPHA, NO_WEIGHT, ACC) + number(S, NO_BIAS, ACC)
     y = affine(saturated(v, FUNCTION, is_coarse(Y.dtype.element_ty, ACC), False), w, b, 0.0)
     store_once(Y + rows * N + columns, y, mask, STREAM)
 
@@ -130,7 +121,7 @@ def dynamic_backward(
     CHUNKS: tl.constexpr = chunks_of(N, CHUNK)
     columns = chunk_columns(first_program() % CHUNKS * CHUNK, CHUNK)
     in_row = columns_live(columns, rounded_up(N, CHUNK), N)
-    alpha, s = number(ALPHA, ACC), number(S, ACC)
+    alpha, s = number(ALPHA, NO_WEIGHT, ACC), number(S, NO_BIAS, ACC)
     w_alpha = widened(load_or(W, columns, in_row, NO_WEIGHT, False), ACC) * alpha
     COARSE: tl.constexpr = is_coarse(X.dtype.element_ty, ACC)
     FINE: tl.constexpr = W is not None and not is_coarse(W.dtype.element_ty, ACC)
@@ -143,7 +134,7 @@ def dynamic_backward(
         mask = rows_live(rows, M, ROWS) & in_row
         x = widened(load_once(X + row_offsets(rows, x_odd_sizes, x_strides) + columns, mask, STREAM), ACC)
         dy = widened(load_once(DY + row_offsets(rows, dy_odd_sizes, dy_strides) + columns, mask, STREAM), ACC)
-        v = argument(x, alpha, s)
+        v = x * alpha + s
         g = dy * saturated_slope(v, FUNCTION, COARSE)
         if DX is not None:
             store_once(DX + rows * N + columns, g * w_alpha, mask, STREAM)

@@ -201,14 +201,11 @@ def reciprocal(x):
 
 @triton.jit
 def given_scale(GIVEN):
-    """(the tensor's own number, its reciprocal, whether it is ordinary); None where GIVEN is."""
-    if GIVEN is None:
-        return None
-    else:
-        number = tl.load(GIVEN)
-        ordinary = (number >= _LEAST_ORDINARY) & (number <= _MOST_ORDINARY)
-        number = tl.full([1, 1], 1.0, tl.float32) * number
-        return number, reciprocal(tl.where(ordinary, number, 1.0)), ordinary
+    """(the tensor's own number, its reciprocal, whether it is ordinary), of 1 where GIVEN is None."""
+    number = tl.full([], 1.0, tl.float32) if GIVEN is None else tl.load(GIVEN)
+    ordinary = (number >= _LEAST_ORDINARY) & (number <= _MOST_ORDINARY)
+    number = tl.full([1, 1], 1.0, tl.float32) * number
+    return number, reciprocal(tl.where(ordinary, number, 1.0)), ordinary
 
 
 @triton.jit

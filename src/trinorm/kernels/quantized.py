@@ -30,7 +30,8 @@ from .overlap import let_next_launch, wait_for_previous
 from .quantize import from_e4m3, given_scale, larger, largest_along, scale_of, to_e2m1, to_e4m3, to_int8
 from .row import store_stats
 
-# Rounded on its own: of another product the compiler makes an fma with what is added next, a mean or a residual.
+# Rounded on its own: of another product the compiler makes an fma with what is added next, a mean, a residual, or what an
+# int8 is rounded by (H200: 45 for 44.5).
 _PRODUCT: tl.constexpr = tl.constexpr("mul.rn.f32 $0, $1, $2;")
 
 
@@ -180,7 +181,7 @@ def quantize_tile(
         tl.store(SCALE + rows * scale_strides[0], scale, mask=live)
     for i in tl.static_range(len(xs)):
         if BLOCK == 0:
-            v = ys[i] * inverse
+            v = product(ys[i], inverse) if ELEMENT == "int8" else ys[i] * inverse
         else:
             sizes = tl.reshape(size_within(ys[i], i * CHUNK, N), [ROWS, EACH, OF_ONE])
             scale, inverse, fit = scale_of(largest_along(sizes, 2), whole, SCALING, LARGEST)

@@ -10,19 +10,17 @@ power of two that brings its largest element to 1..2: exact, and off the common 
 import triton
 import triton.language as tl
 
-from .index import chunk_columns, columns_live, load, rounded_up, widened
+from .index import chunk_columns, columns_live, is_interpreted, load, rounded_up, widened
 
 # Squares sum safely inside these: far from fp32's overflow, and far enough from its denormals that no digit is lost.
 TRUSTED_MIN: tl.constexpr = tl.constexpr(1e-30)
 TRUSTED_MAX: tl.constexpr = tl.constexpr(3e38)
 
-# A mean whose square is so many times the variance, both from a pivot on, leaves rstd within 1.7e-7, where plain sums leave
-# it within 1.2e-7 and torch within 1.6e-7 (1200 rows of 1100 and 4096 columns; by 4 times it was 7.7e-7): further off is
-# one row of 1900, where elements are normal and the pivot the mean of sixteen.
-_FAR: tl.constexpr = tl.constexpr(0.75)
+# So many neighbours are a group, whose own moments come first: what a thread loads at once of 16-bit numbers.
+_GROUP: tl.constexpr = tl.constexpr(8)
 
-# How many elements a pivot is the mean of. Of four it is two deviations from the mean as often as of sixteen half of one.
-_PIVOTS: tl.constexpr = tl.constexpr(16)
+# Groups are merged two at a time: so often between the lanes of a warp, and from there on in every thread.
+_STEPS_IN_WARP: tl.constexpr = tl.constexpr(5)
 
 
 @triton.jit
@@ -143,43 +141,132 @@ def held_moments(xs, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr):
         return mean, mean_of(row_sum(squares), N)
 
 
+@triton.constexpr_function
+def steps_to_one(parts):
+    """How often so many, a power of two, are halved until one is left."""
+    return (parts - 1).bit_length()
+
+
 @triton.jit
-def row_pivot(row, exists, N: tl.constexpr, ACC: tl.constexpr):
-    """Something near the mean of the rows at the pointers ``row``, where they exist: that of a few elements, each
-    ``[ROWS, 1]``, as these need no sum over lanes.
+def two_by_two(x):
+    """Neighbours beside each other, ``[ROWS, COLUMNS / 2, 2]``."""
+    return tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2])
+
+
+@triton.jit
+def group_sum(x):
+    """The sum of each group of a tile, ``[ROWS, GROUPS]``, as a tree too: a thread's elements wait for each other less."""
+    for _ in tl.static_range(steps_to_one(_GROUP)):
+        x = tl.sum(two_by_two(x), axis=2)
+    return x
+
+
+@triton.jit
+def neighbours(x, y):
+    """x and y of every other column, then of those between. What is in other warps comes in one exchange, of both."""
+    both = tl.reshape(tl.join(x, y), [x.shape[0], x.shape[1] // 2, 2, 2])
+    left, right = tl.split(tl.permute(both, [0, 1, 3, 2]))
+    x_left, y_left = tl.split(left)
+    x_right, y_right = tl.split(right)
+    return x_left, y_left, x_right, y_right
+
+
+@triton.jit
+def as_scalar(x):
+    """x of one element as a scalar has it, without a layout: else the compiler makes it anew for each that is asked for,
+    exchanges and all.
     """
-    pivot = tl.zeros(row.shape, ACC)
-    for i in tl.static_range(_PIVOTS):
-        pivot += widened(load(row + i * N // _PIVOTS, exists), ACC) * (1.0 / _PIVOTS)
-    return pivot
+    return tl.full(x.shape, tl.sum(tl.reshape(x, [1]), axis=0), x.dtype) if x.numel == 1 else x
 
 
 @triton.jit
-def pivoted_moments(xs, pivot, N: tl.constexpr, ACC: tl.constexpr):
-    """(mean, power, where they have their digits), each ``[ROWS, 1]``, of rows held as chunks: one exchange between warps
-    where ``held_moments`` takes two, but the power is a difference. The mean is that of the elements themselves, as the sum
-    with the pivot would be rounded.
+def merge_equal(total, squares, other_total, other_squares):
+    """(total, squares) of two groups of one size together. The squares about a group's mean are here times its size n, so
+    that n appears nowhere: ``2n·(s + s' + (t - t')²/2n) = 2·(n·s + n·s') + (t - t')²``, by Chan's rule.
+    """
+    apart = total - other_total
+    return total + other_total, apart * apart + (squares * 2.0 + other_squares * 2.0)
+
+
+@triton.jit
+def merge_unequal(total, squares, count, other_total, other_squares, other_count):
+    """(total, squares, count) of two groups together, by Chan's rule; of one that is empty too."""
+    # Twice n'·t - n·t', by either way to round it: so that it is the same from the other's side, but for its sign, and 0 of
+    # equal elements.
+    apart = tl.fma(total, other_count, -(other_total * count)) - tl.fma(other_total, count, -(total * other_count))
+    both = count + other_count
+    weight = 0.25 / (tl.maximum(count * other_count, 1.0) * tl.maximum(both, 1.0))
+    return total + other_total, apart * apart * weight + (squares + other_squares), both
+
+
+@triton.jit
+def columns_of_parts(N: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
+    """How many columns of a row are in each part of its chunks, ``[ROWS, PARTS]``: of the last chunk, those that exist."""
+    WIDTH: tl.constexpr = CHUNK // PARTS
+    LAST: tl.constexpr = rounded_up(N, CHUNK) - CHUNK
+    before = tl.arange(0, PARTS)[None, :] * WIDTH
+    of_last = tl.minimum(tl.maximum(-before + (N - LAST), 0), WIDTH)
+    return tl.broadcast_to((of_last + LAST // PARTS).to(ACC), [ROWS, PARTS])
+
+
+@triton.jit
+def group_moments(xs, N: tl.constexpr, ACC: tl.constexpr):
+    """(total, sum of squares about the mean) of each group of columns, over all chunks, ``[ROWS, GROUPS]``: of a thread's
+    own elements, as a rule, so that nothing is exchanged.
     """
     ROWS: tl.constexpr = xs[0].shape[0]
     CHUNK: tl.constexpr = xs[0].shape[1]
-    total = tl.zeros([ROWS, CHUNK], ACC)
-    moved = tl.zeros([ROWS, CHUNK], ACC)
+    GROUPS: tl.constexpr = CHUNK // _GROUP
+    total = widened(xs[0], ACC)
+    for i in tl.static_range(1, len(xs)):
+        total += widened(xs[i], ACC)
+    total = group_sum(total)
+    if rounded_up(N, CHUNK) == N:
+        center = mean_of(total, len(xs) * _GROUP)
+    else:
+        count = tl.maximum(columns_of_parts(N, CHUNK, ROWS, GROUPS, ACC), 1.0)
+        quotient = total * (1.0 / count)
+        center = tl.fma(tl.fma(-quotient, count, total), 1.0 / count, quotient)  # correctly rounded, as in mean_of
     squares = tl.zeros([ROWS, CHUNK], ACC)
     for i in tl.static_range(len(xs)):
         live = columns_live(chunk_columns(i * CHUNK, CHUNK), (i + 1) * CHUNK, N)
-        x = widened(xs[i], ACC)
-        distance = tl.where(live, x - pivot, 0.0)
-        total += x
-        moved += distance
-        squares += distance * distance
-    sums = tl.sum(tl.join(tl.join(moved, squares), tl.join(total, total)), axis=1, keep_dims=True)
-    of_distances, of_elements = tl.split(sums)
-    moved, squares = tl.split(of_distances)
-    total, _ = tl.split(of_elements)
-    mean = mean_of(total, N)
-    shift = mean_of(moved, N)
-    power = mean_of(squares, N) - shift * shift
-    return mean, power, (shift * shift <= power * _FAR) & (tl.abs(mean) < float("inf"))
+        in_groups = tl.reshape(widened(xs[i], ACC), [ROWS, GROUPS, _GROUP])
+        distance = tl.where(live, tl.reshape(in_groups - center[:, :, None], [ROWS, CHUNK]), 0.0)
+        squares = distance * distance if i == 0 else squares + distance * distance
+    return total, group_sum(squares)
+
+
+@triton.jit
+def pairwise_moments(xs, N: tl.constexpr, ACC: tl.constexpr):
+    """(mean, power) of rows held as chunks, as ``held_moments`` has them, in one exchange between warps for two.
+
+    Each thread takes the moments of its own elements, centred, and these are merged two by two, as a tree: within warps by
+    shuffles, then by every thread alike. Of no use where the sum of equal numbers is not exact.
+    """
+    ROWS: tl.constexpr = xs[0].shape[0]
+    CHUNK: tl.constexpr = xs[0].shape[1]
+    EQUAL: tl.constexpr = rounded_up(N, CHUNK) == N  # groups, and so whatever two are merged
+    total, squares = group_moments(xs, N, ACC)
+    if EQUAL:
+        squares *= len(xs) * _GROUP
+    for step in tl.static_range(steps_to_one(total.shape[1])):
+        count = columns_of_parts(N, CHUNK, ROWS, total.shape[1], ACC)
+        # A reduction of two, as that of more promises no tree. The interpreter takes them one by one.
+        if step < _STEPS_IN_WARP and not is_interpreted():
+            if EQUAL:
+                total, squares = tl.reduce((two_by_two(total), two_by_two(squares)), axis=2, combine_fn=merge_equal)
+            else:
+                twos = two_by_two(total), two_by_two(squares), two_by_two(count)
+                total, squares, _ = tl.reduce(twos, axis=2, combine_fn=merge_unequal)
+        else:
+            left_total, left_squares, right_total, right_squares = neighbours(total, squares)
+            if EQUAL:
+                total, squares = merge_equal(left_total, left_squares, right_total, right_squares)
+            else:
+                left, right = tl.split(two_by_two(count))
+                total, squares, _ = merge_unequal(left_total, left_squares, left, right_total, right_squares, right)
+    mean = mean_of(as_scalar(total), N)
+    return mean, mean_of(as_scalar(squares), N * N if EQUAL else N)
 
 
 @triton.jit

@@ -103,9 +103,9 @@ def forward(
     options.update(started_by(plan.tile, size, early=not isinstance(plan, RowForward) or plan.early))
     if isinstance(plan, RowForward):
         options.update(ROWS=plan.tile.rows, TILES=plan.tiles, STREAM=plan.stream, PRELOAD=plan.preload)
-        # A pivot is read apart from the row, before a sum is there to be read.
-        pivot = plan.pivot and residual is None and spec.center and x.dtype.itemsize == 2 and stats == torch.float32
-        options.update(PIVOT=pivot)
+        # Of a sum it is not measured; of wider numbers their sums are not exact.
+        pairwise = plan.pairwise and residual is None and spec.center and x.dtype.itemsize == 2 and stats == torch.float32
+        options.update(PAIRWISE=pairwise)
         rows = plan.tile.rows * plan.tiles
         args: tuple[Any, ...] = (
             y,

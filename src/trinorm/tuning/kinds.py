@@ -21,8 +21,8 @@ class RowForward:
     """A program holds ``tiles`` tiles of whole rows.
 
     stream: x and y pass through L2 without staying. preload: w and b are asked for together with x. early: programs may
-    be put on the device before the kernel ahead of them ends (kernels/overlap.py). pivot: LayerNorm's moments of 16-bit
-    numbers are taken about one, in one exchange between warps for two.
+    be put on the device before the kernel ahead of them ends (kernels/overlap.py). pairwise: LayerNorm's moments of 16-bit
+    numbers are merged from each thread's, in one exchange between warps for two.
     """
 
     tile: Tile
@@ -30,7 +30,7 @@ class RowForward:
     stream: bool
     preload: bool
     early: bool
-    pivot: bool = False
+    pairwise: bool = False
 
 
 @dataclass(frozen=True)

@@ -72,11 +72,12 @@ _FORWARD_SPLIT: tuple[tuple[int, RowForwardSplit, RowForwardSplit], ...] = (
 _FORWARD_WIDE = (RowForwardWide(Tile(1, 4096, 16)), RowForwardWide(Tile(1, 8192, 32)))
 
 
-# Rows whose moments LayerNorm takes about a pivot, where they are few: an exchange between warps less. On an H100, µs alone
-# and in a chain: 4096 columns, 1 row 1.57, 1.64 → 1.36, 1.44; 16 rows 2.13, 1.80 → 1.78, 1.49; 64 rows 2.34, 1.88 → 2.03,
-# 1.62; 256 rows 3.38, 2.41 → 3.38, 2.26. Not so 768 columns, which one warp has (1.58 → 1.62), nor 8192 (2.77 → 2.90). Of
-# teams 1 to 2% slower, of many rows the same to 3% slower.
-_PIVOT_COLUMNS = 1025, 4096
+# Rows whose moments LayerNorm merges, where they are few: an exchange between warps less. Measured of moments about a pivot
+# of four elements, which took one exchange too. On an H100, µs alone and in a chain: 4096 columns, 1 row 1.57, 1.64 → 1.36,
+# 1.44; 16 rows 2.13, 1.80 → 1.78, 1.49; 64 rows 2.34, 1.88 → 2.03, 1.62; 256 rows 3.38, 2.41 → 3.38, 2.26. Not so 768
+# columns, which one warp has (1.58 → 1.62), nor 8192 (2.77 → 2.90). Of teams 1 to 2% slower, of many rows the same to 3%
+# slower.
+_PAIRWISE_COLUMNS = 1025, 4096
 
 
 # RMSNorm's tile of few rows of so many columns, where another is better than that of many. On an H100, µs alone and in a
@@ -114,8 +115,8 @@ def _choose_forward(
     # program holds (fp32, 4096x16384: 0.96 against 0.90).
     preload = not (stream and (spec.center or n * itemsize >= _HELD_BYTES))
     early = scarce or tile.warps >= _EARLY_WARPS
-    pivot = scarce and _PIVOT_COLUMNS[0] <= n <= _PIVOT_COLUMNS[1]
-    return RowForward(_narrowed(tile, n), tiles, stream, preload, early, pivot)
+    pairwise = scarce and _PAIRWISE_COLUMNS[0] <= n <= _PAIRWISE_COLUMNS[1]
+    return RowForward(_narrowed(tile, n), tiles, stream, preload, early, pairwise)
 
 
 # --- backward ---
