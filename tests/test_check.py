@@ -161,6 +161,14 @@ def test_without_rich_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, c
     assert "pip install 'trinorm[bench]'" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not road.HAS_TRITON, reason="there is no interpreter")
+def test_the_interpreter_without_numpy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numpy" else found(name))
+    assert main(["check", "--device", "cpu"]) == 2
+    assert "needs numpy" in capsys.readouterr().err
+
+
 def test_without_a_gpu_cuda_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for given, message in (("cuda", "there are 0 GPUs"), ("meta", "not a device"), ("foo", "not a device")):

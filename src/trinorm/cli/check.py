@@ -266,6 +266,8 @@ def run(args: argparse.Namespace) -> int:
     if not road.HAS_TRITON:
         how = "Triton is not installed: torch's own operators run"
     elif place.type == "cpu":
+        if importlib.util.find_spec("numpy") is None:
+            return refuse("check", "the kernels run in Triton's interpreter here, which needs numpy; pip install numpy")
         how = "The Triton kernels run in Triton's interpreter"
     else:
         how = "The Triton kernels run"

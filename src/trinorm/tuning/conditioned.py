@@ -10,18 +10,23 @@ from typing import TypeVar
 
 from ..launch import Device
 from .kinds import RowBackward, RowBackwardWide, RowForward, RowForwardWide, Tile, _sharing
-from .row import _STREAM_COLUMNS, _fitted, _large_from, _narrowed
+from .row import _fitted, _large_from, _narrowed
 
 # (N up to, tile of rows): 8 elements of a thread, which are one load where they have 16 bits, or chunks of 8; up to 1536 a
 # row is a warp's, as up to 1024 is best for the row norms: its masked part is small, and no sum crosses warps.
 _FORWARD = (
     (64, Tile(16, 64, 4)),
     (128, Tile(8, 128, 4)),
-    (1536, Tile(4, 256, 4)),  # modulated: 1152 columns 0.72 of the copy, 1536 0.86; by Tile(1, 2048, 8) 0.46, 0.57
+    (1024, Tile(4, 256, 4)),
+    (1152, Tile(1, 256, 2)),  # modulated: 1152 columns 0.89 of the copy; by Tile(4, 256, 4) 0.73, by Tile(1, 2048, 8) 0.46
+    (1536, Tile(4, 256, 4)),  # modulated: 0.86; by Tile(1, 2048, 8) 0.57
     (3072, Tile(1, 1024, 4)),  # modulated: 0.94 to 0.96
     (4096, Tile(1, 2048, 8)),
     (8192, Tile(1, 4096, 16)),
 )
+
+# Longer rows of a large problem pass through L2 (modulated, 1152 columns: 21.7 µs, not so 22.8).
+_STREAM_ABOVE = 1024
 
 # (N up to, without a gate: tile of rows, stages, programs per multiprocessor; with one: the same). As many programs as
 # their registers leave room for: compiled for sm_90, of bf16, up to 128 of a thread; without a gate 168 at 3072 columns and
@@ -32,7 +37,9 @@ _BACKWARD: tuple[tuple[int, tuple[Tile, int, int], tuple[Tile, int, int]], ...] 
     (128, (Tile(16, 128, 8), 3, 2), (Tile(16, 128, 8), 3, 2)),
     (256, (Tile(8, 256, 8), 3, 2), (Tile(8, 256, 8), 3, 2)),
     (1024, (Tile(1, 1024, 4), 3, 6), (Tile(1, 1024, 4), 3, 4)),
-    # modulated: 1152 columns 0.65 of the add, 1536 0.82; by Tile(1, 2048, 8), 3, 3 0.42, 0.56
+    # modulated: 1152 columns 0.75 of the add; by Tile(4, 512, 8), 3, 1 0.66, by Tile(1, 2048, 8), 3, 3 0.42
+    (1152, (Tile(8, 256, 8), 3, 1), (Tile(1, 2048, 8), 3, 2)),
+    # modulated: 1536 columns 0.82; by Tile(1, 2048, 8), 3, 3 0.56
     (2048, (Tile(4, 512, 8), 3, 1), (Tile(1, 2048, 8), 3, 2)),
     (3072, (Tile(1, 1024, 4), 3, 3), (Tile(1, 4096, 16), 3, 1)),
     (4096, (Tile(1, 2048, 8), 3, 2), (Tile(1, 4096, 16), 3, 1)),
@@ -58,7 +65,7 @@ def choose_conditioned_forward(m: int, n: int, itemsize: int, device: Device) ->
         return (_WIDE_FP64 if itemsize == 8 else _WIDE)[0]
     tile = next(tile for most, tile in _FORWARD if n <= most)
     tile = Tile(max(1, tile.rows * 4 // max(4, itemsize)), tile.chunk, tile.warps)  # fp64 has two registers
-    stream = n >= _STREAM_COLUMNS and m >= _large_from(2 * n * itemsize, device)
+    stream = n > _STREAM_ABOVE and m >= _large_from(2 * n * itemsize, device)
     return RowForward(_narrowed(tile, n), 1, stream, preload=True, early=True)
 
 

@@ -19,8 +19,8 @@ _FORWARD, _BACKWARD, _LEAST, _WARPS = 4096, 1024, 512, 4
 # rows: up to so many elements. No sum of partials is left then but those of alpha and s.
 _FEW_ROWS, _TOGETHER, _OF_ONE_PROGRAM = 64, 16, 2048
 
-# Widths of a chunk, the better first where two leave as few lanes beyond a row. Backward the fewer columns a program has, the
-# fewer partials there are of each: H200, DyT 8192×4096 in bf16, 54.1 µs by 1024 columns, 51.6 by 256, 51.8 by 128.
+# Widths of a chunk, the better first where two leave as few lanes beyond a row. Backward the fewer columns a program has,
+# the fewer partials there are of each: H200, DyT 8192×4096 in bf16, 54.1 µs by 1024 columns, 51.6 by 256, 51.8 by 128.
 _FORWARD_CHUNKS, _BACKWARD_CHUNKS = (1024, 512, 256, 128), (256, 512, 1024, 128)
 
 # Compiled for sm_90, bf16: 95 registers.

@@ -1,4 +1,6 @@
-"""Which launch each problem of QK-norm gets. So far by what was compiled, and not by what was measured."""
+"""Which launch each problem of QK-norm gets: by what was compiled, but where a ratio stands beside it (H200, bf16, to the
+copy of the same run).
+"""
 
 from __future__ import annotations
 
@@ -38,14 +40,19 @@ class Heads:
         return min(max(self.turns(tokens, n) for n in heads), _sharing(summed, self.most_partials(device), device))
 
 
-# (D up to, tokens at a time, warps): 8 elements of a thread, one load of 16 bits each. Twice as many take 128 registers in
-# place of 72 (forward by 4 heads of 128, sm_90).
-_TILES = ((32, 32, 4), (64, 16, 4), (128, 8, 4), (256, 4, 4), (512, 2, 4), (1024, 1, 4))
-
-# For how many heads a program reads the weight, cos and sin once. Compiled for sm_90, of heads of 128 in bf16, instructions
-# for each element and registers: forward by 1, 4, 8 heads 41, 19, 16 and 48, 72, 96; backward by 4 and 8 heads 26, 21 and
-# 128, 255.
-_FORWARD_HEADS, _BACKWARD_HEADS = 8, 4
+# (D up to, tokens at a time, warps, heads): 8 elements of a thread, one load of 16 bits each. Twice as many take 128
+# registers in place of 72 (forward by 4 heads of 128, sm_90). For so many heads a program reads the weight, cos and sin
+# once. Compiled for sm_90, of heads of 128 in bf16, instructions for each element and registers: forward by 1, 4, 8 heads
+# 41, 19, 16 and 48, 72, 96; backward by 4 and 8 heads 26, 21 and 128, 255.
+_FORWARD = (
+    (32, 32, 4, 8),
+    (64, 16, 4, 8),
+    (128, 4, 2, 4),  # 4 × 4096 tokens, 32 and 8 heads: 0.92; 2 tokens by 2 warps, 8 heads 0.91, 8 by 4, 8 heads 0.87
+    (256, 4, 4, 8),
+    (512, 2, 4, 8),
+    (1024, 1, 4, 8),
+)
+_BACKWARD = ((32, 32, 4, 4), (64, 16, 4, 4), (128, 8, 4, 4), (256, 4, 4, 4), (512, 2, 4, 4), (1024, 1, 4, 4))
 
 # With fewer programs than this to a multiprocessor, each has one head.
 _SCARCE = 4
@@ -56,8 +63,8 @@ _BACKWARD_STAGES, _BACKWARD_PER_SM = 1, 4
 @functools.lru_cache(maxsize=1024)
 def choose_heads_forward(tokens: int, heads: tuple[int, int], n: int, itemsize: int, device: Device) -> Heads:
     """The forward's launch, for tokens of so many query and key heads of n elements of ``itemsize`` bytes."""
-    tile = _tile(n, itemsize)
-    many = Heads(tile, _FORWARD_HEADS)
+    tile, together = _tile(_FORWARD, n, itemsize)
+    many = Heads(tile, together)
     scarce = sum(many.turns(tokens, h) for h in heads) < _SCARCE * device.multiprocessors
     return Heads(tile, 1) if scarce else many
 
@@ -65,11 +72,11 @@ def choose_heads_forward(tokens: int, heads: tuple[int, int], n: int, itemsize: 
 @functools.lru_cache(maxsize=1024)
 def choose_heads_backward(tokens: int, heads: tuple[int, ...], n: int, itemsize: int, device: Device) -> Heads:
     """The backward's launch, for the heads of each side that has a gradient."""
-    return Heads(_tile(n, itemsize), _BACKWARD_HEADS, _BACKWARD_STAGES, _BACKWARD_PER_SM)
+    return Heads(*_tile(_BACKWARD, n, itemsize), _BACKWARD_STAGES, _BACKWARD_PER_SM)
 
 
-def _tile(n: int, itemsize: int) -> Tile:
-    """The same whatever the number of tokens, so that a row's bits are too."""
-    rows, warps = next(row[1:] for row in _TILES if n <= row[0])
+def _tile(table: tuple[tuple[int, int, int, int], ...], n: int, itemsize: int) -> tuple[Tile, int]:
+    """The tile and its heads, the same whatever the number of tokens, so that a row's bits are too."""
+    rows, warps, heads = next(row[1:] for row in table if n <= row[0])
     chunk = 1 << (n - 1).bit_length()
-    return Tile(max(1, rows * 4 // max(4, itemsize)), chunk, warps)
+    return Tile(max(1, rows * 4 // max(4, itemsize)), chunk, warps), heads

@@ -72,11 +72,10 @@ _FORWARD_SPLIT: tuple[tuple[int, RowForwardSplit, RowForwardSplit], ...] = (
 _FORWARD_WIDE = (RowForwardWide(Tile(1, 4096, 16)), RowForwardWide(Tile(1, 8192, 32)))
 
 
-# Rows whose moments LayerNorm merges, where they are few: an exchange between warps less. Measured of moments about a pivot
-# of four elements, which took one exchange too. On an H100, µs alone and in a chain: 4096 columns, 1 row 1.57, 1.64 → 1.36,
-# 1.44; 16 rows 2.13, 1.80 → 1.78, 1.49; 64 rows 2.34, 1.88 → 2.03, 1.62; 256 rows 3.38, 2.41 → 3.38, 2.26. Not so 768
-# columns, which one warp has (1.58 → 1.62), nor 8192 (2.77 → 2.90). Of teams 1 to 2% slower, of many rows the same to 3%
-# slower.
+# Rows whose moments LayerNorm merges, where they are few: an exchange between warps less. On an H200, µs in a chain, by two
+# exchanges and by one: 1 row of 4096 columns 1.49 → 1.25, 16 rows 1.53 → 1.30, 64 rows 1.60 → 1.36, 256 rows 2.23 → 1.97.
+# 64 rows of 8192 columns 1.98 → 1.81 by Tile(1, 2048, 8), but not tested there yet. By a pivot, which took one exchange
+# too, 768 columns, which one warp has, were slower, and teams and many rows the same to 3% slower.
 _PAIRWISE_COLUMNS = 1025, 4096
 
 
