@@ -21,8 +21,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma3": ("Gemma3ForCausalLM", _HEADS),
     "Olmo2": ("Olmo2ForCausalLM", _DECODER),
     "Cohere": ("CohereForCausalLM", dict(_DECODER, use_qk_norm=False)),
-    "GPT2": ("GPT2LMHeadModel", dict(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=128)),
-    "Bert": ("BertModel", _SMALL),
+    "GPT2": ("GPT2LMHeadModel", dict(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=128, attn_pdrop=0.0)),
+    "Bert": ("BertModel", dict(_SMALL, attention_probs_dropout_prob=0.0)),
     "ViT": ("ViTModel", dict(_SMALL, image_size=16, patch_size=8)),
 }
 
