@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +19,12 @@ from .forms import Form
 from .functional import add_layer_norm, add_rms_norm
 from .made import MARK, NEXT, Made, each, swap
 from .ops import stream_norm
+from .ops.road import KERNEL_DTYPES
 from .recognize import Recognized, form_in_force
 from .rewritten import NORM_OF_SUM, OF_ARGUMENT, RETURNED, SUM, Forward, Found, UnfitError
 from .row_nn import LayerNorm, RMSNorm
 from .spec import LAYER_NORM, RMS_NORM, RowNorm
+from .switches import options
 
 # Where a sum has with it what the next block's norm makes of it.
 HANDED = "_trinorm_handed"
@@ -43,9 +47,13 @@ def fuse(model: torch.nn.Module) -> Report:
     - A sum that a block returns to the next one of a ``ModuleList`` or ``Sequential`` is normalized for that one's first
       norm in the same launch, and handed to it, where no gradient is recorded, outside of inference mode.
 
-    The last two are not done under torch.compile. At a call where the norm has hooks, or is not served (:func:`replace`
-    says when), or the two are no plain contiguous tensors of one shape, the sum and the norm are what they were. Results
-    are those of the replaced model. In gradients one rounding is missing: two are added before they are rounded.
+    The last two are not done under torch.compile, nor torch.jit.trace. At a call where the norm has hooks, or is not served
+    (:func:`replace` says when), or the two are no plain contiguous tensors of one shape, both are what they were.
+
+    On a CPU results have the bits of the replaced model's, and gradients too, in fp32; in 16 bits these lack one rounding:
+    two are added before they are rounded. On a GPU a sum with a norm may be launched otherwise than a norm, and adds in
+    another order then: last bits may differ, and all is no further from float64 than the original's, by
+    :mod:`trinorm.compare`.
 
     The module objects stay and their classes change, as by :func:`replace`; :func:`restore` undoes both.
 
@@ -220,20 +228,18 @@ def _norm_of_sum(norm: Any, a: Any, b: Any) -> Any:
 def _returned(module: torch.nn.Module, a: Any, b: Any) -> Any:
     """a + b, which has with it what the next block's norm makes of it.
 
-    That is on the tensor itself, so that it is nobody else's, and goes with it. Of a recorded gradient it would take a part
-    away from the sum's own, for which anybody may ask; in inference mode nobody sees a tensor written to.
+    That is on the tensor itself, and goes with it. Of a recorded gradient it would take a part away from the sum's own, for
+    which anybody may ask; in inference mode nobody sees a tensor written to.
     """
-    following = None if torch.compiler.is_compiling() else vars(module).get(NEXT)
+    following = None if _is_traced() else vars(module).get(NEXT)
     if following is None or torch.is_grad_enabled() or torch.is_inference_mode_enabled() or _is_replaced(module):
         return a + b
     (norm,) = following
-    if not all(type(p) in (torch.nn.Parameter, type(None)) for p in norm._parameters.values()):
-        return a + b
-    both = _both(norm, a, b)
+    both = _both(norm, a, b) if _fits(norm, a) else None
     if both is None:
         return a + b
     y, total = both
-    setattr(total, HANDED, (y, norm, _state(norm, total)))
+    setattr(total, HANDED, _Handed(y, norm, total))
     return total
 
 
@@ -243,28 +249,74 @@ def _of_argument(module: torch.nn.Module, norm: Any, x: Any) -> tuple[Any, list[
     That is what came with x, where x and the norm are still what they were. Where a gradient is recorded, what is returned
     for x is x with another gradient, which is added to the norm's in one pass.
     """
-    if type(x) is not Tensor or torch.compiler.is_compiling():
+    if type(x) is not Tensor or _is_traced():
         return x, []
-    handed = getattr(x, HANDED, None)
-    if handed is not None:
-        delattr(x, HANDED)
+    # Another thread may have taken it in between.
+    handed = vars(x).pop(HANDED, None) if hasattr(x, HANDED) else None
     if torch.is_grad_enabled():
         row = _row(norm, x)
         both = None if row is None else _stream(x, *row)
         return (x, []) if both is None else (both[1], [both[0]])
-    if handed is not None:
-        y, of, state = handed
-        if of is norm and not _is_replaced(norm) and not _is_replaced(module) and state == _state(norm, x):
-            return x, [y]
+    if isinstance(handed, _Handed) and handed.is_of(norm, x) and not _is_replaced(norm) and not _is_replaced(module):
+        return x, [handed.y]
     return x, []
 
 
 _HELPERS = {SUM: _sum, NORM_OF_SUM: _norm_of_sum, RETURNED: _returned, OF_ARGUMENT: _of_argument}
 
 
-def _state(norm: torch.nn.Module, x: Tensor) -> tuple[object, ...]:
-    """What is another once x was written to, a parameter exchanged, or autocast entered or left."""
-    return x._version, torch._C._is_any_autocast_enabled(), *map(id, norm._parameters.values())
+class _Handed:
+    """What a norm makes of a sum: y. Of a copy of the sum it is none, nor in a file."""
+
+    __slots__ = "_norm", "_parameters", "_state", "_total", "y"
+
+    def __init__(self, y: Tensor, norm: torch.nn.Module, total: Tensor) -> None:
+        self.y, self._norm, self._total = y, norm, weakref.ref(total)
+        self._parameters = _parameters(norm)
+        self._state = _state(norm, total, self._parameters)
+
+    def is_of(self, norm: torch.nn.Module, x: Tensor) -> bool:
+        """Whether x and the norm are those that it was made of, and still as they were then."""
+        if self._norm is not norm or self._total() is not x:
+            return False
+        now = _parameters(norm)
+        same = len(now) == len(self._parameters) and all(map(operator.is_, now, self._parameters))
+        return same and self._state == _state(norm, x, now)
+
+    def __reduce__(self) -> Any:
+        return set, ()  # which torch.load(weights_only=True) takes
+
+
+def _parameters(norm: torch.nn.Module) -> list[Tensor]:
+    form = form_in_force(norm)
+    names = (form.weight, form.bias) if type(form) is Form else ("weight", "bias" if type(norm) is LayerNorm else None)
+    return [p for name in names if name is not None and (p := getattr(norm, name)) is not None]
+
+
+def _state(norm: Any, x: Tensor, parameters: list[Tensor]) -> tuple[object, ...]:
+    """What is another once x or a parameter was written to, autocast entered, the norm set, or the stream, whose y is."""
+    own = type(norm) in (LayerNorm, RMSNorm)
+    how = (norm.normalized_shape, norm.eps, norm.cast, norm.save, norm.batch_invariant) if own else (form_in_force(norm),)
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
+    of_each = ((p._version, p.data_ptr()) for p in parameters)
+    return x._version, torch._C._is_any_autocast_enabled(), stream, options.batch_invariant, *how, *of_each
+
+
+def _fits(norm: Any, x: Any) -> bool:
+    """Whether a norm that the forward itself does not call could be of a tensor like x, just now.
+
+    Between two blocks a tensor may be brought to another width or device, and parameters from where they are kept.
+    """
+    if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested or x.dtype not in KERNEL_DTYPES:
+        return False
+    shape = norm.normalized_shape if type(norm) in (LayerNorm, RMSNorm) else x.shape[-1:]
+    return tuple(x.shape[-len(shape) :]) == tuple(shape) and all(
+        type(p) is torch.nn.Parameter
+        and p.shape == x.shape[-len(shape) :]
+        and p.device == x.device
+        and not p.is_inference()
+        for p in _parameters(norm)
+    )
 
 
 def _both(norm: Any, a: Any, b: Any) -> tuple[Tensor, Tensor] | None:
@@ -322,6 +374,11 @@ def _stream(
     eps = checks.own_epsilon(spec, x, eps)
     size, eps, invariant = checks.rows(spec.name, x, shape, weight, bias, eps, spec.cast, batch_invariant)
     return stream_norm(spec, x, size, weight, bias, eps, invariant)
+
+
+def _is_traced() -> bool:
+    """torch.jit.trace traces again without gradients, and wants the same graph."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _is_replaced(module: torch.nn.Module) -> bool:

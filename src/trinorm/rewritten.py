@@ -61,7 +61,7 @@ class Forward:
     """
 
     def __init__(self, kind: type[torch.nn.Module], names: frozenset[str]) -> None:
-        self._kind, self._names, self.found = kind, names, Found()
+        self._kind, self.found = kind, Found()
         self._chain = list(_chain(kind.forward))
         raw = self._chain[-1]
         if not isinstance(raw, types.FunctionType):
@@ -69,6 +69,7 @@ class Forward:
         self._raw, (self._definition, self._imported) = raw, _parsed(raw)
         if not _is_alike(self._code(()), raw.__code__):
             raise UnfitError("its module's forward is not what its source says")
+        self._names = names - _set(self._definition)
         arguments = [*self._definition.args.posonlyargs, *self._definition.args.args]
         self._self = arguments[0].arg if arguments else ""
         # By the id of a node what stands for it, and what is done before it.
@@ -261,7 +262,7 @@ def _is_compound(statement: ast.stmt) -> bool:
     return hasattr(statement, "body") or any(isinstance(node, _COMPOUND) for node in ast.walk(statement))
 
 
-_COMPOUND = ast.Match, ast.NamedExpr, ast.IfExp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
+_COMPOUND = ast.Match, ast.NamedExpr, ast.BoolOp, ast.IfExp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
 
 
 def _is_copy(parent: ast.AST, load: ast.Name) -> bool:
@@ -283,6 +284,12 @@ def _is_sum(node: ast.expr) -> bool:
 
 def _stored(statement: ast.AST) -> set[str]:
     return {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+
+
+def _set(definition: ast.AST) -> set[str]:
+    """The attributes, and what is in them, that it assigns."""
+    stored = (n for n in ast.walk(definition) if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load))
+    return {n.attr for of in stored for n in ast.walk(of) if isinstance(n, ast.Attribute)}
 
 
 def _shared(statement: ast.AST) -> set[str]:
