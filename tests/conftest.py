@@ -57,10 +57,10 @@ def _nothing_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Within one, the first of two calls is ordinary, and the second its repetition where that is possible.
     """
-    from trinorm.ops import CALLS, added, channel, conditioned, gated_sum, inputs_only, qk, quantized, repeated, row
+    from trinorm.ops import CALLS, added, channel, conditioned, gated_sum, inputs_only, qk, quantized, repeated, row, stream
 
     CALLS.clear()
-    for family in (added, channel, conditioned, gated_sum, inputs_only, qk, quantized):
+    for family in (added, channel, conditioned, gated_sum, inputs_only, qk, quantized, stream):
         family.CALLS.clear()
     for repeating in (row, repeated):
         monkeypatch.setattr(repeating, "RECORDED_FROM", 1)

@@ -115,7 +115,7 @@ def test_types_are_published() -> None:
 
 
 def test_public_names_are_there_and_documented() -> None:
-    assert trinorm.__all__ == ["Report", "functional", "nn", "options", "replace", "restore"]
+    assert trinorm.__all__ == ["Report", "functional", "fuse", "nn", "options", "replace", "restore"]
     assert trinorm.functional.__all__ == [
         "Quantized",
         "add_layer_norm",

@@ -5,14 +5,16 @@
                           docs/variants.md has besides
 - ``trinorm.nn``          the modules of these, subclasses of torch's
 - ``trinorm.replace``     swap a model's norms for these, in place: torch's, and others by what they compute
-- ``trinorm.restore``     swap them back
+- ``trinorm.fuse``        make sums and the norms behind them one launch, in a model's blocks
+- ``trinorm.restore``     undo both
 - ``trinorm.options``     switches for the whole process: batch_invariant, autocast_keeps_dtype, inductor_fuses
 """
 
 from . import functional, nn
 from .convert import Report, replace, restore
+from .residuals import fuse
 from .switches import options
 
 __version__ = "0.1.0"
 
-__all__ = ["Report", "functional", "nn", "options", "replace", "restore"]
+__all__ = ["Report", "functional", "fuse", "nn", "options", "replace", "restore"]

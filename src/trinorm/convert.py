@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 
 from . import checks, nn
 from .forms import Form
+from .made import MARK, NEXT, each, original, swap
 from .ops.road import KERNEL_DTYPES
-from .recognize import FORM, MARK, Recognized, original, recognize, recognized
+from .recognize import FORM, Recognized, recognize, recognized
 
 # torch's norms that trinorm.nn has under the same name.
 _REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
@@ -47,18 +48,32 @@ class Left:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """A norm that is computed with the sum that goes into it. by: that sum, and where it is."""
+
+    path: str
+    module: str
+    by: str
+
+
+@dataclass(frozen=True)
 class Report:
-    """What ``replace`` did, or would do. A module that the model holds under several names appears under each of them.
+    """What ``replace`` or ``fuse`` did, or would do. A module that the model holds under several names appears under each.
+
+    by: which of the two.
 
     ``print`` shows it in lines, and rich's ``print`` as a table.
     """
 
     replaced: tuple[Replaced, ...] = field(default_factory=tuple)
     left: tuple[Left, ...] = field(default_factory=tuple)
+    fused: tuple[Fused, ...] = field(default_factory=tuple)
+    by: str = "replace"
 
     def __str__(self) -> str:
         lines = [self._title()]
         lines += [f"  {entry.path or '(model)'}: {entry.module} -> {entry.by}" for entry in self.replaced]
+        lines += [f"  {entry.path}: {entry.module} <- {entry.by}" for entry in self.fused]
         lines += [f"  {entry.path or '(model)'}: {entry.module} left: {entry.reason}" for entry in self.left]
         return "\n".join(lines)
 
@@ -68,12 +83,15 @@ class Report:
         table = Table("module", "from", "to, or why it was left", title=self._title())
         for entry in self.replaced:
             table.add_row(entry.path or "(model)", entry.module, entry.by)
+        for fused in self.fused:
+            table.add_row(fused.path, fused.module, f"of {fused.by}")
         for left in self.left:
             table.add_row(left.path or "(model)", left.module, f"left: {left.reason}", style="dim")
         return table
 
     def _title(self) -> str:
-        return f"trinorm.replace: {len(self.replaced)} replaced, {len(self.left)} left"
+        done = f"{len(self.replaced)} replaced" if self.by == "replace" else f"{len(self.fused)} fused"
+        return f"trinorm.{self.by}: {done}, {len(self.left)} left"
 
 
 # Which modules: patterns of their names in the model ("*.input_layernorm"), and classes.
@@ -125,28 +143,29 @@ def replace(
         paths.setdefault(id(module), []).append(path)
     replaced: list[Replaced] = []
     left: list[Left] = []
-    swapped: list[tuple[torch.nn.Module, Form | None]] = []
+    swapped: list[tuple[torch.nn.Module, type[torch.nn.Module], dict[str, Any]]] = []
     known: dict[Hashable, Form | str] = {}
-    for module in _each(model):
-        kind, names = _name(type(module)), paths[id(module)]
+    for module in each(model):
+        kind, names = name_of(type(module)), paths[id(module)]
         asked = (include is None or _is_among(names, module, include)) and not _is_among(names, module, exclude or ())
         found = _found(module, known) if asked else "not asked for"
         if isinstance(found, Form) and not dry_run:
             try:
-                recognized(type(module))
+                swapped.append((module, recognized(type(module)), {FORM: found}))
             except Exception as error:  # of its __init_subclass__, say
                 found = f"its class cannot be extended: {type(error).__name__}: {error}"
+        elif found is None:
+            swapped.append((module, _REPLACEMENTS[type(module)], {}))
         if not isinstance(found, str):
-            swapped.append((module, found))
-            by = str(found or _name(_REPLACEMENTS[type(module)]))
+            by = str(found or name_of(_REPLACEMENTS[type(module)]))
             replaced += [Replaced(path, kind, by) for path in names]
-        elif _is_norm(module):
+        elif is_norm(module):
             left += [Left(path, kind, found) for path in names]
     # What merely holds a norm that was swapped is none itself.
     within = tuple(entry.path for entry in replaced)
     left = [entry for entry in left if not any(path.startswith(f"{entry.path}." if entry.path else "") for path in within)]
     if not dry_run:
-        _swap(swapped)
+        swap(swapped)
     order = {path: i for i, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
     replaced.sort(key=lambda entry: order[entry.path])
     left.sort(key=lambda entry: order[entry.path])
@@ -154,7 +173,7 @@ def replace(
 
 
 def restore(model: torch.nn.Module) -> tuple[str, ...]:
-    """Undo :func:`replace`: every norm in ``model`` that it swapped gets the class back that it had.
+    """Undo :func:`replace` and :func:`fuse`: every norm and block in ``model`` gets the class back that it had.
 
     Norms that were made as trinorm's stay so. What was set on a module since (``save``, ``cast``) stays there, unread.
 
@@ -163,7 +182,7 @@ def restore(model: torch.nn.Module) -> tuple[str, ...]:
 
     Raises:
         TypeError: ``model`` is not a module.
-        RuntimeError: a norm's class was changed once more since (``torch.nn.utils.parametrize``, ``fully_shard``); nothing
+        RuntimeError: a class was changed once more since (``torch.nn.utils.parametrize``, ``fully_shard``); nothing
             is restored then.
     """
     if not isinstance(model, torch.nn.Module):
@@ -172,41 +191,14 @@ def restore(model: torch.nn.Module) -> tuple[str, ...]:
     before = {id(m): original(type(m)) or _ORIGINALS.get(type(m)) for _, m in swapped}
     for path, module in swapped:
         if before[id(module)] is None:
-            now = _name(type(module))
-            raise RuntimeError(
-                f"restore(): {path or 'the model'} has become a {now} since it was replaced; undo that first"
-            )
+            now = name_of(type(module))
+            raise RuntimeError(f"restore(): {path or 'the model'} has become a {now} since; undo that first")
     for _, module in swapped:
         if MARK in vars(module):
             module.__class__ = before[id(module)]
-            for name in (MARK, FORM):
+            for name in (MARK, FORM, NEXT):
                 vars(module).pop(name, None)
     return tuple(path for path, _ in swapped)
-
-
-def _each(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Every module once, by identity: a class may say that two are equal."""
-    seen = set()
-    for _, module in model.named_modules(remove_duplicate=False):
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield module
-
-
-def _swap(modules: list[tuple[torch.nn.Module, Form | None]]) -> None:
-    """All of them, or, where one raises, none. Attributes are written past what a class makes of that."""
-    before = [(module, type(module), dict(vars(module))) for module, _ in modules]
-    try:
-        for module, form in modules:
-            module.__class__ = _REPLACEMENTS[type(module)] if form is None else recognized(type(module))
-            vars(module)[MARK] = True
-            if form is not None:
-                vars(module)[FORM] = form
-    except BaseException:
-        for module, kind, attributes in before:
-            module.__class__ = kind
-            module.__dict__ = attributes
-        raise
 
 
 def _found(module: torch.nn.Module, known: dict[Hashable, Form | str]) -> Form | str | None:
@@ -214,7 +206,7 @@ def _found(module: torch.nn.Module, known: dict[Hashable, Form | str]) -> Form |
     if type(module) in _REPLACEMENTS and _obstacle(module) is None:
         return None
     reason = _why_left(module)
-    if reason is not None or not _is_norm(module):
+    if reason is not None or not is_norm(module):
         return reason or ""
     # Layers' norms are alike: one trial for all that are in whatever a forward may read.
     asked = type(module), *((name, _identity(value)) for name, value in sorted(vars(module).items()))
@@ -244,12 +236,12 @@ def _is_among(paths: list[str], module: torch.nn.Module, which: Which) -> bool:
     return any(of_name) or isinstance(module, tuple(one for one in which if not isinstance(one, str)))
 
 
-def _name(kind: type) -> str:
+def name_of(kind: type) -> str:
     module = re.sub(r"\.(normalization|batchnorm|instancenorm)$", "", kind.__module__)
     return f"{module}.{kind.__qualname__}"
 
 
-def _is_norm(module: torch.nn.Module) -> bool:
+def is_norm(module: torch.nn.Module) -> bool:
     """Whether a module is some norm: by torch's own classes, else by its class's name, which is all there is to go by."""
     if isinstance(module, torch.jit.ScriptModule):
         return "norm" in module.original_name.lower()

@@ -20,6 +20,7 @@ from .ops import (
     quantized,
     quantized_rows,
     rows,
+    stream,
 )
 
 # Where tuning's choices are asked for, by how their names start.
@@ -58,5 +59,5 @@ def forced(**launches: object) -> Iterator[None]:
 
 def _forget() -> None:
     CALLS.clear()
-    for family in (added, qk, conditioned, gated_sum, inputs_only, quantized):
+    for family in (added, qk, conditioned, gated_sum, inputs_only, quantized, stream):
         family.CALLS.clear()

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .compare import compare
 from .forms import ChannelForm, Dtypes, Form, GatedForm, Parameters
+from .made import MARK, Made
 from .spec import CASTS, GATE_ACTIVATIONS, LAYER_NORM, ROW_NORMS
 
 # What is tried, of the input and of the parameters.
@@ -40,11 +41,11 @@ _NEAR = 1e-3
 # What every module has, and what may be set on one without its forward being another: modes and hooks.
 _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
 
-# Where the form is kept, and the mark of what ``replace`` swapped.
-FORM, MARK = "_trinorm_form", "_trinorm_replaced"
+# Where the form is kept.
+FORM = "_trinorm_form"
 
 
-class Recognized(torch.nn.Module):
+class Recognized(Made):
     """What a module of a recognized class is besides: trinorm's where its form holds, else what it was (``recognized``)."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -56,17 +57,6 @@ class Recognized(torch.nn.Module):
     def extra_repr(self) -> str:
         form = vars(self).get(FORM)
         return ", ".join(filter(None, (super().extra_repr(), form and f"by {form}")))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Its class is made here, so that pickle finds it by the one it was made of."""
-        reduced: Any = super().__reduce_ex__(max(2, protocol))
-        _, (kind, *given), *state = reduced
-        return _anew, (original(kind), *given), *state
-
-
-def _anew(of: type[torch.nn.Module], *given: Any) -> torch.nn.Module:
-    kind = recognized(of)
-    return kind.__new__(kind, *given)
 
 
 _CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
@@ -89,13 +79,17 @@ def recognized(of: type[torch.nn.Module]) -> type[torch.nn.Module]:
             return form((weight, bias), *tensors)
 
         named = {"__module__": of.__module__, "__qualname__": of.__qualname__, "forward": forward}
+        named.update(made_by=(recognized, (of,)), was=staticmethod(was))
         _CLASSES[of] = type(of.__name__, (Recognized, of), named)
     return _CLASSES[of]
 
 
-def original(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
-    """The class that this one of recognized modules was made of; None of any other class."""
-    return next((of for of, made in _CLASSES.items() if made is kind), None)
+def form_in_force(module: torch.nn.Module) -> Form | None:
+    """The form that a call of a module may have; None of one that is not recognized, or that has got another forward."""
+    if not isinstance(module, Recognized) or "forward" in vars(module):
+        return None
+    kind = type(module)
+    return vars(module).get(FORM) if kind.__bases__[1].forward is kind.was else None  # type: ignore[attr-defined]
 
 
 def recognize(module: torch.nn.Module) -> Form | str:

@@ -2,6 +2,7 @@
 
 from .norm import added_norm, channel_norm, conditioned_norm, gated_sum_norm, qk_norm, quantized_norm, row_norm
 from .row import CALLS
+from .stream import stream_norm
 
 __all__ = [
     "CALLS",
@@ -12,4 +13,5 @@ __all__ = [
     "qk_norm",
     "quantized_norm",
     "row_norm",
+    "stream_norm",
 ]
