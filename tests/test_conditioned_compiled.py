@@ -37,17 +37,23 @@ WIDE = {
 }
 
 
-def compiled(target: str, kind: str, n: int, asked: tuple[bool, ...] = (True, True, True, True)) -> list[Compiled]:
+def compiled(
+    target: str,
+    kind: str,
+    n: int,
+    asked: tuple[bool, ...] = (True, True, True, True),
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Compiled]:
     """The forward's and the backward's kernel of 4 samples of 4096 rows."""
 
     def meta(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     spec, x = (KINDS | RELATIVES)[kind], meta(4, 4096, n)
     gate = None if spec.gate is None else meta(4, 4096, n)
     weight = meta(4, 1, n) if spec.modulated else meta(n) if spec.gate or kind in RELATIVES else meta(4096, n)
     inputs = conditioned_rows.Inputs(x, gate, None if kind == "L2" else weight, weight if spec.modulated else None)
-    problem = Conditioned(spec, 1, n, 1e-6, torch.bfloat16)
+    problem = Conditioned(spec, 1, n, 1e-6, dtype)
     wanted = tuple(want and t is not None for want, t in zip(asked, inputs, strict=True))
     with recorded(target) as calls:
         y, mean, rstd = conditioned_rows.forward(problem, inputs, save=True)
@@ -76,6 +82,12 @@ def test_compiled(case: tuple[str, str, int], compiling: Executor) -> None:
     there = occupancy(TARGETS[target], backward.warps, backward.registers, backward.shared, grid=1 << 20)
     plan = choose_conditioned_backward(4096, 4, n, 2, TARGETS[target].device, spec.gate is not None, False)
     assert target != "sm_90" or there.programs >= plan.per_sm, "all persistent programs are at work at once"
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(1025, torch.bfloat16), (1152, torch.float16), (1152, torch.float32)], ids=str)
+def test_a_tile_of_1152_columns_does_not_spill(n: int, dtype: torch.dtype, compiling: Executor) -> None:
+    for kernel in compiling.submit(compiled, "sm_90", "adaLN", n, dtype=dtype).result():
+        assert kernel.spills == 0, kernel
 
 
 WIDE_CASES = [("sm_80", "adaLN", 65536), ("gfx942", "gate first", 16384), ("sm_90", "partial", 10000)]

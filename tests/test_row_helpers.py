@@ -78,6 +78,20 @@ def test_two_groups_are_one(sizes: tuple[int, int], device: torch.device) -> Non
     torch.testing.assert_close(out[:, 0], _moments(torch.cat(groups)).float(), rtol=2**-20, atol=0)
 
 
+@pytest.mark.parametrize("sizes", [(577, 523), (2047, 1929), (2048, 1), (5, 3)])
+def test_two_groups_a_last_place_apart(sizes: tuple[int, int], device: torch.device) -> None:
+    """Of fp16: what makes the squares is far below fp32's rounding of a sum times a count."""
+    value = torch.tensor(1.9, dtype=torch.float16).double()
+    groups = [torch.full((size,), value + i * 2.0**-10, device=device).double() for i, size in enumerate(sizes)]
+    given = torch.stack([_moments(group) for group in groups], 1)
+    given[1] = 0
+    assert torch.equal(given.float().double(), given)
+    out = torch.empty(3, 2, device=device)
+    _merge_kernel[(1,)](out, given.float())
+    assert torch.equal(out[:, 0], out[:, 1])
+    torch.testing.assert_close(out[1, 0].double(), _moments(torch.cat(groups))[1], rtol=2**-21, atol=0)
+
+
 def _moments(x: Tensor) -> Tensor:
     """Sum, sum of squares about the mean, count."""
     squares = (x - x.mean()).square().sum() if len(x) else x.sum()

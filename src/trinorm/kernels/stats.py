@@ -192,11 +192,14 @@ def merge_equal(total, squares, other_total, other_squares):
 def merge_unequal(total, squares, count, other_total, other_squares, other_count):
     """(total, squares, count) of two groups together, by Chan's rule; of one that is empty too."""
     # Twice n'·t - n·t', by either way to round it: so that it is the same from the other's side, but for its sign, and 0 of
-    # equal elements.
-    apart = tl.fma(total, other_count, -(other_total * count)) - tl.fma(other_total, count, -(total * other_count))
+    # equal elements. Then without what the products lost, which is all of it where a row's deviation is as small beside its
+    # mean as fp16's last place. By fma alone, as of a product and a sum the compiler would make another.
+    product, other_product = total * other_count, other_total * count
+    apart = tl.fma(total, other_count, -other_product) - tl.fma(other_total, count, -product)
+    apart -= tl.fma(other_total, count, -other_product) - tl.fma(total, other_count, -product)
     both = count + other_count
     weight = 0.25 / (tl.maximum(count * other_count, 1.0) * tl.maximum(both, 1.0))
-    return total + other_total, apart * apart * weight + (squares + other_squares), both
+    return total + other_total, apart * weight * apart + (squares + other_squares), both
 
 
 @triton.jit

@@ -37,15 +37,17 @@ _BACKWARD: tuple[tuple[int, tuple[Tile, int, int], tuple[Tile, int, int]], ...] 
     (128, (Tile(16, 128, 8), 3, 2), (Tile(16, 128, 8), 3, 2)),
     (256, (Tile(8, 256, 8), 3, 2), (Tile(8, 256, 8), 3, 2)),
     (1024, (Tile(1, 1024, 4), 3, 6), (Tile(1, 1024, 4), 3, 4)),
-    # modulated: 1152 columns 0.75 of the add; by Tile(4, 512, 8), 3, 1 0.66, by Tile(1, 2048, 8), 3, 3 0.42
-    (1152, (Tile(8, 256, 8), 3, 1), (Tile(1, 2048, 8), 3, 2)),
-    # modulated: 1536 columns 0.82; by Tile(1, 2048, 8), 3, 3 0.56
+    # modulated: 1536 columns 0.82; by Tile(1, 2048, 8), 3, 3 0.56; of 1152 columns those below, where they fit
     (2048, (Tile(4, 512, 8), 3, 1), (Tile(1, 2048, 8), 3, 2)),
     (3072, (Tile(1, 1024, 4), 3, 3), (Tile(1, 4096, 16), 3, 1)),
     (4096, (Tile(1, 2048, 8), 3, 2), (Tile(1, 4096, 16), 3, 1)),
     (8192, (Tile(1, 2048, 8), 3, 1), (Tile(1, 2048, 8), 3, 1)),
 )
 _BACKWARD_FP64 = Tile(1, 1024, 8), 1, 1
+
+# Modulated, 1152 columns 0.75 of the add; by Tile(4, 512, 8), 3, 1 0.66, by Tile(1, 2048, 8), 3, 3 0.42. A thread has 255
+# registers, and would spill of fp32 (sm_90: 224 bytes) and of what is not loaded 8 at a time (1025 columns: 192).
+_BACKWARD_1152 = Tile(8, 256, 8), 3, 1
 
 # Rows that no program holds: longer ones than those above, and of fp64 than this; forward and backward, and those of fp64.
 # By chunks of 8 elements of a thread, compiled for sm_90 and bf16: up to 56 registers forward and 80 backward, 48 of the
@@ -81,6 +83,8 @@ def choose_conditioned_backward(
         wide = (_WIDE_FP64 if itemsize == 8 else _WIDE)[1]
         return _started(wide, members, sets, n, itemsize, device, tensors)
     held = next(row[1:][gated] for row in _BACKWARD if n <= row[0])
+    if 1024 < n <= 1152 and n % 8 == 0 and itemsize == 2 and not gated:
+        held = _BACKWARD_1152
     tile, stages, per_sm = _BACKWARD_FP64 if itemsize == 8 else held
     tile = _narrowed(tile, n)
     while not any_members and tile.rows >= 2 * members:
