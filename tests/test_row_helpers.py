@@ -25,7 +25,10 @@ def _held(X, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
 def _statistics_kernel(OUT, X, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     rows, _, pointers, xs = _held(X, N, ROWS, CHUNK)
     tl.store(OUT + rows, stats.row_sum(xs[0]))
-    mean, power = stats.pairwise_moments(xs, N, tl.float32)
+    if N % CHUNK == 0:
+        mean, power = stats.pairwise_moments(xs, N, tl.float32)
+    else:
+        mean, power = stats.held_moments(xs, N, True, tl.float32)
     tl.store(OUT + ROWS + rows, mean)
     tl.store(OUT + 2 * ROWS + rows, power)
     tl.store(OUT + 3 * ROWS + rows, stats.streamed_mean(pointers, 2.0, N, tl.float32, CHUNK))
@@ -33,7 +36,7 @@ def _statistics_kernel(OUT, X, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.co
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("n", [5, N, 48])  # of one chunk that is ragged, and of three that are not
+@pytest.mark.parametrize("n", [5, N, CHUNK, 48])  # chunks of which the last is ragged, and one and three full ones
 def test_statistics_of_rows(n: int, compiled: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """compiled: with the reductions that only the compiler makes well, as the interpreter sees them."""
     if compiled and not torch.cuda.is_available():
@@ -51,51 +54,6 @@ def test_statistics_of_rows(n: int, compiled: bool, device: torch.device, monkey
     torch.testing.assert_close(power, x.double().var(1, correction=0).float(), rtol=2**-20, atol=0)
     torch.testing.assert_close(twice, 2 * x.mean(1), rtol=2**-23, atol=0)
     assert torch.equal(largest, x.abs().amax(1))
-
-
-@triton.jit
-def _merge_kernel(OUT, GROUPS):
-    """Of two groups, seen from either's side."""
-    mine = tl.arange(0, 2)
-    total, squares, count = tl.load(GROUPS + mine), tl.load(GROUPS + 2 + mine), tl.load(GROUPS + 4 + mine)
-    theirs = 1 - mine
-    other_total, other_squares = tl.load(GROUPS + theirs), tl.load(GROUPS + 2 + theirs)
-    other_count = tl.load(GROUPS + 4 + theirs)
-    total, squares, count = stats.merge_unequal(total, squares, count, other_total, other_squares, other_count)
-    tl.store(OUT + mine, total)
-    tl.store(OUT + 2 + mine, squares)
-    tl.store(OUT + 4 + mine, count)
-
-
-@pytest.mark.parametrize("sizes", [(3, 5), (7, 0), (0, 0), (4, 4)])
-def test_two_groups_are_one(sizes: tuple[int, int], device: torch.device) -> None:
-    """And of the same bits on either side, as both may store them to one place."""
-    groups = [torch.randint(0, 8, (size,), device=device).double() for size in sizes]
-    given = torch.stack([_moments(group) for group in groups], 1)
-    out = torch.empty(3, 2, device=device)
-    _merge_kernel[(1,)](out, given.float())
-    assert torch.equal(out[:, 0], out[:, 1])
-    torch.testing.assert_close(out[:, 0], _moments(torch.cat(groups)).float(), rtol=2**-20, atol=0)
-
-
-@pytest.mark.parametrize("sizes", [(577, 523), (2047, 1929), (2048, 1), (5, 3)])
-def test_two_groups_a_last_place_apart(sizes: tuple[int, int], device: torch.device) -> None:
-    """Of fp16: what makes the squares is far below fp32's rounding of a sum times a count."""
-    value = torch.tensor(1.9, dtype=torch.float16).double()
-    groups = [torch.full((size,), value + i * 2.0**-10, device=device).double() for i, size in enumerate(sizes)]
-    given = torch.stack([_moments(group) for group in groups], 1)
-    given[1] = 0
-    assert torch.equal(given.float().double(), given)
-    out = torch.empty(3, 2, device=device)
-    _merge_kernel[(1,)](out, given.float())
-    assert torch.equal(out[:, 0], out[:, 1])
-    torch.testing.assert_close(out[1, 0].double(), _moments(torch.cat(groups))[1], rtol=2**-21, atol=0)
-
-
-def _moments(x: Tensor) -> Tensor:
-    """Sum, sum of squares about the mean, count."""
-    squares = (x - x.mean()).square().sum() if len(x) else x.sum()
-    return torch.stack([x.sum(), squares, x.new_tensor(len(x))])
 
 
 @triton.jit

@@ -180,7 +180,7 @@ def as_scalar(x):
 
 
 @triton.jit
-def merge_equal(total, squares, other_total, other_squares):
+def merge(total, squares, other_total, other_squares):
     """(total, squares) of two groups of one size together. The squares about a group's mean are here times its size n, so
     that n appears nowhere: ``2n·(s + s' + (t - t')²/2n) = 2·(n·s + n·s') + (t - t')²``, by Chan's rule.
     """
@@ -189,87 +189,44 @@ def merge_equal(total, squares, other_total, other_squares):
 
 
 @triton.jit
-def merge_unequal(total, squares, count, other_total, other_squares, other_count):
-    """(total, squares, count) of two groups together, by Chan's rule; of one that is empty too."""
-    # Twice n'·t - n·t', by either way to round it: so that it is the same from the other's side, but for its sign, and 0 of
-    # equal elements. Then without what the products lost, which is all of it where a row's deviation is as small beside its
-    # mean as fp16's last place. By fma alone, as of a product and a sum the compiler would make another.
-    product, other_product = total * other_count, other_total * count
-    apart = tl.fma(total, other_count, -other_product) - tl.fma(other_total, count, -product)
-    apart -= tl.fma(other_total, count, -other_product) - tl.fma(total, other_count, -product)
-    both = count + other_count
-    weight = 0.25 / (tl.maximum(count * other_count, 1.0) * tl.maximum(both, 1.0))
-    return total + other_total, apart * weight * apart + (squares + other_squares), both
-
-
-@triton.jit
-def columns_of_parts(N: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
-    """How many columns of a row are in each part of its chunks, ``[ROWS, PARTS]``: of the last chunk, those that exist."""
-    WIDTH: tl.constexpr = CHUNK // PARTS
-    LAST: tl.constexpr = rounded_up(N, CHUNK) - CHUNK
-    before = tl.arange(0, PARTS)[None, :] * WIDTH
-    of_last = tl.minimum(tl.maximum(-before + (N - LAST), 0), WIDTH)
-    return tl.broadcast_to((of_last + LAST // PARTS).to(ACC), [ROWS, PARTS])
-
-
-@triton.jit
-def group_moments(xs, N: tl.constexpr, ACC: tl.constexpr):
+def group_moments(xs, ACC: tl.constexpr):
     """(total, sum of squares about the mean) of each group of columns, over all chunks, ``[ROWS, GROUPS]``: of a thread's
     own elements, as a rule, so that nothing is exchanged.
     """
     ROWS: tl.constexpr = xs[0].shape[0]
     CHUNK: tl.constexpr = xs[0].shape[1]
-    GROUPS: tl.constexpr = CHUNK // _GROUP
     total = widened(xs[0], ACC)
     for i in tl.static_range(1, len(xs)):
         total += widened(xs[i], ACC)
     total = group_sum(total)
-    if rounded_up(N, CHUNK) == N:
-        center = mean_of(total, len(xs) * _GROUP)
-    else:
-        count = tl.maximum(columns_of_parts(N, CHUNK, ROWS, GROUPS, ACC), 1.0)
-        quotient = total * (1.0 / count)
-        center = tl.fma(tl.fma(-quotient, count, total), 1.0 / count, quotient)  # correctly rounded, as in mean_of
+    center = mean_of(total, len(xs) * _GROUP)[:, :, None]
     squares = tl.zeros([ROWS, CHUNK], ACC)
     for i in tl.static_range(len(xs)):
-        live = columns_live(chunk_columns(i * CHUNK, CHUNK), (i + 1) * CHUNK, N)
-        in_groups = tl.reshape(widened(xs[i], ACC), [ROWS, GROUPS, _GROUP])
-        distance = tl.where(live, tl.reshape(in_groups - center[:, :, None], [ROWS, CHUNK]), 0.0)
+        in_groups = tl.reshape(widened(xs[i], ACC), [ROWS, CHUNK // _GROUP, _GROUP])
+        distance = tl.reshape(in_groups - center, [ROWS, CHUNK])
         squares = distance * distance if i == 0 else squares + distance * distance
     return total, group_sum(squares)
 
 
 @triton.jit
 def pairwise_moments(xs, N: tl.constexpr, ACC: tl.constexpr):
-    """(mean, power) of rows held as chunks, as ``held_moments`` has them, in one exchange between warps for two.
+    """(mean, power) of rows held as full chunks, as ``held_moments`` has them, in one exchange between warps for two.
 
     Each thread takes the moments of its own elements, centred, and these are merged two by two, as a tree: within warps by
-    shuffles, then by every thread alike. Of no use where the sum of equal numbers is not exact.
+    shuffles, then by every thread alike. Of no use where the sum of equal numbers is not exact, nor where a chunk is not
+    full: groups of several sizes have counts to be exchanged, and more instructions than they save.
     """
-    ROWS: tl.constexpr = xs[0].shape[0]
-    CHUNK: tl.constexpr = xs[0].shape[1]
-    EQUAL: tl.constexpr = rounded_up(N, CHUNK) == N  # groups, and so whatever two are merged
-    total, squares = group_moments(xs, N, ACC)
-    if EQUAL:
-        squares *= len(xs) * _GROUP
+    tl.static_assert(rounded_up(N, xs[0].shape[1]) == N)
+    total, squares = group_moments(xs, ACC)
+    squares *= len(xs) * _GROUP
     for step in tl.static_range(steps_to_one(total.shape[1])):
-        count = columns_of_parts(N, CHUNK, ROWS, total.shape[1], ACC)
         # A reduction of two, as that of more promises no tree. The interpreter takes them one by one.
         if step < _STEPS_IN_WARP and not is_interpreted():
-            if EQUAL:
-                total, squares = tl.reduce((two_by_two(total), two_by_two(squares)), axis=2, combine_fn=merge_equal)
-            else:
-                twos = two_by_two(total), two_by_two(squares), two_by_two(count)
-                total, squares, _ = tl.reduce(twos, axis=2, combine_fn=merge_unequal)
+            total, squares = tl.reduce((two_by_two(total), two_by_two(squares)), axis=2, combine_fn=merge)
         else:
             left_total, left_squares, right_total, right_squares = neighbours(total, squares)
-            if EQUAL:
-                total, squares = merge_equal(left_total, left_squares, right_total, right_squares)
-            else:
-                left, right = tl.split(two_by_two(count))
-                total, squares, _ = merge_unequal(left_total, left_squares, left, right_total, right_squares, right)
-    mean = mean_of(as_scalar(total), N)
-    return mean, mean_of(as_scalar(squares), N * N if EQUAL else N)
+            total, squares = merge(left_total, left_squares, right_total, right_squares)
+    return mean_of(as_scalar(total), N), mean_of(as_scalar(squares), N * N)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ class RowForward:
 
     stream: x and y pass through L2 without staying. preload: w and b are asked for together with x. early: programs may
     be put on the device before the kernel ahead of them ends (kernels/overlap.py). pairwise: LayerNorm's moments of 16-bit
-    numbers are merged from each thread's, in one exchange between warps for two.
+    numbers, where they fill their chunks, are merged from each thread's, in one exchange between warps for two.
     """
 
     tile: Tile
