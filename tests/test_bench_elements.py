@@ -91,8 +91,8 @@ def test_every_tensor_is_given_to_the_kernels_once() -> None:
     (forward,) = predict.launches(case("dynamic_erf", "forward", torch.bfloat16, (8192, 4096)))
     assert given(forward) == 2 * of_x + 2 * of_row + 2 * 2
     backward, sums = predict.launches(case("dynamic_erf", "backward", torch.bfloat16, (8192, 4096)))
-    programs = backward.grid[0]
-    of_columns, of_numbers = 2 * programs // 4 * 4096 * 4, 2 * programs * 4
+    programs, chunk = backward.grid[0], backward.options["CHUNK"]
+    of_columns, of_numbers = 2 * programs * chunk * 4, 2 * programs * 4
     assert given(backward) == 3 * of_x + of_row + 2 * 2 + of_columns + of_numbers
     assert given(sums) == of_columns + 2 * of_row + of_numbers + 2 * 2
     (forward,) = predict.launches(case("poly_norm", "forward", torch.bfloat16, (8192, 4096)))
