@@ -41,6 +41,14 @@ def replaced(model: nn.Module, **options: bool) -> nn.Module:
     return model
 
 
+def fused(model: nn.Module) -> nn.Module:
+    """trinorm's norms, residual sums in the launch of the norm behind them; models without such have no such column."""
+    report = trinorm.fuse(replaced(model))
+    if not report.fused:
+        raise LackingError
+    return model
+
+
 def by_hand(model: nn.Module) -> nn.Module:
     """trinorm's norms with activations, and ResNet's residual, in their pass, in models whose code asks for it."""
     blocks = [module for module in model.modules() if isinstance(module, (Residual, Bottleneck))]
@@ -112,9 +120,12 @@ COLUMNS: dict[str, Column] = {
     "compile": Column(_compiled, compiled=True, whole=True, few=True),
     "liger": Column(liger),
     "trinorm": Column(replaced, few=True),
+    "fused": Column(fused, few=True),
     "trinorm+compile": Column(partial(_compiled, change=replaced), compiled=True, whole=True, few=True),
+    "fused+compile": Column(partial(_compiled, change=fused), compiled=True, whole=True, few=True),
     "layers": Column(_layers_compiled, compiled=True),
     "trinorm+layers": Column(partial(_layers_compiled, change=replaced), compiled=True),
+    "fused+layers": Column(partial(_layers_compiled, change=fused), compiled=True),
     "liger-full": Column(partial(liger, full=True)),
     "by-hand": Column(by_hand, usual=False),
     "by-hand+compile": Column(partial(_compiled, change=by_hand), compiled=True, whole=True, usual=False),

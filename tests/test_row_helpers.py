@@ -26,13 +26,16 @@ def _statistics_kernel(OUT, X, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.co
     rows, _, pointers, xs = _held(X, N, ROWS, CHUNK)
     tl.store(OUT + rows, stats.row_sum(xs[0]))
     if N % CHUNK == 0:
-        mean, power = stats.pairwise_moments(xs, N, tl.float32)
+        mean, power = stats.pairwise_moments(xs, N, True, tl.float32)
+        _, mean_square = stats.pairwise_moments(xs, N, False, tl.float32)
     else:
         mean, power = stats.held_moments(xs, N, True, tl.float32)
+        _, mean_square = stats.held_moments(xs, N, False, tl.float32)
     tl.store(OUT + ROWS + rows, mean)
     tl.store(OUT + 2 * ROWS + rows, power)
     tl.store(OUT + 3 * ROWS + rows, stats.streamed_mean(pointers, 2.0, N, tl.float32, CHUNK))
     tl.store(OUT + 4 * ROWS + rows, stats.largest_of(pointers, N, tl.float32, CHUNK))
+    tl.store(OUT + 5 * ROWS + rows, mean_square)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -45,15 +48,16 @@ def test_statistics_of_rows(n: int, compiled: bool, device: torch.device, monkey
     x[1] += 1 << 10
     x[2] = 3.140625
     x[3, n // 2 :] = 1 << 10
-    out = torch.empty(5, ROWS, device=device)
+    out = torch.empty(6, ROWS, device=device)
     _statistics_kernel[(1,)](out, x, N=n, ROWS=ROWS, CHUNK=CHUNK)
-    total, mean, power, twice, largest = out
+    total, mean, power, twice, largest, mean_square = out
     assert torch.equal(total[[0, 1, 3]], x[[0, 1, 3], :CHUNK].sum(1))
     torch.testing.assert_close(mean, x.mean(1), rtol=2**-23, atol=0)
     assert mean[2] == x[2, 0] and power[2] == 0
     torch.testing.assert_close(power, x.double().var(1, correction=0).float(), rtol=2**-20, atol=0)
     torch.testing.assert_close(twice, 2 * x.mean(1), rtol=2**-23, atol=0)
     assert torch.equal(largest, x.abs().amax(1))
+    torch.testing.assert_close(mean_square, x.double().square().mean(1).float(), rtol=2**-22, atol=0)
 
 
 @triton.jit

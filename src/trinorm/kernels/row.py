@@ -195,7 +195,7 @@ def row_forward(
         rows = tile_rows(first + t, ROWS)
         live = rows_live(rows, M, ROWS * TILES)
         if PAIRWISE:
-            mean, power = pairwise_moments(xs, N, ACC)
+            mean, power = pairwise_moments(xs, N, CENTER, ACC)
             good = trusted(power + eps) & (tl.abs(mean) < float("inf"))
         else:
             mean, power = held_moments(xs, N, CENTER, ACC)

@@ -21,6 +21,7 @@ _GROUP: tl.constexpr = tl.constexpr(8)
 
 # Groups are merged two at a time: so often between the lanes of a warp, and from there on in every thread.
 _STEPS_IN_WARP: tl.constexpr = tl.constexpr(5)
+_LANES: tl.constexpr = tl.constexpr(1 << _STEPS_IN_WARP.value)
 
 
 @triton.jit
@@ -209,14 +210,10 @@ def group_moments(xs, ACC: tl.constexpr):
 
 
 @triton.jit
-def pairwise_moments(xs, N: tl.constexpr, ACC: tl.constexpr):
-    """(mean, power) of rows held as full chunks, as ``held_moments`` has them, in one exchange between warps for two.
-
-    Each thread takes the moments of its own elements, centred, and these are merged two by two, as a tree: within warps by
-    shuffles, then by every thread alike. Of no use where the sum of equal numbers is not exact, nor where a chunk is not
-    full: groups of several sizes have counts to be exchanged, and more instructions than they save.
+def merged_groups(xs, ACC: tl.constexpr):
+    """(total, N times the sum of squares about the mean) of rows: each thread takes the moments of its own elements,
+    centred, and these are merged two by two, as a tree: within warps by shuffles, then by every thread alike.
     """
-    tl.static_assert(rounded_up(N, xs[0].shape[1]) == N)
     total, squares = group_moments(xs, ACC)
     squares *= len(xs) * _GROUP
     for step in tl.static_range(steps_to_one(total.shape[1])):
@@ -226,7 +223,40 @@ def pairwise_moments(xs, N: tl.constexpr, ACC: tl.constexpr):
         else:
             left_total, left_squares, right_total, right_squares = neighbours(total, squares)
             total, squares = merge(left_total, left_squares, right_total, right_squares)
-    return mean_of(as_scalar(total), N), mean_of(as_scalar(squares), N * N)
+    return total, squares
+
+
+@triton.jit
+def summed_squares(xs, ACC: tl.constexpr):
+    """The sum of squares of rows, likewise: each warp's own, and then all of these by every thread."""
+    x = widened(xs[0], ACC)
+    squares = x * x
+    for i in tl.static_range(1, len(xs)):
+        x = widened(xs[i], ACC)
+        squares += x * x
+    squares = group_sum(squares)
+    lanes: tl.constexpr = min(_LANES, squares.shape[1])
+    squares = tl.sum(tl.reshape(squares, [squares.shape[0], squares.shape[1] // lanes, lanes]), axis=2)
+    for _ in tl.static_range(steps_to_one(squares.shape[1])):
+        left, right = tl.split(two_by_two(squares))
+        squares = left + right
+    return squares
+
+
+@triton.jit
+def pairwise_moments(xs, N: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr):
+    """(mean, power) of rows held as full chunks, as ``held_moments`` has them, by one barrier where that has two for each
+    exchange between warps, and two exchanges with CENTER.
+
+    Of no use to LayerNorm where the sum of equal numbers is not exact, nor where a chunk is not full: groups of several
+    sizes have counts to be exchanged, and more instructions than they save.
+    """
+    tl.static_assert(rounded_up(N, xs[0].shape[1]) == N)
+    if CENTER:
+        total, squares = merged_groups(xs, ACC)
+        return mean_of(as_scalar(total), N), mean_of(as_scalar(squares), N * N)
+    else:
+        return tl.zeros([xs[0].shape[0], 1], ACC), mean_of(as_scalar(summed_squares(xs, ACC)), N)
 
 
 @triton.jit

@@ -103,8 +103,8 @@ def forward(
     options.update(started_by(plan.tile, size, early=not isinstance(plan, RowForward) or plan.early))
     if isinstance(plan, RowForward):
         options.update(ROWS=plan.tile.rows, TILES=plan.tiles, STREAM=plan.stream, PRELOAD=plan.preload)
-        # Of a sum it is not measured; of wider numbers their sums are not exact.
-        pairwise = plan.pairwise and residual is None and spec.center and n % plan.tile.chunk == 0
+        # Of a sum it is not measured; of wider numbers their sums are not exact, as LayerNorm's mean asks for.
+        pairwise = plan.pairwise and residual is None and n % plan.tile.chunk == 0
         options.update(PAIRWISE=pairwise and x.dtype.itemsize == 2 and stats == torch.float32)
         rows = plan.tile.rows * plan.tiles
         args: tuple[Any, ...] = (

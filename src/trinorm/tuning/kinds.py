@@ -21,8 +21,8 @@ class RowForward:
     """A program holds ``tiles`` tiles of whole rows.
 
     stream: x and y pass through L2 without staying. preload: w and b are asked for together with x. early: programs may
-    be put on the device before the kernel ahead of them ends (kernels/overlap.py). pairwise: LayerNorm's moments of 16-bit
-    numbers, where they fill their chunks, are merged from each thread's, in one exchange between warps for two.
+    be put on the device before the kernel ahead of them ends (kernels/overlap.py). pairwise: moments of 16-bit numbers,
+    where they fill their chunks, are merged from each thread's by one barrier between warps.
     """
 
     tile: Tile

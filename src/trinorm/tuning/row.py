@@ -72,18 +72,14 @@ _FORWARD_SPLIT: tuple[tuple[int, RowForwardSplit, RowForwardSplit], ...] = (
 _FORWARD_WIDE = (RowForwardWide(Tile(1, 4096, 16)), RowForwardWide(Tile(1, 8192, 32)))
 
 
-# Rows whose moments LayerNorm merges, where they are few: an exchange between warps less. On an H200, µs in a chain, by two
-# exchanges and by one: 1 row of 4096 columns 1.49 → 1.25, 16 rows 1.53 → 1.30, 64 rows 1.60 → 1.36, 256 rows 2.23 → 1.97.
-# 64 rows of 8192 columns 1.98 → 1.81 by Tile(1, 2048, 8), but not tested there yet. By a pivot, which took one exchange
-# too, 768 columns, which one warp has, were slower, and teams and many rows the same to 3% slower.
-_PAIRWISE_COLUMNS = 1025, 4096
+# Few rows longer than this have their moments merged, by tiles that give each lane its eight neighbours. By a pivot, which
+# took one exchange too, 768 columns, which one warp has, were slower, and teams and many rows the same to 3% slower.
+_PAIRWISE_ABOVE = 1024
+_PAIRWISE_OF_WARP = 256
 
 
-# RMSNorm's tile of few rows of so many columns, where another is better than that of many. On an H100, µs alone and in a
-# chain, by the tile of many rows and by this one: 1x4096 1.41, 1.46 → 1.14, 1.20; 16 rows 1.80, 1.57 → 1.77, 1.30; 64 rows
-# 2.00, 1.53 → 1.97, 1.48; 256 rows 2.98, 2.31 → 2.98, 2.18; 64x8192 in a chain 1.88 → 1.75. LayerNorm's of 4096 columns is
-# 1 to 3% slower by it.
-_FEW_RMS = {4096: Tile(1, 512, 4), 8192: Tile(1, 8192, 16)}
+# RMSNorm's tile of few rows of so many columns, where another is better than that of many.
+_FEW_RMS = {4096: Tile(1, 1024, 4), 8192: Tile(1, 4096, 16)}
 
 
 def choose_forward(
@@ -114,7 +110,7 @@ def _choose_forward(
     # program holds (fp32, 4096x16384: 0.96 against 0.90).
     preload = not (stream and (spec.center or n * itemsize >= _HELD_BYTES))
     early = scarce or tile.warps >= _EARLY_WARPS
-    pairwise = scarce and _PAIRWISE_COLUMNS[0] <= n <= _PAIRWISE_COLUMNS[1]
+    pairwise = scarce and n > _PAIRWISE_ABOVE and tile.chunk == tile.warps * _PAIRWISE_OF_WARP
     return RowForward(_narrowed(tile, n), tiles, stream, preload, early, pairwise)
 
 
