@@ -103,7 +103,8 @@ def test_a_stream_has_one_gradient(kind: type[Holding], device: torch.device) ->
     edges = []
     for model in fused(kind, device)[:2]:
         x = torch.randn(3, 5, 16, device=device, requires_grad=True)
-        nodes, seen, into = [model(x).grad_fn], set(), 0
+        y = model(x)  # kept: a node of Python's ends with the last tensor behind it
+        nodes, seen, into = [y.grad_fn], set(), 0
         while nodes:
             for node, _ in nodes.pop().next_functions:
                 into += getattr(node, "variable", None) is x
