@@ -263,6 +263,7 @@ def test_a_json_line_says_what_was_launched_and_how_fast() -> None:
         "preload": False,
         "early": True,
         "pairwise": False,
+        "many": 0,
     }
     assert (read["device_us"], read["ceiling_us"], read["ceiling_ratio"]) == (4.0, 3.0, 0.75)
     assert read["gpu"] == "Made-up GPU 9"

@@ -37,6 +37,7 @@ _VALUES: dict[str, Sequence[Any]] = {
     "preload": (False, True),
     "early": (False, True),
     "pairwise": (False, True),
+    "many": (0, 64),
     "tiles": (1, 2, 4),
     "block": (1024, 2048, 4096, 8192),
     "registers": (None, 80, 96, 128, 168),

@@ -161,13 +161,14 @@ def row_forward(
     STREAM: tl.constexpr,
     PRELOAD: tl.constexpr,
     PAIRWISE: tl.constexpr,
+    MANY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """TILES tiles of ROWS rows, each read once and held as chunks.
 
     PRELOAD asks for w and b before the statistics are known: their latency hides behind x's, for registers. It is
-    worth 0.2 µs of 1.9 where a launch is short, and costs occupancy where it is long. PAIRWISE: mean and power in
-    one exchange.
+    worth 0.2 µs of 1.9 where a launch is short, and costs occupancy where it is long. PAIRWISE: mean and power by one
+    barrier; of more rows than MANY the next kernel is let on behind x.
     """
     wait_for_previous(PDL)
     eps = tl.full([1, 1], eps, ACC)
@@ -181,7 +182,8 @@ def row_forward(
         tiles = tiles + (add_row(added, xs, rows, 0, live, N, N, ALPHA, DROP, ACC, STREAM),)
     if PAIRWISE:
         # The one below waits for x, as ptxas puts the first sums of it ahead; it stays, as it keeps w and b ahead of them.
-        let_next_launch(PDL)
+        if M > MANY:
+            let_next_launch(PDL)
     if PRELOAD:
         every = tl.full([ROWS, 1], True, tl.int1)
         ws = load_row_or(W, every, N, CHUNK, NO_WEIGHT)

@@ -105,7 +105,7 @@ def forward(
         options.update(ROWS=plan.tile.rows, TILES=plan.tiles, STREAM=plan.stream, PRELOAD=plan.preload)
         # Of a sum it is not measured; of wider numbers their sums are not exact, as LayerNorm's mean asks for.
         pairwise = plan.pairwise and residual is None and n % plan.tile.chunk == 0
-        options.update(PAIRWISE=pairwise and x.dtype.itemsize == 2 and stats == torch.float32)
+        options.update(PAIRWISE=pairwise and x.dtype.itemsize == 2 and stats == torch.float32, MANY=plan.many)
         rows = plan.tile.rows * plan.tiles
         args: tuple[Any, ...] = (
             y,

@@ -22,7 +22,8 @@ class RowForward:
 
     stream: x and y pass through L2 without staying. preload: w and b are asked for together with x. early: programs may
     be put on the device before the kernel ahead of them ends (kernels/overlap.py). pairwise: moments of 16-bit numbers,
-    where they fill their chunks, are merged from each thread's by one barrier between warps.
+    where they fill their chunks, are merged from each thread's by one barrier between warps; and of more rows than ``many``
+    the next kernel is let on as soon as x is asked for.
     """
 
     tile: Tile
@@ -31,6 +32,7 @@ class RowForward:
     preload: bool
     early: bool
     pairwise: bool = False
+    many: int = 0
 
 
 @dataclass(frozen=True)

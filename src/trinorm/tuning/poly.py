@@ -1,4 +1,4 @@
-"""Which launch each problem of PolyNorm gets. Where nothing else is said, by what was compiled, and not by what was measured."""
+"""Which launch each problem of PolyNorm gets: by what was compiled, and not measured, where nothing else is said."""
 
 from __future__ import annotations
 

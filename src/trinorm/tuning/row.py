@@ -72,14 +72,21 @@ _FORWARD_SPLIT: tuple[tuple[int, RowForwardSplit, RowForwardSplit], ...] = (
 _FORWARD_WIDE = (RowForwardWide(Tile(1, 4096, 16)), RowForwardWide(Tile(1, 8192, 32)))
 
 
-# Few rows longer than this have their moments merged, by tiles that give each lane its eight neighbours. By a pivot, which
-# took one exchange too, 768 columns, which one warp has, were slower, and teams and many rows the same to 3% slower.
-_PAIRWISE_ABOVE = 1024
+# Few rows of 1025 to so many columns, LayerNorm's and RMSNorm's, have their moments merged, by tiles that give each lane
+# its eight neighbours. On an H100, µs in a chain, by what was there and merged: RMSNorm 1x4096 1.19 → 1.23, 16 rows 1.27 →
+# 1.27, 64 1.44 → 1.28, 256 2.15 → 1.79; 64x8192 1.70 → 1.64, 64x12288 2.10 → 1.98 (64x16384 2.44 → 2.55); LayerNorm 64x8192
+# 2.08 → 1.90, 256x12288 4.13 → 4.53. Of 1024 columns, by 4 warps for 2, RMSNorm's 16 rows 0.97 → 0.86, 256 1.22 → 1.32.
+_PAIRWISE = 8192, 12288
 _PAIRWISE_OF_WARP = 256
 
+# (N up to, so many rows): more of them let the next kernel on behind x, and not behind w and b. 2048 columns, rows for rows
+# by the two, late first: RMSNorm 16 0.95, 1.23, 64 1.07, 1.26, 256 1.39, 1.34; LayerNorm 16 1.15, 1.26, 256 1.82, 1.51.
+# 4096: RMSNorm 1 row 1.40, 1.23, 64 1.44, 1.28, 256 2.20, 1.79.
+_MANY = (3072, 64), (1 << 20, 0)
 
-# RMSNorm's tile of few rows of so many columns, where another is better than that of many.
-_FEW_RMS = {4096: Tile(1, 1024, 4), 8192: Tile(1, 4096, 16)}
+# RMSNorm's tile of few rows of so many columns, where another is better than that of many. On an H100, µs in a chain, by
+# that of many: 16x4096 1.54, 256 rows 2.31; 64x5120 1.64, merged by this one 1.41.
+_FEW_RMS = {4096: Tile(1, 2048, 8), 5120: Tile(1, 1024, 4), 8192: Tile(1, 4096, 16)}
 
 
 def choose_forward(
@@ -110,8 +117,9 @@ def _choose_forward(
     # program holds (fp32, 4096x16384: 0.96 against 0.90).
     preload = not (stream and (spec.center or n * itemsize >= _HELD_BYTES))
     early = scarce or tile.warps >= _EARLY_WARPS
-    pairwise = scarce and n > _PAIRWISE_ABOVE and tile.chunk == tile.warps * _PAIRWISE_OF_WARP
-    return RowForward(_narrowed(tile, n), tiles, stream, preload, early, pairwise)
+    pairwise = scarce and 1024 < n <= _PAIRWISE[_column(spec)] and tile.chunk == tile.warps * _PAIRWISE_OF_WARP
+    many = next(rows for most, rows in _MANY if n <= most)
+    return RowForward(_narrowed(tile, n), tiles, stream, preload, early, pairwise, many)
 
 
 # --- backward ---
