@@ -85,6 +85,7 @@ FLOW = (
     "rewritten",
     "residuals",
     "__init__",
+    "integrations",
     "interpreter",
     "targets",
     "inspection",
