@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from shared import VOCABULARY, compare_curves, windows
 from torch import Tensor, nn
 
-STEPS, BATCH, LENGTH, WIDTH = 6, 2, 16, 64
+STEPS, BATCH, LENGTH, WIDTH = 6, 2, 8, 64
 
 
 class Block(nn.Module):

@@ -25,7 +25,7 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 import trinorm
 
-STEPS, BATCH, LENGTH = 6, 2, 16
+STEPS, BATCH, LENGTH = 6, 2, 8
 
 
 def llama3_2_1b() -> TransformerDecoder:

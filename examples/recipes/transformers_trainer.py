@@ -15,7 +15,7 @@ import torch
 from shared import VOCABULARY, compare_curves, windows
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-STEPS, BATCH, LENGTH = 6, 2, 16
+STEPS, BATCH, LENGTH = 6, 2, 8
 
 
 def train(prepare: Callable[[torch.nn.Module], object]) -> list[float]:
