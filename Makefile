@@ -5,6 +5,7 @@
 #   make check     every op against float64, as a table                            (ARGS='--dtype bf16')
 #   make sanitize  every kernel under memcheck and racecheck, on a GPU
 #   make lint      formatting, rules, types
+#   make hub       the project that Hugging Face's kernel-builder builds, in dist/hub (hub/README.md)
 #   make clean     remove what these made
 #
 # PYTHON picks the interpreter and VENV the environment's place; VENV may be an environment that exists already.
@@ -16,7 +17,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: bench test check sanitize lint clean
+.PHONY: bench test check sanitize lint hub clean
 
 bench: $(READY)
 	$(BIN)/trinorm bench $(ARGS)
@@ -38,6 +39,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+hub:
+	$(PYTHON) hub/layout.py dist/hub
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -85,6 +85,7 @@ FLOW = (
     "rewritten",
     "residuals",
     "__init__",
+    "integrations",
     "interpreter",
     "targets",
     "inspection",
@@ -270,7 +271,7 @@ RULES: dict[Rule, tuple[list[File], list[File]]] = {
 @pytest.fixture(scope="module")
 def house() -> list[File]:
     """Every text file that the repository keeps."""
-    folders = ("src", "tests", "docs", "examples", "benchmarks", ".ci")
+    folders = ("src", "tests", "docs", "examples", "benchmarks", "hub", ".ci")
     paths = [path for path in ROOT.iterdir() if path.is_file() and not path.name.startswith(".")]
     paths += [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     text = {"", ".py", ".md", ".toml", ".txt", ".json", ".jsonl"}

@@ -60,7 +60,7 @@ class Fused:
 class Report:
     """What ``replace`` or ``fuse`` did, or would do. A module that the model holds under several names appears under each.
 
-    by: which of the two.
+    by: which of the two; or ``register``, of the transformers integration.
 
     ``print`` shows it in lines, and rich's ``print`` as a table.
     """
@@ -90,7 +90,7 @@ class Report:
         return table
 
     def _title(self) -> str:
-        done = f"{len(self.replaced)} replaced" if self.by == "replace" else f"{len(self.fused)} fused"
+        done = f"{len(self.fused)} fused" if self.by == "fuse" else f"{len(self.replaced)} replaced"
         return f"trinorm.{self.by}: {done}, {len(self.left)} left"
 
 

@@ -73,11 +73,14 @@ class Form:
         # It keeps its input's dtype under autocast too, where torch's own norm does not.
         return not reference.autocast_to_fp32(self.norm, x.device.type)
 
-    def __call__(self, parameters: Parameters, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        shape, (weight, bias) = x.shape[-1:], parameters
+    def __call__(
+        self, parameters: Parameters, x: Tensor, gate: Tensor | None = None, *, eps: float | None = None
+    ) -> Tensor:
+        """eps: another than its own."""
+        shape, (weight, bias), eps = x.shape[-1:], parameters, self.eps if eps is None else eps
         if self.norm.center:
-            return functional.layer_norm(x, shape, weight, bias, self.eps, cast=self.norm.cast)
-        return functional.rms_norm(x, shape, weight, self.eps, cast=self.norm.cast)
+            return functional.layer_norm(x, shape, weight, bias, eps, cast=self.norm.cast)
+        return functional.rms_norm(x, shape, weight, eps, cast=self.norm.cast)
 
     def exact(self, parameters: Parameters, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """In float64."""
@@ -102,8 +105,10 @@ class ChannelForm(Form):
     def laid(rows: Tensor, rank: int) -> Tensor:
         return Form.laid(rows, rank).movedim(-1, 1).contiguous()
 
-    def __call__(self, parameters: Parameters, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        return functional.channel_layer_norm(x, *parameters, self.eps)
+    def __call__(
+        self, parameters: Parameters, x: Tensor, gate: Tensor | None = None, *, eps: float | None = None
+    ) -> Tensor:
+        return functional.channel_layer_norm(x, *parameters, self.eps if eps is None else eps)
 
     def exact(self, parameters: Parameters, x: Tensor, gate: Tensor | None = None) -> Tensor:
         return super().exact(parameters, x.movedim(1, -1)).movedim(-1, 1)
@@ -134,10 +139,12 @@ class GatedForm(Form):
     def _spec(self) -> ConditionedNorm:
         return ConditionedNorm(self.norm, self.activation, not self.before_gate)
 
-    def __call__(self, parameters: Parameters, x: Tensor, gate: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, parameters: Parameters, x: Tensor, gate: Tensor | None = None, *, eps: float | None = None
+    ) -> Tensor:
         assert gate is not None
         of = functional.gated_layer_norm if self.norm.center else functional.gated_rms_norm
-        return of(x, gate, *parameters, self.eps, **self._how)
+        return of(x, gate, *parameters, self.eps if eps is None else eps, **self._how)
 
     def exact(self, parameters: Parameters, x: Tensor, gate: Tensor | None = None) -> Tensor:
         return conditioned_reference.oracle(self._spec, 1, self.group_size or x.shape[-1], x, gate, *parameters, self.eps).y

@@ -1,0 +1,1 @@
+"""trinorm in other libraries, each in a module of its own: ``trinorm.integrations.transformers``."""
