@@ -82,6 +82,8 @@ FLOW = (
     "made",
     "recognize",
     "convert",
+    "norm_calls",
+    "sources",
     "rewritten",
     "residuals",
     "__init__",

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.modules.module as hooks
 from torch import Tensor
 
 from . import checks
@@ -18,12 +17,14 @@ from .convert import Fused, Left, Report, is_norm, name_of
 from .forms import Form
 from .functional import add_layer_norm, add_rms_norm
 from .made import MARK, NEXT, Made, each, swap
+from .norm_calls import is_hooked, is_replaced, is_traced, row_of
 from .ops import stream_norm
 from .ops.road import KERNEL_DTYPES
 from .recognize import Recognized, form_in_force
-from .rewritten import NORM_OF_SUM, OF_ARGUMENT, RETURNED, SUM, Forward, Found, UnfitError
+from .rewritten import NORM_OF_SUM, OF_ARGUMENT, RETURNED, SUM, Forward, Found
 from .row_nn import LayerNorm, RMSNorm
-from .spec import LAYER_NORM, RMS_NORM, RowNorm
+from .sources import UnfitError
+from .spec import RowNorm
 from .switches import options
 
 # Where a sum has with it what the next block's norm makes of it.
@@ -153,7 +154,7 @@ def _why_apart(norm: torch.nn.Module) -> str:
         return "it is not trinorm's: replace() it first"
     if "forward" in vars(norm):
         return "its forward was replaced on the instance"
-    return "it has hooks, which would not be called" if _is_hooked(norm) else ""
+    return "it has hooks, which would not be called" if is_hooked(norm) else ""
 
 
 def _why_unfit(module: torch.nn.Module) -> str:
@@ -231,8 +232,8 @@ def _returned(module: torch.nn.Module, a: Any, b: Any) -> Any:
     That is on the tensor itself, and goes with it. Of a recorded gradient it would take a part away from the sum's own, for
     which anybody may ask; in inference mode nobody sees a tensor written to.
     """
-    following = None if _is_traced() else vars(module).get(NEXT)
-    if following is None or torch.is_grad_enabled() or torch.is_inference_mode_enabled() or _is_replaced(module):
+    following = None if is_traced() else vars(module).get(NEXT)
+    if following is None or torch.is_grad_enabled() or torch.is_inference_mode_enabled() or is_replaced(module):
         return a + b
     (norm,) = following
     both = _both(norm, a, b) if _fits(norm, a) else None
@@ -249,15 +250,15 @@ def _of_argument(module: torch.nn.Module, norm: Any, x: Any) -> tuple[Any, list[
     That is what came with x, where x and the norm are still what they were. Where a gradient is recorded, what is returned
     for x is x with another gradient, which is added to the norm's in one pass.
     """
-    if type(x) is not Tensor or _is_traced():
+    if type(x) is not Tensor or is_traced():
         return x, []
     # Another thread may have taken it in between.
     handed = vars(x).pop(HANDED, None) if hasattr(x, HANDED) else None
     if torch.is_grad_enabled():
-        row = _row(norm, x)
+        row = row_of(norm, x)
         both = None if row is None else _stream(x, *row)
         return (x, []) if both is None else (both[1], [both[0]])
-    if isinstance(handed, _Handed) and handed.is_of(norm, x) and not _is_replaced(norm) and not _is_replaced(module):
+    if isinstance(handed, _Handed) and handed.is_of(norm, x) and not is_replaced(norm) and not is_replaced(module):
         return x, [handed.y]
     return x, []
 
@@ -330,7 +331,7 @@ def _both(norm: Any, a: Any, b: Any) -> tuple[Tensor, Tensor] | None:
         if wide not in (a.dtype, b.dtype):
             return None
         a, b = (a, b) if a.dtype == wide else (b, a)
-    row = _row(norm, a)
+    row = row_of(norm, a)
     if row is None:
         return None
     spec, shape, weight, bias, eps, batch_invariant = row
@@ -338,25 +339,6 @@ def _both(norm: Any, a: Any, b: Any) -> tuple[Tensor, Tensor] | None:
     if spec.center:
         return add_layer_norm(a, b, weight, eps=eps, **how)  # type: ignore[arg-type]
     return add_rms_norm(a, b, weight, eps, **how)
-
-
-# What a call of a norm is, besides its input: normalized_shape, weight, bias, eps, batch_invariant.
-_Row = tuple[RowNorm, tuple[int, ...], Tensor | None, Tensor | None, float | None, bool | None]
-
-
-def _row(norm: Any, x: Tensor) -> _Row | None:
-    """A norm's call of a tensor like x; None where it is not just a LayerNorm or an RMSNorm of its last dims."""
-    kind = type(norm)
-    if kind is LayerNorm or kind is RMSNorm:
-        if norm.save != "input" or _is_replaced(norm):
-            return None
-        spec, bias = (RMS_NORM, None) if kind is RMSNorm else (LAYER_NORM, norm.bias)
-        return spec.with_cast(norm.cast), norm.normalized_shape, norm.weight, bias, norm.eps, norm.batch_invariant
-    form = form_in_force(norm) if isinstance(norm, Recognized) else None
-    if type(form) is not Form or _is_replaced(norm):
-        return None
-    weight, bias = (None if name is None else getattr(norm, name) for name in (form.weight, form.bias))
-    return (form.norm, x.shape[-1:], weight, bias, form.eps, None) if form.serves((weight, bias), x) else None
 
 
 def _stream(
@@ -374,27 +356,3 @@ def _stream(
     eps = checks.own_epsilon(spec, x, eps)
     size, eps, invariant = checks.rows(spec.name, x, shape, weight, bias, eps, spec.cast, batch_invariant)
     return stream_norm(spec, x, size, weight, bias, eps, invariant)
-
-
-def _is_traced() -> bool:
-    """torch.jit.trace traces again without gradients, and wants the same graph."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-
-
-def _is_replaced(module: torch.nn.Module) -> bool:
-    """Whether a call of a module is not just its class's forward."""
-    return "forward" in vars(module) or _is_hooked(module)
-
-
-def _is_hooked(module: torch.nn.Module) -> bool:
-    """As torch.nn.Module asks at each call."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )
