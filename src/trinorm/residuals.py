@@ -7,6 +7,7 @@ import itertools
 import operator
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,14 +17,15 @@ from . import checks
 from .convert import Fused, Left, Report, is_norm, name_of
 from .forms import Form
 from .functional import add_layer_norm, add_rms_norm
-from .made import MARK, NEXT, Made, each, swap
+from .heads_fused import deferred, rotary_of, turned
+from .made import MARK, NEXT, ROTARY, Made, each, swap
 from .norm_calls import is_hooked, is_replaced, is_traced, row_of
 from .ops import stream_norm
 from .ops.road import KERNEL_DTYPES
 from .recognize import Recognized, form_in_force
-from .rewritten import NORM_OF_SUM, OF_ARGUMENT, RETURNED, SUM, Forward, Found
+from .rewritten import DEFERRED, NORM_OF_SUM, OF_ARGUMENT, RETURNED, SUM, TURNED, Forward, Found
 from .row_nn import LayerNorm, RMSNorm
-from .sources import UnfitError
+from .sources import UnfitError, functions_within
 from .spec import RowNorm
 from .switches import options
 
@@ -83,6 +85,8 @@ def fuse(model: torch.nn.Module) -> Report:
                 row = f"{path}.{name}".removeprefix("."), name_of(type(norm))
                 if sums:
                     fused.append(Fused(*row, "; ".join(sums)))
+                elif (heads := plan.found.heads) is not None and name in heads.norms and ROTARY in plan.attributes:
+                    fused.append(Fused(*row, str(heads), str(plan.attributes[ROTARY])))
                 else:
                     left.append(Left(*row, plan.why_left(name)))
     of_use = [plan for of, plan in plans.items() if plan.is_of_use or of in givers]
@@ -112,6 +116,19 @@ class _Plan:
                 self.found = Found(apart=self.found.apart)
             else:
                 self.kind = kind
+                self._find_rotary()
+
+    def _find_rotary(self) -> None:
+        """Ask what is computed behind the norms of queries and keys, as long as that is what it is now."""
+        heads = self.found.heads
+        if heads is None:
+            return
+        *_, raw = functions_within(type(self.module).forward)
+        found = rotary_of(heads, self.norms, raw.__globals__.get(heads.function))
+        if isinstance(found, str):
+            self.found = replace(self.found, apart=dict.fromkeys(heads.norms, found) | self.found.apart)
+        else:
+            self.attributes[ROTARY] = found
 
     @property
     def is_of_use(self) -> bool:
@@ -263,7 +280,8 @@ def _of_argument(module: torch.nn.Module, norm: Any, x: Any) -> tuple[Any, list[
     return x, []
 
 
-_HELPERS = {SUM: _sum, NORM_OF_SUM: _norm_of_sum, RETURNED: _returned, OF_ARGUMENT: _of_argument}
+_HELPERS: dict[str, Callable[..., Any]] = {SUM: _sum, NORM_OF_SUM: _norm_of_sum, RETURNED: _returned}
+_HELPERS.update({OF_ARGUMENT: _of_argument, DEFERRED: deferred, TURNED: turned})
 
 
 class _Handed:

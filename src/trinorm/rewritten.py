@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .heads_source import Heads, heads
 from .sources import (
     Replacing,
     UnfitError,
@@ -29,10 +30,12 @@ from .sources import (
     parsed,
 )
 
-# What the new forward calls in place of a sum, of a norm of a sum, of a sum that is returned, and of the norm of the
-# forward's argument. They are its free variables: no name of the model's own module is touched.
+# What the new forward calls in place of a sum, of a norm of a sum, of a sum that is returned, of the norm of the forward's
+# argument, of the norm of queries or of keys, and of their rotary embedding. They are its free variables: no name of the
+# model's own module is touched.
 SUM, NORM_OF_SUM = "_trinorm_sum", "_trinorm_norm_of_sum"
 RETURNED, OF_ARGUMENT = "_trinorm_returned", "_trinorm_of_argument"
+DEFERRED, TURNED = "_trinorm_deferred", "_trinorm_turned"
 
 
 @dataclass
@@ -41,7 +44,7 @@ class Found:
 
     sums: by the name of a norm those that go into it, with their lines; returned: the sum that is returned; of_argument:
     the norm of the forward's argument; stream: that argument, if sums have it too; apart: by a norm's name, why a sum that
-    goes into it stays apart.
+    goes into it stays apart, or a rotary embedding that it goes into; heads: the norms of queries and keys, and that.
     """
 
     sums: dict[str, list[str]] = field(default_factory=dict)
@@ -49,6 +52,7 @@ class Found:
     of_argument: str | None = None
     stream: str | None = None
     apart: dict[str, str] = field(default_factory=dict)
+    heads: Heads | None = None
 
 
 class Forward:
@@ -66,6 +70,11 @@ class Forward:
 
                               x, y = of_argument(self, self.norm, x)
         z = self.norm(x)      z = y.pop() if y else self.norm(x)
+
+                              y = [None, None]
+        q = self.q_norm(q)    q = deferred(self, y, 0, self.q_norm, q)
+        k = self.k_norm(k)    k = deferred(self, y, 1, self.k_norm, k)
+        q, k = f(q, k, c, s)  q, k = turned(self, y, (dims, dims), f, q, k, c, s)
 
     where h is such a sum, and x the forward's argument; but for what is returned, where nobody but other sums has them
     besides, and so nobody can tell how their gradients came about.
@@ -93,6 +102,7 @@ class Forward:
                 self._find_sum(i)
             if len(arguments) > 1:
                 self._find_of_argument(arguments[1].arg)
+            self._find_heads()
 
     def rewritten(self, helpers: dict[str, Callable[..., Any]]) -> Iterator[Callable[..., Any]]:
         """The new forward, with ``helpers`` for what it calls: as it is, and with the decorators that the source has."""
@@ -173,9 +183,26 @@ class Forward:
         call = call_of(OF_ARGUMENT, load_of(self._self), uses.norm.func, load_of(name))
         both = ast.Assign([pair_of(name, kept := "_trinorm_of_argument_y")], call)
         copies = [ast.Assign([ast.Name(other, ast.Store())], load_of(name)) for other in others]
-        self._before[id(uses.statement)] = [both, *copies]
+        self._before.setdefault(id(uses.statement), []).extend((both, *copies))
         self._take(kept, uses.norm)
         self.found.of_argument, self.found.stream = uses.name, argument if uses.added else None
+
+    def _find_heads(self) -> None:
+        found, apart = heads(self._definition.body, self._norm_of, self.shared)
+        for name, reason in apart.items():
+            self.found.apart.setdefault(name, reason)
+        if found is None or any(id(side.call) in self._new for side in found.sides):
+            return
+        self.found.heads, (query, key) = found, found.sides
+        none = ast.Assign([ast.Name(kept := "_trinorm_heads", ast.Store())], ast.List([ast.Constant(None)] * 2, ast.Load()))
+        self._before.setdefault(id(found.first), []).append(none)
+        own, by = load_of(self._self), load_of(kept)
+        for place, call in enumerate((query.call, key.call)):
+            self._new[id(call)] = call_of(DEFERRED, own, by, ast.Constant(place), call.func, call.args[0])
+        exchanged = ast.parse(repr((query.exchanged, key.exchanged)), mode="eval").body
+        turned = call_of(TURNED, own, by, exchanged, found.call.func, *found.call.args)
+        turned.keywords = found.call.keywords
+        self._new[id(found.call)] = turned
 
     def _take(self, kept: str, norm: ast.Call) -> None:
         """In place of a norm's call what is kept, if there is any."""
