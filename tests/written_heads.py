@@ -51,6 +51,12 @@ def turn_back(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, T
     return turn(q, k, cos, -sin)
 
 
+def turn_and_double(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """In 16 bits alone another function."""
+    q, k = turn(q, k, cos, sin)
+    return (q, k) if q.dtype == torch.float32 else (q * 2, k * 2)
+
+
 class Attention(torch.nn.Module):
     """But for the product with the values. As Qwen3's."""
 
@@ -143,6 +149,39 @@ class OfTokensAlone(Attention):
         query = self.q_norm(query)
         key = self.k_norm(key)
         query, key = turn_wide(query, key, angles[0].flatten(0, -2), angles[1].flatten(0, -2))
+        return query, key
+
+
+class Shared(Attention):
+    """One norm for both."""
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        query, key = self.heads(x)
+        key = self.q_norm(key)
+        query = self.q_norm(query)
+        key = key.transpose(1, 2)
+        query = query.transpose(-2, -3)
+        query, key = turn(query, key, angles[0], angles[1])
+        return query, key
+
+
+class Turned(Attention):
+    """Of as many tokens as a head has elements nobody sees that both are exchanged."""
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        query, key = self.heads(x)
+        query = self.q_norm(query).transpose(1, 2).transpose(2, 3)
+        key = self.k_norm(key).transpose(1, 2)
+        query, key = turn(query, key, angles[0], angles[1])
+        return query, key
+
+
+class Doubled(Attention):
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        query, key = self.heads(x)
+        query = self.q_norm(query).transpose(1, 2)
+        key = self.k_norm(key).transpose(1, 2)
+        query, key = turn_and_double(query, key, angles[0], angles[1])
         return query, key
 
 

@@ -5,7 +5,7 @@ stood there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,22 +22,33 @@ from .rotary import Rotary, rotary
 from .row_nn import RMSNorm
 from .spec import RMS_NORM
 
-# A norm that is put off, and what it is of.
-_Kept = list[tuple[torch.nn.Module, Tensor] | None]
+
+class _Deferred(NamedTuple):
+    """A norm that is put off, and what it is of."""
+
+    norm: torch.nn.Module
+    x: Tensor
+
+
+# Of queries and of keys, where it is.
+_Kept = list[_Deferred | None]
+
+# What is transposed between the norm and the rotary embedding, of each.
+_Between = tuple[tuple[Exchanged, ...], tuple[Exchanged, ...]]
 
 
 def deferred(module: torch.nn.Module, kept: _Kept, place: int, norm: Any, x: Any) -> Any:
     """x itself, whose norm ``turned`` will see to; or the norm of it."""
     if vars(module).get(ROTARY) is None or type(x) is not Tensor or is_replaced(norm):
         return norm(x)
-    kept[place] = norm, x
+    kept[place] = _Deferred(norm, x)
     return x
 
 
 def turned(
     module: torch.nn.Module,
     kept: _Kept,
-    exchanged: tuple[tuple[Exchanged, ...], tuple[Exchanged, ...]],
+    between: _Between,
     function: Callable[..., Any],
     query: Any,
     key: Any,
@@ -46,34 +57,34 @@ def turned(
     *more: Any,
     **named: Any,
 ) -> Any:
-    """What the model's function makes of normalized queries and keys. exchanged: what was transposed behind each norm."""
+    """What the model's function makes of the normalized queries and keys."""
     of_query, of_key = kept
     kept[:] = None, None  # what they are of may go
     if of_query is not None and of_key is not None:
-        both = _both(vars(module).get(ROTARY), function, of_query[0], of_key[0], query, key, cos, sin)
+        both = _both(vars(module).get(ROTARY), function, (of_query, of_key), between, query, key, cos, sin)
         if both is not None:
-            (query_norm, query_x), (key_norm, key_x) = of_query, of_key
-            found = both[0] if exchanged[0] else _in_order_of(query_norm, query_x, both[0])
-            return found, both[1] if exchanged[1] else _in_order_of(key_norm, key_x, both[1])
-    query = query if of_query is None else _normalized(*of_query, exchanged[0])
-    key = key if of_key is None else _normalized(*of_key, exchanged[1])
+            return both
+    query = query if of_query is None else _normalized(of_query, between[0])
+    key = key if of_key is None else _normalized(of_key, between[1])
     return function(query, key, cos, sin, *more, **named)
 
 
-def _normalized(norm: torch.nn.Module, x: Tensor, exchanged: tuple[Exchanged, ...]) -> Any:
-    y = norm(x)
+def _normalized(of: _Deferred, exchanged: tuple[Exchanged, ...]) -> Any:
+    y = of.norm(of.x)
     for dims in exchanged:
         y = y.transpose(*dims)
     return y
 
 
-def _in_order_of(norm: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """y in the order of memory in which it comes behind a norm of x: rows', or, of a norm written out, x's."""
-    return y.contiguous() if type(norm) is RMSNorm or x.is_contiguous() else y
-
-
 def _both(
-    found: Any, function: Any, query_norm: Any, key_norm: Any, query: Any, key: Any, cos: Any, sin: Any
+    found: Any,
+    function: Any,
+    sides: tuple[_Deferred, _Deferred],
+    between: _Between,
+    query: Any,
+    key: Any,
+    cos: Any,
+    sin: Any,
 ) -> tuple[Tensor, Tensor] | None:
     """Both in one launch; None where each is to be called. query, key: as the function takes them, without their norms."""
     if not isinstance(found, Rotary) or function is not found.of or type(query) is not Tensor or type(key) is not Tensor:
@@ -82,9 +93,11 @@ def _both(
         return None
     if cos.requires_grad or sin.requires_grad or not (query.numel() and key.numel()):
         return None
+    if any(dim in (-1, query.dim() - 1) for exchanged in between for dims in exchanged for dim in dims):
+        return None  # the norm's last dim is not the function's
     # Along its heads a token lies as a norm of rows wants it, however the function does.
     queries, keys = found.laid(query), found.laid(key)
-    row, key_row = row_of(query_norm, _alike(queries)), row_of(key_norm, _alike(keys))
+    row, key_row = row_of(sides[0].norm, _alike(queries)), row_of(sides[1].norm, _alike(keys))
     if row is None or key_row is None:
         return None
     spec, shape, query_weight, _, eps, batch_invariant = row
@@ -99,10 +112,18 @@ def _both(
     if not found.serves(queries, keys, query_weight, cos, sin) or reference.autocast_to_fp32(spec, query.device.type):
         return None
     given: dict[str, Any] = dict(cos=cos, sin=sin, interleaved=found.interleaved, cast=spec.cast)
-    y, other = qk_norm(queries, keys, *weights, eps, batch_invariant=batch_invariant, **given)
-    y, other = found.laid(y), found.laid(other)
+    both = qk_norm(queries, keys, *weights, eps, batch_invariant=batch_invariant, **given)
     in_one_run = (cos.shape[-1] < query.shape[-1]) in found.contiguous
-    return (y.contiguous(), other.contiguous()) if in_one_run else (y, other)
+    y, other = (
+        found.laid(y).contiguous() if in_one_run or (not exchanged and _is_in_one_run(side)) else found.laid(y)
+        for y, side, exchanged in zip(both, sides, between, strict=True)
+    )
+    return y, other
+
+
+def _is_in_one_run(of: _Deferred) -> bool:
+    """The norm's result: rows are, and what is written out has the order of memory of what it is of."""
+    return type(of.norm) is RMSNorm or of.x.is_contiguous()
 
 
 def _alike(x: Tensor) -> Tensor:

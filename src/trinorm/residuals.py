@@ -1,4 +1,4 @@
-"""``fuse(model)``: sums and the norms behind them become one launch, in the forwards of a model's blocks."""
+"""``fuse(model)``: sums and the norms behind them, and QK-norm with its rotary embedding, become one launch each."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Block(Made):
 
 
 def fuse(model: torch.nn.Module) -> Report:
-    """Make each residual's sum and the norm behind it one launch, in place.
+    """Make each residual's sum and the norm behind it one launch, and QK-norm with its rotary embedding, in place.
 
     For norms that are trinorm's (:func:`replace` first), LayerNorm and RMSNorm of the last dims. The forward of each module
     that holds some is read: its source, if that is what runs. Every other statement of it stays, at its line, as do its
@@ -49,19 +49,24 @@ def fuse(model: torch.nn.Module) -> Report:
     - Where a norm is of the forward's argument, which a sum has too, its backward adds the two gradients likewise.
     - A sum that a block returns to the next one of a ``ModuleList`` or ``Sequential`` is normalized for that one's first
       norm in the same launch, and handed to it, where no gradient is recorded, outside of inference mode.
+    - The RMSNorms of queries and of keys, and the rotary embedding that both go into, become one call of
+      :func:`trinorm.functional.qk_norm`, if the function that turns them does what that does: it is called on a sample on
+      the CPU, and the results and gradients are compared.
 
-    The last two are not done under torch.compile, nor torch.jit.trace. At a call where the norm has hooks, or is not served
-    (:func:`replace` says when), or the two are no plain contiguous tensors of one shape, both are what they were.
+    The second and the third are not done under torch.compile, nor torch.jit.trace. At a call where a norm has hooks, or is
+    not served (:func:`replace` says when), where the two are no plain contiguous tensors of one shape, or queries, keys and
+    angles not like those of the sample, all is what it was.
 
     On a CPU results have the bits of the replaced model's, and gradients too, in fp32; in 16 bits these lack one rounding:
-    two are added before they are rounded. On a GPU a sum with a norm may be launched otherwise than a norm, and adds in
-    another order then: last bits may differ, and all is no further from float64 than the original's, by
-    :mod:`trinorm.compare`.
+    two are added before they are rounded. So do queries and keys of a norm that rounds otherwise than Llama's. On a GPU a
+    sum with a norm may be launched otherwise than a norm, and adds in another order then: last bits may differ, and all is
+    no further from float64 than the original's, by :mod:`trinorm.compare`.
 
     The module objects stay and their classes change, as by :func:`replace`; :func:`restore` undoes both.
 
     Returns:
-        A :class:`Report`: of each norm the sums that go into it, or why there are none. ``print`` it.
+        A :class:`Report`: of each norm the sums that go into it, or the rotary embedding that it goes into, or why there is
+        neither. ``print`` it.
 
     Raises:
         TypeError: ``model`` is not a module. Whatever is raised, the model is as it was.
