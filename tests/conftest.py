@@ -90,6 +90,23 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 @pytest.fixture
+def heads_together(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of queries and keys whose norms were put off, whether they were computed together with the rotary embedding."""
+    from trinorm import heads_fused
+
+    found: list[bool] = []
+    actual = heads_fused._both
+
+    def noted(*given: object) -> object:
+        both = actual(*given)
+        found.append(both is not None)
+        return both
+
+    monkeypatch.setattr(heads_fused, "_both", noted)
+    return found
+
+
+@pytest.fixture
 def force() -> Iterator[Callable[[object, object], None]]:
     """Makes every call of the test take these launches, whatever its size."""
     from trinorm.forced import forced

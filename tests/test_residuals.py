@@ -293,8 +293,8 @@ def test_a_sum_that_another_thread_has_taken_from(device: torch.device, monkeypa
     _, after = blocks(device)
     with torch.no_grad():
         total = after[0](torch.randn(4, 16, device=device))
-        actual = residuals._is_traced
-        monkeypatch.setattr(residuals, "_is_traced", lambda: (vars(total).clear(), actual())[1])
+        actual = residuals.is_traced
+        monkeypatch.setattr(residuals, "is_traced", lambda: (vars(total).clear(), actual())[1])
         assert not residuals._of_argument(after[1], after[1].other, total)[1]
 
 

@@ -5,7 +5,7 @@
                           docs/variants.md has besides
 - ``trinorm.nn``          the modules of these, subclasses of torch's
 - ``trinorm.replace``     swap a model's norms for these, in place: torch's, and others by what they compute
-- ``trinorm.fuse``        make sums and the norms behind them one launch, in a model's blocks
+- ``trinorm.fuse``        make one launch of sums and the norms behind them, and of QK-norm with what turns it
 - ``trinorm.restore``     undo both
 - ``trinorm.options``     switches for the whole process: batch_invariant, autocast_keeps_dtype, inductor_fuses
 """

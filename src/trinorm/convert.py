@@ -12,7 +12,7 @@ import torch
 
 from . import checks, nn
 from .forms import Form
-from .made import MARK, NEXT, each, original, swap
+from .made import MARK, NEXT, ROTARY, each, original, swap
 from .ops.road import KERNEL_DTYPES
 from .recognize import FORM, Recognized, recognize, recognized
 
@@ -49,11 +49,14 @@ class Left:
 
 @dataclass(frozen=True)
 class Fused:
-    """A norm that is computed with the sum that goes into it. by: that sum, and where it is."""
+    """A norm that is computed with the sum that goes into it, or with the rotary embedding that it goes into. by: that, and
+    where it is; to: what computes the two, where that is no norm of a sum.
+    """
 
     path: str
     module: str
     by: str
+    to: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Report:
     def __str__(self) -> str:
         lines = [self._title()]
         lines += [f"  {entry.path or '(model)'}: {entry.module} -> {entry.by}" for entry in self.replaced]
-        lines += [f"  {entry.path}: {entry.module} <- {entry.by}" for entry in self.fused]
+        lines += [f"  {e.path}: {e.module} {f'-> {e.to}, with' if e.to else '<-'} {e.by}" for e in self.fused]
         lines += [f"  {entry.path or '(model)'}: {entry.module} left: {entry.reason}" for entry in self.left]
         return "\n".join(lines)
 
@@ -84,7 +87,7 @@ class Report:
         for entry in self.replaced:
             table.add_row(entry.path or "(model)", entry.module, entry.by)
         for fused in self.fused:
-            table.add_row(fused.path, fused.module, f"of {fused.by}")
+            table.add_row(fused.path, fused.module, f"{fused.to}, with {fused.by}" if fused.to else f"of {fused.by}")
         for left in self.left:
             table.add_row(left.path or "(model)", left.module, f"left: {left.reason}", style="dim")
         return table
@@ -196,7 +199,7 @@ def restore(model: torch.nn.Module) -> tuple[str, ...]:
     for _, module in swapped:
         if MARK in vars(module):
             module.__class__ = before[id(module)]
-            for name in (MARK, FORM, NEXT):
+            for name in (MARK, FORM, NEXT, ROTARY):
                 vars(module).pop(name, None)
     return tuple(path for path, _ in swapped)
 

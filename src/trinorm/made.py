@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-# The mark of what was given another class; and where a block keeps the norm that the next one begins with, in a tuple, as
-# it is no module of its own.
-MARK, NEXT = "_trinorm_replaced", "_trinorm_next"
+# The mark of what was given another class; where a block keeps the norm that the next one begins with, in a tuple, as it is
+# no module of its own; and what rotary embedding follows its norms of queries and keys.
+MARK, NEXT, ROTARY = "_trinorm_replaced", "_trinorm_next", "_trinorm_rotary"
 
 
 class Made(torch.nn.Module):

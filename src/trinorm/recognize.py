@@ -103,12 +103,12 @@ def recognize(module: torch.nn.Module) -> Form | str:
     shapes = {tuple(module._parameters[name].shape) for name in parameters}  # type: ignore[union-attr]
     if len(parameters) > 2 or len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
         return "its parameters are not a weight, or a weight and a bias, of one dim"
-    with _undisturbed():
+    with undisturbed():
         return _recognized(module, parameters, shapes.pop()[0] if shapes else None)
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Away from what the caller has on: modes, autocast, inference mode, a default device, the state of random numbers."""
     with (
         torch.inference_mode(False),

@@ -1,4 +1,4 @@
-"""``fuse(model)``: sums and the norms behind them become one launch, in the forwards of a model's blocks."""
+"""``fuse(model)``: sums and the norms behind them, and QK-norm with its rotary embedding, become one launch each."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ import itertools
 import operator
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.modules.module as hooks
 from torch import Tensor
 
 from . import checks
 from .convert import Fused, Left, Report, is_norm, name_of
 from .forms import Form
 from .functional import add_layer_norm, add_rms_norm
-from .made import MARK, NEXT, Made, each, swap
+from .heads_fused import deferred, rotary_of, turned
+from .made import MARK, NEXT, ROTARY, Made, each, swap
+from .norm_calls import is_hooked, is_replaced, is_traced, row_of
 from .ops import stream_norm
 from .ops.road import KERNEL_DTYPES
 from .recognize import Recognized, form_in_force
-from .rewritten import NORM_OF_SUM, OF_ARGUMENT, RETURNED, SUM, Forward, Found, UnfitError
+from .rewritten import DEFERRED, NORM_OF_SUM, OF_ARGUMENT, RETURNED, SUM, TURNED, Forward, Found
 from .row_nn import LayerNorm, RMSNorm
-from .spec import LAYER_NORM, RMS_NORM, RowNorm
+from .sources import UnfitError, functions_within
+from .spec import RowNorm
 from .switches import options
 
 # Where a sum has with it what the next block's norm makes of it.
@@ -35,7 +38,7 @@ class Block(Made):
 
 
 def fuse(model: torch.nn.Module) -> Report:
-    """Make each residual's sum and the norm behind it one launch, in place.
+    """Make each residual's sum and the norm behind it one launch, and QK-norm with its rotary embedding, in place.
 
     For norms that are trinorm's (:func:`replace` first), LayerNorm and RMSNorm of the last dims. The forward of each module
     that holds some is read: its source, if that is what runs. Every other statement of it stays, at its line, as do its
@@ -46,19 +49,24 @@ def fuse(model: torch.nn.Module) -> Report:
     - Where a norm is of the forward's argument, which a sum has too, its backward adds the two gradients likewise.
     - A sum that a block returns to the next one of a ``ModuleList`` or ``Sequential`` is normalized for that one's first
       norm in the same launch, and handed to it, where no gradient is recorded, outside of inference mode.
+    - The RMSNorms of queries and of keys, and the rotary embedding that both go into, become one call of
+      :func:`trinorm.functional.qk_norm`, if the function that turns them does what that does: it is called on a sample on
+      the CPU, and the results and gradients are compared.
 
-    The last two are not done under torch.compile, nor torch.jit.trace. At a call where the norm has hooks, or is not served
-    (:func:`replace` says when), or the two are no plain contiguous tensors of one shape, both are what they were.
+    The second and the third are not done under torch.compile, nor torch.jit.trace. At a call where a norm has hooks, or is
+    not served (:func:`replace` says when), where the two are no plain contiguous tensors of one shape, or queries, keys and
+    angles not like those of the sample, all is what it was.
 
     On a CPU results have the bits of the replaced model's, and gradients too, in fp32; in 16 bits these lack one rounding:
-    two are added before they are rounded. On a GPU a sum with a norm may be launched otherwise than a norm, and adds in
-    another order then: last bits may differ, and all is no further from float64 than the original's, by
-    :mod:`trinorm.compare`.
+    two are added before they are rounded. So do queries and keys of a norm that rounds otherwise than Llama's. On a GPU a
+    sum with a norm may be launched otherwise than a norm, and adds in another order then: last bits may differ, and all is
+    no further from float64 than the original's, by :mod:`trinorm.compare`.
 
     The module objects stay and their classes change, as by :func:`replace`; :func:`restore` undoes both.
 
     Returns:
-        A :class:`Report`: of each norm the sums that go into it, or why there are none. ``print`` it.
+        A :class:`Report`: of each norm the sums that go into it, or the rotary embedding that it goes into, or why there is
+        neither. ``print`` it.
 
     Raises:
         TypeError: ``model`` is not a module. Whatever is raised, the model is as it was.
@@ -82,6 +90,8 @@ def fuse(model: torch.nn.Module) -> Report:
                 row = f"{path}.{name}".removeprefix("."), name_of(type(norm))
                 if sums:
                     fused.append(Fused(*row, "; ".join(sums)))
+                elif (heads := plan.found.heads) is not None and name in heads.norms and ROTARY in plan.attributes:
+                    fused.append(Fused(*row, str(heads), str(plan.attributes[ROTARY])))
                 else:
                     left.append(Left(*row, plan.why_left(name)))
     of_use = [plan for of, plan in plans.items() if plan.is_of_use or of in givers]
@@ -111,6 +121,19 @@ class _Plan:
                 self.found = Found(apart=self.found.apart)
             else:
                 self.kind = kind
+                self._find_rotary()
+
+    def _find_rotary(self) -> None:
+        """Ask what is computed behind the norms of queries and keys, as long as that is what it is now."""
+        heads = self.found.heads
+        if heads is None:
+            return
+        *_, raw = functions_within(type(self.module).forward)
+        found = rotary_of(heads, self.norms, raw.__globals__.get(heads.function))
+        if isinstance(found, str):
+            self.found = replace(self.found, apart=dict.fromkeys(heads.norms, found) | self.found.apart)
+        else:
+            self.attributes[ROTARY] = found
 
     @property
     def is_of_use(self) -> bool:
@@ -153,7 +176,7 @@ def _why_apart(norm: torch.nn.Module) -> str:
         return "it is not trinorm's: replace() it first"
     if "forward" in vars(norm):
         return "its forward was replaced on the instance"
-    return "it has hooks, which would not be called" if _is_hooked(norm) else ""
+    return "it has hooks, which would not be called" if is_hooked(norm) else ""
 
 
 def _why_unfit(module: torch.nn.Module) -> str:
@@ -231,8 +254,8 @@ def _returned(module: torch.nn.Module, a: Any, b: Any) -> Any:
     That is on the tensor itself, and goes with it. Of a recorded gradient it would take a part away from the sum's own, for
     which anybody may ask; in inference mode nobody sees a tensor written to.
     """
-    following = None if _is_traced() else vars(module).get(NEXT)
-    if following is None or torch.is_grad_enabled() or torch.is_inference_mode_enabled() or _is_replaced(module):
+    following = None if is_traced() else vars(module).get(NEXT)
+    if following is None or torch.is_grad_enabled() or torch.is_inference_mode_enabled() or is_replaced(module):
         return a + b
     (norm,) = following
     both = _both(norm, a, b) if _fits(norm, a) else None
@@ -249,20 +272,21 @@ def _of_argument(module: torch.nn.Module, norm: Any, x: Any) -> tuple[Any, list[
     That is what came with x, where x and the norm are still what they were. Where a gradient is recorded, what is returned
     for x is x with another gradient, which is added to the norm's in one pass.
     """
-    if type(x) is not Tensor or _is_traced():
+    if type(x) is not Tensor or is_traced():
         return x, []
     # Another thread may have taken it in between.
     handed = vars(x).pop(HANDED, None) if hasattr(x, HANDED) else None
     if torch.is_grad_enabled():
-        row = _row(norm, x)
+        row = row_of(norm, x)
         both = None if row is None else _stream(x, *row)
         return (x, []) if both is None else (both[1], [both[0]])
-    if isinstance(handed, _Handed) and handed.is_of(norm, x) and not _is_replaced(norm) and not _is_replaced(module):
+    if isinstance(handed, _Handed) and handed.is_of(norm, x) and not is_replaced(norm) and not is_replaced(module):
         return x, [handed.y]
     return x, []
 
 
-_HELPERS = {SUM: _sum, NORM_OF_SUM: _norm_of_sum, RETURNED: _returned, OF_ARGUMENT: _of_argument}
+_HELPERS: dict[str, Callable[..., Any]] = {SUM: _sum, NORM_OF_SUM: _norm_of_sum, RETURNED: _returned}
+_HELPERS.update({OF_ARGUMENT: _of_argument, DEFERRED: deferred, TURNED: turned})
 
 
 class _Handed:
@@ -330,7 +354,7 @@ def _both(norm: Any, a: Any, b: Any) -> tuple[Tensor, Tensor] | None:
         if wide not in (a.dtype, b.dtype):
             return None
         a, b = (a, b) if a.dtype == wide else (b, a)
-    row = _row(norm, a)
+    row = row_of(norm, a)
     if row is None:
         return None
     spec, shape, weight, bias, eps, batch_invariant = row
@@ -338,25 +362,6 @@ def _both(norm: Any, a: Any, b: Any) -> tuple[Tensor, Tensor] | None:
     if spec.center:
         return add_layer_norm(a, b, weight, eps=eps, **how)  # type: ignore[arg-type]
     return add_rms_norm(a, b, weight, eps, **how)
-
-
-# What a call of a norm is, besides its input: normalized_shape, weight, bias, eps, batch_invariant.
-_Row = tuple[RowNorm, tuple[int, ...], Tensor | None, Tensor | None, float | None, bool | None]
-
-
-def _row(norm: Any, x: Tensor) -> _Row | None:
-    """A norm's call of a tensor like x; None where it is not just a LayerNorm or an RMSNorm of its last dims."""
-    kind = type(norm)
-    if kind is LayerNorm or kind is RMSNorm:
-        if norm.save != "input" or _is_replaced(norm):
-            return None
-        spec, bias = (RMS_NORM, None) if kind is RMSNorm else (LAYER_NORM, norm.bias)
-        return spec.with_cast(norm.cast), norm.normalized_shape, norm.weight, bias, norm.eps, norm.batch_invariant
-    form = form_in_force(norm) if isinstance(norm, Recognized) else None
-    if type(form) is not Form or _is_replaced(norm):
-        return None
-    weight, bias = (None if name is None else getattr(norm, name) for name in (form.weight, form.bias))
-    return (form.norm, x.shape[-1:], weight, bias, form.eps, None) if form.serves((weight, bias), x) else None
 
 
 def _stream(
@@ -374,27 +379,3 @@ def _stream(
     eps = checks.own_epsilon(spec, x, eps)
     size, eps, invariant = checks.rows(spec.name, x, shape, weight, bias, eps, spec.cast, batch_invariant)
     return stream_norm(spec, x, size, weight, bias, eps, invariant)
-
-
-def _is_traced() -> bool:
-    """torch.jit.trace traces again without gradients, and wants the same graph."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-
-
-def _is_replaced(module: torch.nn.Module) -> bool:
-    """Whether a call of a module is not just its class's forward."""
-    return "forward" in vars(module) or _is_hooked(module)
-
-
-def _is_hooked(module: torch.nn.Module) -> bool:
-    """As torch.nn.Module asks at each call."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
-import functools
-import linecache
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -14,14 +11,31 @@ from typing import Any
 
 import torch
 
-# What the new forward calls in place of a sum, of a norm of a sum, of a sum that is returned, and of the norm of the
-# forward's argument. They are its free variables: no name of the model's own module is touched.
+from .heads_source import Heads, heads
+from .sources import (
+    Replacing,
+    UnfitError,
+    attributes_set,
+    call_of,
+    code_of,
+    flags,
+    functions_within,
+    is_alike,
+    is_of_shape,
+    load_of,
+    names_loaded,
+    names_shared,
+    names_stored,
+    pair_of,
+    parsed,
+)
+
+# What the new forward calls in place of a sum, of a norm of a sum, of a sum that is returned, of the norm of the forward's
+# argument, of the norm of queries or of keys, and of their rotary embedding. They are its free variables: no name of the
+# model's own module is touched.
 SUM, NORM_OF_SUM = "_trinorm_sum", "_trinorm_norm_of_sum"
 RETURNED, OF_ARGUMENT = "_trinorm_returned", "_trinorm_of_argument"
-
-
-class UnfitError(Exception):
-    """Why a forward is left as it is."""
+DEFERRED, TURNED = "_trinorm_deferred", "_trinorm_turned"
 
 
 @dataclass
@@ -30,7 +44,7 @@ class Found:
 
     sums: by the name of a norm those that go into it, with their lines; returned: the sum that is returned; of_argument:
     the norm of the forward's argument; stream: that argument, if sums have it too; apart: by a norm's name, why a sum that
-    goes into it stays apart.
+    goes into it stays apart, or a rotary embedding that it goes into; heads: the norms of queries and keys, and that.
     """
 
     sums: dict[str, list[str]] = field(default_factory=dict)
@@ -38,6 +52,7 @@ class Found:
     of_argument: str | None = None
     stream: str | None = None
     apart: dict[str, str] = field(default_factory=dict)
+    heads: Heads | None = None
 
 
 class Forward:
@@ -56,37 +71,43 @@ class Forward:
                               x, y = of_argument(self, self.norm, x)
         z = self.norm(x)      z = y.pop() if y else self.norm(x)
 
+                              y = [None, None]
+        q = self.q_norm(q)    q = deferred(self, y, 0, self.q_norm, q)
+        k = self.k_norm(k)    k = deferred(self, y, 1, self.k_norm, k)
+        q, k = f(q, k, c, s)  q, k = turned(self, y, (dims, dims), f, q, k, c, s)
+
     where h is such a sum, and x the forward's argument; but for what is returned, where nobody but other sums has them
     besides, and so nobody can tell how their gradients came about.
     """
 
     def __init__(self, kind: type[torch.nn.Module], names: frozenset[str]) -> None:
         self._kind, self.found = kind, Found()
-        self._chain = list(_chain(kind.forward))
+        self._chain = list(functions_within(kind.forward))
         raw = self._chain[-1]
         if not isinstance(raw, types.FunctionType):
             raise UnfitError("its module's forward is no Python function")
-        self._raw, (self._definition, self._imported) = raw, _parsed(raw)
-        if not _is_alike(self._code(()), raw.__code__):
+        self._raw, (self._definition, self._imported) = raw, parsed(raw)
+        if not is_alike(self._code(()), raw.__code__):
             raise UnfitError("its module's forward is not what its source says")
-        self._names = names - _set(self._definition)
+        self._names = names - attributes_set(self._definition)
         arguments = [*self._definition.args.posonlyargs, *self._definition.args.args]
         self._self = arguments[0].arg if arguments else ""
         # By the id of a node what stands for it, and what is done before it.
         self._new: dict[int, ast.expr] = {}
         self._before: dict[int, list[ast.stmt]] = {}
-        self.shared = {self._self}.union(*map(_shared, self._definition.body))
-        if not any(self._self in _stored(statement) for statement in self._definition.body):
+        self.shared = {self._self}.union(*map(names_shared, self._definition.body))
+        if not any(self._self in names_stored(statement) for statement in self._definition.body):
             self._find_norms_of_sums()
             for i in range(len(self._definition.body)):
                 self._find_sum(i)
             if len(arguments) > 1:
                 self._find_of_argument(arguments[1].arg)
+            self._find_heads()
 
     def rewritten(self, helpers: dict[str, Callable[..., Any]]) -> Iterator[Callable[..., Any]]:
         """The new forward, with ``helpers`` for what it calls: as it is, and with the decorators that the source has."""
         raw = self._raw
-        changed = _Replacing(self._new, self._before).visit(self._definition)
+        changed = Replacing(self._new, self._before).visit(self._definition)
         code = self._code(tuple(helpers), changed)
         cells = dict(zip(raw.__code__.co_freevars, raw.__closure__ or (), strict=True))
         cells.update({name: types.CellType(helper) for name, helper in helpers.items()})
@@ -99,7 +120,7 @@ class Forward:
         forward: Any = new
         for decorator in reversed(self._definition.decorator_list):
             try:
-                how = compile(ast.Expression(decorator), raw.__code__.co_filename, "eval", _flags(raw), dont_inherit=True)
+                how = compile(ast.Expression(decorator), raw.__code__.co_filename, "eval", flags(raw), dont_inherit=True)
                 forward = eval(how, raw.__globals__)(forward)
             except Exception as error:
                 raise UnfitError(
@@ -109,8 +130,8 @@ class Forward:
 
     def is_wrapped_as(self, forward: Callable[..., Any]) -> bool:
         """Whether a new forward has around it what the old one has, decorators and what a base puts there, and one more."""
-        around = [_code_of(f) for f in list(_chain(forward))[:-1]]
-        wrappers = [_code_of(f) for f in self._chain[:-1]]
+        around = [code_of(f) for f in list(functions_within(forward))[:-1]]
+        wrappers = [code_of(f) for f in self._chain[:-1]]
         return any(around[:i] + around[i + 1 :] == wrappers for i in range(len(around)))
 
     # --- what there is ---
@@ -122,7 +143,7 @@ class Forward:
             assert isinstance(call, ast.Call)
             total = call.args[0]
             if isinstance(total, ast.BinOp) and _is_sum(total):
-                self._new[id(call)] = _call(NORM_OF_SUM, call.func, total.left, total.right)
+                self._new[id(call)] = call_of(NORM_OF_SUM, call.func, total.left, total.right)
                 self._note(name, total)
 
     def _find_sum(self, i: int) -> None:
@@ -143,15 +164,15 @@ class Forward:
             self.found.apart[uses.name] = f"line {uses.other} has the sum that goes into it too"
         elif uses.norm is not None:
             norm = uses.norm.func if uses.unless is None else ast.IfExp(uses.unless, ast.Constant(None), uses.norm.func)
-            self._new[id(target)] = _pair(target.id, kept := f"_trinorm_{i}")
-            self._new[id(total)] = _call(SUM, norm, total.left, total.right)
+            self._new[id(target)] = pair_of(target.id, kept := f"_trinorm_{i}")
+            self._new[id(total)] = call_of(SUM, norm, total.left, total.right)
             self._take(kept, uses.norm)
             self._note(uses.name, total)
         elif uses.returned and uses.unless is None and uses.other is None:
             self._find_returned(total)
 
     def _find_returned(self, total: ast.BinOp) -> None:
-        self._new[id(total)] = _call(RETURNED, _load(self._self), total.left, total.right)
+        self._new[id(total)] = call_of(RETURNED, load_of(self._self), total.left, total.right)
         self.found.returned = ast.unparse(total)
 
     def _find_of_argument(self, argument: str) -> None:
@@ -159,17 +180,34 @@ class Forward:
         if uses.norm is None or uses.unless is not None or uses.other is not None:
             return
         name, *others = sorted(uses.called)
-        call = _call(OF_ARGUMENT, _load(self._self), uses.norm.func, _load(name))
-        both = ast.Assign([_pair(name, kept := "_trinorm_of_argument_y")], call)
-        copies = [ast.Assign([ast.Name(other, ast.Store())], _load(name)) for other in others]
-        self._before[id(uses.statement)] = [both, *copies]
+        call = call_of(OF_ARGUMENT, load_of(self._self), uses.norm.func, load_of(name))
+        both = ast.Assign([pair_of(name, kept := "_trinorm_of_argument_y")], call)
+        copies = [ast.Assign([ast.Name(other, ast.Store())], load_of(name)) for other in others]
+        self._before.setdefault(id(uses.statement), []).extend((both, *copies))
         self._take(kept, uses.norm)
         self.found.of_argument, self.found.stream = uses.name, argument if uses.added else None
 
+    def _find_heads(self) -> None:
+        found, apart = heads(self._definition.body, self._norm_of, self.shared)
+        for name, reason in apart.items():
+            self.found.apart.setdefault(name, reason)
+        if found is None or any(id(side.call) in self._new for side in found.sides):
+            return
+        self.found.heads, (query, key) = found, found.sides
+        none = ast.Assign([ast.Name(kept := "_trinorm_heads", ast.Store())], ast.List([ast.Constant(None)] * 2, ast.Load()))
+        self._before.setdefault(id(found.first), []).append(none)
+        own, by = load_of(self._self), load_of(kept)
+        for place, call in enumerate((query.call, key.call)):
+            self._new[id(call)] = call_of(DEFERRED, own, by, ast.Constant(place), call.func, call.args[0])
+        exchanged = ast.parse(repr((query.exchanged, key.exchanged)), mode="eval").body
+        turned = call_of(TURNED, own, by, exchanged, found.call.func, *found.call.args)
+        turned.keywords = found.call.keywords
+        self._new[id(found.call)] = turned
+
     def _take(self, kept: str, norm: ast.Call) -> None:
         """In place of a norm's call what is kept, if there is any."""
-        popped = ast.Call(ast.Attribute(_load(kept), "pop", ast.Load()), [], [])
-        self._new[id(norm)] = ast.IfExp(_load(kept), popped, norm)
+        popped = ast.Call(ast.Attribute(load_of(kept), "pop", ast.Load()), [], [])
+        self._new[id(norm)] = ast.IfExp(load_of(kept), popped, norm)
 
     def _note(self, norm: str, total: ast.BinOp) -> None:
         self.found.sums.setdefault(norm, []).append(f"{ast.unparse(total)}, line {total.lineno}")
@@ -192,7 +230,7 @@ class Forward:
             around.type_params = []
         imports = [ast.Import([ast.alias(name)]) for name in self._imported]
         tree = ast.fix_missing_locations(ast.Module([*imports, around], []))
-        code = compile(tree, raw.__code__.co_filename, "exec", _flags(raw), dont_inherit=True)
+        code = compile(tree, raw.__code__.co_filename, "exec", flags(raw), dont_inherit=True)
         outer = next(c for c in code.co_consts if isinstance(c, types.CodeType))
         inner: types.CodeType = next(c for c in outer.co_consts if getattr(c, "co_name", None) == raw.__code__.co_name)
         return inner.replace(co_qualname=raw.__code__.co_qualname) if sys.version_info >= (3, 11) else inner
@@ -218,7 +256,7 @@ class _Uses:
         for statement in forward._definition.body[i:]:
             if called & forward.shared:
                 return
-            stored, loads = _stored(statement), [use for use in _loads(statement) if use[0].id in called]
+            stored, loads = names_stored(statement), [use for use in names_loaded(statement) if use[0].id in called]
             if isinstance(statement, ast.Return):
                 self.returned = isinstance(statement.value, ast.Name) and bool(loads) and self.norm is None
                 loads = [] if self.returned else loads
@@ -239,7 +277,7 @@ class _Uses:
                     self.norm, self.name, self.statement, self.called = parent, norm, statement, set(called)
                 elif isinstance(parent, ast.BinOp):
                     self.added = True
-                elif norm is None and not _is_of_shape(parent) and not (whole and _is_copy(parent, load)):
+                elif norm is None and not is_of_shape(parent) and not (whole and _is_copy(parent, load)):
                     self.other = self.other or statement.lineno
             assigned |= stored
             if whole:
@@ -269,10 +307,6 @@ def _is_copy(parent: ast.AST, load: ast.Name) -> bool:
     return isinstance(parent, ast.Assign) and parent.value is load and all(isinstance(t, ast.Name) for t in parent.targets)
 
 
-def _is_of_shape(parent: ast.AST) -> bool:
-    return isinstance(parent, ast.Attribute) and parent.attr in ("shape", "dtype", "device")
-
-
 def _is_sum(node: ast.expr) -> bool:
     plain = ast.Constant, ast.Tuple, ast.List, ast.JoinedStr
     return (
@@ -280,119 +314,3 @@ def _is_sum(node: ast.expr) -> bool:
         and isinstance(node.op, ast.Add)
         and not any(isinstance(side, plain) for side in (node.left, node.right))
     )
-
-
-def _stored(statement: ast.AST) -> set[str]:
-    return {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-
-
-def _set(definition: ast.AST) -> set[str]:
-    """The attributes, and what is in them, that it assigns."""
-    stored = (n for n in ast.walk(definition) if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load))
-    return {n.attr for of in stored for n in ast.walk(of) if isinstance(n, ast.Attribute)}
-
-
-def _shared(statement: ast.AST) -> set[str]:
-    """The names in it that other functions have too."""
-    found: set[str] = set()
-    for node in ast.walk(statement):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            found |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-        elif isinstance(node, (ast.Global, ast.Nonlocal)):
-            found |= set(node.names)
-    return found
-
-
-def _loads(statement: ast.AST) -> Iterator[tuple[ast.Name, ast.AST]]:
-    """The names that a statement reads, each with the node that it is in."""
-    for parent in ast.walk(statement):
-        for child in ast.iter_child_nodes(parent):
-            if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Load):
-                yield child, parent
-
-
-def _load(name: str) -> ast.Name:
-    return ast.Name(name, ast.Load())
-
-
-def _call(helper: str, *arguments: ast.expr) -> ast.Call:
-    return ast.Call(_load(helper), list(arguments), [])
-
-
-def _pair(first: str, second: str) -> ast.Tuple:
-    return ast.Tuple([ast.Name(first, ast.Store()), ast.Name(second, ast.Store())], ast.Store())
-
-
-class _Replacing(ast.NodeTransformer):
-    """Puts new nodes where others are, or before them, at their place in the file."""
-
-    def __init__(self, new: dict[int, ast.expr], before: dict[int, list[ast.stmt]]) -> None:
-        self._new, self._before = dict(new), before
-
-    def visit(self, node: ast.AST) -> Any:
-        before = [ast.fix_missing_locations(ast.copy_location(new, node)) for new in self._before.get(id(node), ())]
-        new = self._new.pop(id(node), None)
-        if new is not None:
-            node = ast.fix_missing_locations(ast.copy_location(new, node))
-        node = self.generic_visit(node)
-        return [*before, node] if before else node
-
-
-# --- the function and its source ---
-
-
-def _chain(function: Any) -> Iterator[Any]:
-    """A function, what it wraps, what that wraps, and so on."""
-    seen = 0
-    while function is not None and seen < 100:
-        yield function
-        function, seen = getattr(function, "__wrapped__", None), seen + 1
-
-
-def _code_of(function: Any) -> Any:
-    return getattr(function, "__code__", function)
-
-
-def _parsed(raw: types.FunctionType) -> tuple[ast.FunctionDef, list[str]]:
-    """(its definition, with the lines and columns of its file; the names that the file imports)."""
-    try:
-        module = _module("".join(linecache.getlines(raw.__code__.co_filename, raw.__globals__)))
-    except SyntaxError:
-        raise UnfitError("its module's forward has no source") from None
-    line = raw.__code__.co_firstlineno
-    for node in ast.walk(module):
-        if not isinstance(node, ast.FunctionDef) or node.name != raw.__code__.co_name:
-            continue
-        if line == min(node.lineno, *(decorator.lineno for decorator in node.decorator_list), node.lineno):
-            # The compiler wants to know, as it calls a method of theirs otherwise than another.
-            imported = [a.asname or a.name.partition(".")[0] for i in _imports(module) for a in i.names if a.name != "*"]
-            return copy.deepcopy(node), imported
-    raise UnfitError("its module's forward has no source of its own")
-
-
-@functools.lru_cache(maxsize=8)
-def _module(source: str) -> ast.Module:
-    return ast.parse(source)
-
-
-def _imports(scope: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Those of a module's own scope."""
-    for node in ast.iter_child_nodes(scope):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            yield node
-        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield from _imports(node)
-
-
-def _flags(raw: types.FunctionType) -> int:
-    """What the file imports from __future__."""
-    return raw.__code__.co_flags & annotations.compiler_flag
-
-
-def _is_alike(one: types.CodeType, other: types.CodeType) -> bool:
-    """Whether two are compiled of one text."""
-    names = "co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount", "co_kwonlyargcount"
-    if any(getattr(one, name) != getattr(other, name) for name in names) or len(one.co_consts) != len(other.co_consts):
-        return False
-    pairs = zip(one.co_consts, other.co_consts, strict=True)
-    return all(_is_alike(a, b) if isinstance(a, types.CodeType) else (type(a), a) == (type(b), b) for a, b in pairs)

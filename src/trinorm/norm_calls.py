@@ -1,0 +1,56 @@
+"""What a call of one of trinorm's norms computes, asked where it is to be made part of another launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.modules.module as hooks
+from torch import Tensor
+
+from .forms import Form
+from .recognize import Recognized, form_in_force
+from .row_nn import LayerNorm, RMSNorm
+from .spec import LAYER_NORM, RMS_NORM, RowNorm
+
+# What a call of a norm is, besides its input: normalized_shape, weight, bias, eps, batch_invariant.
+Row = tuple[RowNorm, tuple[int, ...], Tensor | None, Tensor | None, float | None, bool | None]
+
+
+def row_of(norm: Any, x: Tensor) -> Row | None:
+    """A norm's call of a tensor like x; None where it is not just a LayerNorm or an RMSNorm of its last dims."""
+    kind = type(norm)
+    if kind is LayerNorm or kind is RMSNorm:
+        if norm.save != "input" or is_replaced(norm):
+            return None
+        spec, bias = (RMS_NORM, None) if kind is RMSNorm else (LAYER_NORM, norm.bias)
+        return spec.with_cast(norm.cast), norm.normalized_shape, norm.weight, bias, norm.eps, norm.batch_invariant
+    form = form_in_force(norm) if isinstance(norm, Recognized) else None
+    if type(form) is not Form or is_replaced(norm):
+        return None
+    weight, bias = (None if name is None else getattr(norm, name) for name in (form.weight, form.bias))
+    return (form.norm, x.shape[-1:], weight, bias, form.eps, None) if form.serves((weight, bias), x) else None
+
+
+def is_traced() -> bool:
+    """torch.jit.trace traces again without gradients, and wants the same graph."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def is_replaced(module: torch.nn.Module) -> bool:
+    """Whether a call of a module is not just its class's forward."""
+    return "forward" in vars(module) or is_hooked(module)
+
+
+def is_hooked(module: torch.nn.Module) -> bool:
+    """As torch.nn.Module asks at each call."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
