@@ -11,13 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from paths import forget_channel_choices
+from test_channels import check, draw, groups_of
 from trinorm import channel_reference as reference
 from trinorm import functional
 from trinorm.compare import assert_no_worse
 from trinorm.kernels.channel_tiles import lanes_there, walk_of_program, walked_count
 from trinorm.launch import describe
 from trinorm.ops import channels
-from trinorm.spec import BATCH_NORM, GROUP_NORM, ChannelNorm
+from trinorm.spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, ChannelNorm
 from trinorm.tuning import channel as tuning
 from trinorm.tuning import choose_apply, choose_sums
 
@@ -117,6 +118,23 @@ def test_constants_beside_an_eps_that_fp32_hardly_has(value: float, eps: float, 
         torch.testing.assert_close(rstd.flatten().double()[usual], exact.rstd.flatten()[usual], rtol=1e-6, atol=0)
         if bool(usual.all()):
             assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("spec", [GROUP_NORM, INSTANCE_NORM, BATCH_NORM], ids=lambda spec: spec.name)
+def test_more_partials_than_a_program_holds(
+    spec: ChannelNorm, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are combined in turns: of statistics, those of 5 channels where there is room for 8 too, and of dw and db."""
+    monkeypatch.setattr(tuning, "_COMBINED", 64)
+    for key, (_, warps, stages, _) in tuning._SUMS.items():
+        monkeypatch.setitem(tuning._SUMS, key, (256, warps, stages, 96 / describe(device).multiprocessors))
+    forget_channel_choices()
+    plans = []
+    monkeypatch.setattr(channels, "choose_combine", lambda *of: plans.append(tuning.choose_combine(*of)) or plans[-1])
+    drawn, dy = draw((2, 10, 23, 29), dtype, dtype, True, device)
+    check(spec, groups_of(spec, (2, 10), 2), drawn, dy)
+    assert [plan.once for plan in plans] == [False, False, False]
 
 
 @triton.jit(do_not_specialize=["program", "A", "width", "S", "shares"])

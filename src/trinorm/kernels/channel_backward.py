@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .activation import through_activation
 from .affine import NO_WEIGHT, affine_backward
-from .channel_combine import partials_of, sets_of_program
+from .channel_combine import channels_of, partials_of, sets_of_program, sums_of_both
 from .channel_tiles import (
     inner_in_units,
     lanes_there,
@@ -145,32 +145,34 @@ def channel_sums(
 
 
 @triton.jit
-def summed_partials(PARTIALS, W, outer, sets, R, D, C, weights, K: tl.constexpr):
-    """Σ w·partial of some statistics, ``[1, SETS]`` and fp64. weights: how many W has; each sample's follow the last's."""
-    total = tl.zeros([K, sets.shape[1]], tl.float64)
-    for start in tl.range(0, R * D, K):
-        _, offsets, live = partials_of(start, outer, sets, R, D, C, K)
-        channels = outer.to(tl.int64) * C + sets * D + (start + tl.arange(0, K)[:, None]) % D
-        w = load_or(W, channels % weights, live, NO_WEIGHT, False)
-        total += load(PARTIALS + offsets, live).to(tl.float64) * w.to(tl.float64)
-    return tl.sum(total, axis=0, keep_dims=True)
+def summed_partials(DY_XHAT, DY_SUM, W, outer, sets, R, D, bits, G, weights, K: tl.constexpr, ONCE: tl.constexpr):
+    """(Σ w·Σ dy·x̂, Σ w·Σ dy) of some statistics, ``[1, SETS]`` and fp64; 0 for what is None. weights: how many W has; each
+    sample's follow the last's.
+    """
+    of_x = tl.zeros([K, sets.shape[1]], tl.float64)
+    of_1 = tl.zeros([K, sets.shape[1]], tl.float64)
+    from_sample = G * D if weights > G * D else 0
+    first = outer.to(tl.int64) * from_sample + sets * D % weights
+    for start in tl.range(0, K if ONCE else R << bits, K):
+        _, channel, offsets, live = partials_of(start, outer, sets, R, D, bits, G, K)
+        w = load_or(W, first + channel, live, NO_WEIGHT, False).to(tl.float64)
+        if DY_XHAT is not None:
+            of_x += load(DY_XHAT + offsets, live).to(tl.float64) * w
+        if DY_SUM is not None:
+            of_1 += load(DY_SUM + offsets, live).to(tl.float64) * w
+    return sums_of_both(of_x, of_1)
 
 
 @triton.jit
-def combine_channels(OUT, MEANS, PARTIALS, W, program, parts, C, size: tl.float64, K: tl.constexpr, SETS: tl.constexpr):
-    """The sum over all parts of SETS channels: OUT, dw or db; and MEANS, c1 or c2 of it where those are a channel's."""
-    outer, channels = sets_of_program(program, C, 1, SETS)
-    mask = channels < C
-    total = summed_partials(PARTIALS, None, outer, channels, parts, 1, C, C, K)
-    where = outer.to(tl.int64) * C + channels
-    if OUT is not None:
-        tl.store(OUT + where, total.to(OUT.dtype.element_ty), mask=mask)
-    if MEANS is not None:
-        w = load_or(W, where, mask, NO_WEIGHT, False).to(tl.float64)
-        tl.store(MEANS + where, (total * w / size).to(MEANS.dtype.element_ty), mask=mask)
+def store_sums(FIRST, SECOND, where, first, second, mask):
+    """Each where it is asked for, in its tensor's dtype."""
+    if FIRST is not None:
+        tl.store(FIRST + where, first.to(FIRST.dtype.element_ty), mask=mask)
+    if SECOND is not None:
+        tl.store(SECOND + where, second.to(SECOND.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["R", "D", "width", "parts", "C", "weights", "set_programs"])
+@triton.jit(do_not_specialize=["R", "D", "bits", "G", "parts", "C", "weights", "set_programs"])
 def channel_combine_backward(
     DW,
     DB,
@@ -181,45 +183,48 @@ def channel_combine_backward(
     W,
     R,
     D,
-    width,
+    bits,
+    G,
     parts,
     C,
     weights,
     set_programs,
-    size: tl.float64,
+    share: tl.float64,
     GROUPED: tl.constexpr,
+    SINGLE: tl.constexpr,
     K: tl.constexpr,
     SETS: tl.constexpr,
+    ONCE: tl.constexpr,
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    PARTS_ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The first ``set_programs`` programs make c1 and c2 of SETS groups each, K partials at a time; the others dw
-    and db of CHANNELS channels, PARTS at a time.
+    and db of CHANNELS channels, PARTS at a time. SINGLE, ONCE: as channel_combine's; PARTS_ONCE: of the others.
 
-    Without GROUPED c1 and c2 are the channels', and come with dw and db. Of partials ``[?, R, width]`` a group has R parts
+    Without GROUPED c1 and c2 are the channels', and come with dw and db. Of partials ``[?, R, G·D]`` a group has R parts
     of D channels; seen as ``[?, parts, C]``, a channel has ``parts``, and there are as many of dw and db as of those C.
-    weights: how many there are of W. size: elements of a statistic.
+    weights: how many there are of W. share: 1 over the elements of a statistic.
     """
     wait_for_previous(PDL)
     let_next_launch(PDL)
     program = first_program().to(tl.int32)
     if program < set_programs:
         if GROUPED:
-            outer, sets = sets_of_program(program, width, D, SETS)
-            mask = sets < width // D
-            where = outer.to(tl.int64) * (width // D) + sets
-            if C1 is not None:
-                c1 = summed_partials(DY_XHAT, W, outer, sets, R, D, width, weights, K) / size
-                tl.store(C1 + where, c1.to(C1.dtype.element_ty), mask=mask)
-                c2 = summed_partials(DY_SUM, W, outer, sets, R, D, width, weights, K) / size
-                tl.store(C2 + where, c2.to(C2.dtype.element_ty), mask=mask)
+            D, bits = channels_of(D, bits, SINGLE)
+            outer, sets = sets_of_program(program, G, SETS)
+            c1, c2 = summed_partials(DY_XHAT, DY_SUM, W, outer, sets, R, D, bits, G, weights, K, ONCE)
+            store_sums(C1, C2, outer.to(tl.int64) * G + sets, c1 * share, c2 * share, sets < G)
     else:
-        program -= set_programs
-        if DY_XHAT is not None:
-            combine_channels(DW, None if GROUPED else C1, DY_XHAT, W, program, parts, C, size, PARTS, CHANNELS)
-        if DY_SUM is not None:
-            combine_channels(DB, None if GROUPED else C2, DY_SUM, W, program, parts, C, size, PARTS, CHANNELS)
+        outer, channels = sets_of_program(program - set_programs, C, CHANNELS)
+        mask = channels < C
+        where = outer.to(tl.int64) * C + channels
+        dw, db = summed_partials(DY_XHAT, DY_SUM, None, outer, channels, parts, 1, 0, C, C, PARTS, PARTS_ONCE)
+        store_sums(DW, DB, where, dw, db, mask)
+        if not GROUPED:
+            w = load_or(W, where, mask, NO_WEIGHT, False).to(tl.float64)
+            store_sums(C1, C2, where, dw * w * share, db * w * share, mask)
 
 
 @triton.jit(do_not_specialize=["width", "S", "shares", "C", "D"])

@@ -17,6 +17,7 @@ from ..kernels.channel_split import EXCHANGES, split_backward, split_forward
 from ..kernels.channel_whole import channel_backward, channel_forward
 from ..launch import Device, describe, empty, empty_like, launch
 from ..tuning import (
+    ChannelCombine,
     ChannelHeld,
     ChannelSplit,
     ChannelWalk,
@@ -120,10 +121,10 @@ def _take_statistics(
     launch(channel_moments, (plan.programs(*view[:2]),), device, args, options)
 
     parts //= outer
-    combine = choose_combine(d, parts * d)
-    args = (*statistics, *sums, parts, d, view.width, float(x.numel() // (outer * view.width)), problem.eps, momentum)
-    options = dict(K=combine.k, SETS=combine.sets, **started_by(combine, size))
-    launch(channel_combine, (outer * -(-(view.width // d) // combine.sets),), device, args, options)
+    combine, sets = choose_combine(d, parts), view.width // d
+    n = float(x.numel() // (outer * view.width))
+    args = (*statistics, *sums, parts, d, combine.bits, sets, n, 1.0 / (n * d), problem.eps, momentum)
+    launch(channel_combine, (outer * -(-sets // combine.sets),), device, args, _combining(combine, size))
 
 
 def apply(
@@ -250,15 +251,14 @@ def _sum(
     # dw and db are sums over all parts, or over those of a sample.
     outers, wide = (view.samples, view.width) if of_samples else (1, channels)
     parts = math.prod(partials) // (outers * wide)
-    sets, of_channels = choose_combine(d, plan.shares * d), choose_combine(1, None if problem.batch_invariant else parts)
+    sets, of_channels = choose_combine(d, plan.shares), choose_combine(1, None if problem.batch_invariant else parts)
     grouped = c1 is not None and not across
     set_programs = view.samples * -(-(view.width // d) // sets.sets) if grouped else 0
     channel_programs = outers * -(-wide // of_channels.sets) if dw is not None or db is not None or not grouped else 0
     weights = 1 if weight is None else weight.numel()
-    shape = plan.shares, d, view.width, parts, wide, weights, set_programs, float(x.numel() // mean.numel())
-    tile = dict(K=sets.k, SETS=sets.sets, PARTS=of_channels.k, CHANNELS=of_channels.sets)
-    options = dict(GROUPED=not across, **tile, **started_by(sets, size))
-    options.update(num_warps=max(sets.warps, of_channels.warps))
+    shape: tuple[int | float, ...] = plan.shares, d, sets.bits, view.width // d, parts, wide, weights, set_programs
+    shape = *shape, 1.0 / (x.numel() // mean.numel())
+    options = dict(GROUPED=not across, **_combining_backward(sets, of_channels, size))
     args = (*sums, dy_xhat, dy_sum, weight, *shape)
     launch(channel_combine_backward, (set_programs + channel_programs,), device, args, options)
 
@@ -357,10 +357,9 @@ def _backward_of_whole(
     if any(t is not None for t in of_runs):
         outers = samples if of_samples else 1
         combine = choose_combine(1, parts // outers)
-        shape = 1, 1, channels, parts // outers, channels, channels, 0, 1.0
+        shape = 1, 1, 0, channels, parts // outers, channels, channels, 0, 1.0
         args = (dw, db, None, None, *of_runs, None, *shape)
-        tile = dict(K=combine.k, SETS=combine.sets, PARTS=combine.k, CHANNELS=combine.sets)
-        options = dict(GROUPED=True, **tile, **started_by(combine, describe(device)))
+        options = dict(GROUPED=True, **_combining_backward(combine, combine, describe(device)))
         launch(channel_combine_backward, (outers * -(-channels // combine.sets),), device, args, options)
 
 
@@ -377,6 +376,17 @@ def _of_channels(problem: Problem, weight: Tensor | None, bias: Tensor | None) -
         PER_SAMPLE=_is_of_samples(weight, bias),
         ACTIVATION=problem.activation,
     )
+
+
+def _combining(plan: ChannelCombine, device: Device) -> dict[str, Any]:
+    """What a combining kernel is told of its tiles."""
+    return dict(SINGLE=plan.bits == 0, K=plan.k, SETS=plan.sets, ONCE=plan.once, **started_by(plan, device))
+
+
+def _combining_backward(sets: ChannelCombine, channels: ChannelCombine, device: Device) -> dict[str, Any]:
+    """And of those of dw and db, by the launch's other programs."""
+    of_channels = dict(PARTS=channels.k, CHANNELS=channels.sets, PARTS_ONCE=channels.once)
+    return _combining(sets, device) | of_channels | dict(num_warps=max(sets.warps, channels.warps))
 
 
 def _walked(view: View, plan: ChannelWalk, stats: torch.dtype, device: Device) -> dict[str, Any]:

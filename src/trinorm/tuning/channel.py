@@ -94,9 +94,11 @@ _LEAST_SHARE = 2
 # Bytes of a tile for each of its warps, at least.
 _LEAST_OF_WARP = 1024
 
-# Partials in a program's tile, at the least and the most.
-_LEAST_COMBINED = 64
+# Of a program that combines: partials of its tile at most, and to a warp; warps at most. So in the designs timed on an H100
+# that docs/performance.md has; by 4 warps, whatever the tile, before them.
 _COMBINED = 1024
+_OF_COMBINING_WARP = 64
+_COMBINING_WARPS = 8
 
 # Positions that lie together in a tile, at least: 128 bytes of 2-byte numbers.
 _RUN = 64
@@ -243,13 +245,14 @@ def _tile_of_runs(runs: int, s: int, elements: int) -> tuple[Tile, bool]:
 
 
 def choose_combine(d: int, parts: int | None) -> ChannelCombine:
-    """The combining of ``parts`` partials into statistics of d channels each, side by side or one all along; for parts
-    None, one for any number of partials.
+    """The combining of statistics of d channels each, of so many parts of each channel, side by side or one all along; for
+    parts None, one for any number of parts.
     """
-    sets = 4 if d == 1 else 1
-    k = _COMBINED if parts is None else _power_of_two(parts)
-    k = max(_LEAST_COMBINED // sets, min(k, _COMBINED // sets))
-    return ChannelCombine(k, sets, 4 if k * sets <= 1024 else 8)
+    sets, bits = 4 if d == 1 else 1, (d - 1).bit_length()
+    most = _COMBINED // sets
+    partials = most + 1 if parts is None else parts << bits
+    k = max(_OF_COMBINING_WARP // sets, min(_power_of_two(partials), most))
+    return ChannelCombine(bits, k, sets, partials <= k, min(_COMBINING_WARPS, k * sets // _OF_COMBINING_WARP))
 
 
 @functools.lru_cache(maxsize=1024)

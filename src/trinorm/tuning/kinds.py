@@ -226,10 +226,14 @@ class ChannelSplit:
 
 @dataclass(frozen=True)
 class ChannelCombine:
-    """A program combines the partials of ``sets`` statistics, ``k`` of each at a time."""
+    """A program combines the partials of ``sets`` statistics, ``k`` of each at a time, where each part has room for
+    ``2**bits`` channels. once: there are no more.
+    """
 
+    bits: int
     k: int
     sets: int
+    once: bool
     warps: int
 
 
