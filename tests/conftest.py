@@ -67,6 +67,12 @@ def _nothing_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def every_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of any size go from one block into the next with what its norm makes of them."""
+    monkeypatch.setattr("trinorm.residuals.HANDED_FROM", 0)
+
+
+@pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The kernels that a test has launched, one by one."""
     from trinorm.ops import (

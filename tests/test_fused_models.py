@@ -16,6 +16,8 @@ from trinorm import residuals
 from trinorm.compare import assert_no_worse
 from unfused import Float64, Results, assert_as_unfused, exact_copy, flat
 
+pytestmark = pytest.mark.usefixtures("every_sum")
+
 # What two layers have: norms that the report has as fused; sums that a call has with a norm, and those of them that go from
 # one layer into the other; and norms whose backward adds the stream's gradient.
 SUMS = dict.fromkeys(MODELS, (4, 3, 1, 2))
@@ -32,8 +34,8 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     norms: list[object] = []
     actual = residuals._both
 
-    def noted(norm: object, a: object, b: object) -> object:
-        both = actual(norm, a, b)
+    def noted(norm: object, *of: object) -> object:
+        both = actual(norm, *of)
         norms.extend([norm] * (both is not None))
         return both
 

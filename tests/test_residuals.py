@@ -18,6 +18,8 @@ from unfused import Results, assert_alike, assert_as_unfused, exactly
 from written_blocks import Holding, Inline, Plain, fused
 from written_norms import BeforeTheWeightNorm
 
+pytestmark = pytest.mark.usefixtures("every_sum")
+
 
 def of(x: Tensor) -> Callable[[torch.nn.Module], Results]:
     """What a model returns for x; in float64 too, without what was handed over with it."""
@@ -192,6 +194,19 @@ def test_nothing_is_taken_under_autocast_nor_by_a_block_with_hooks(device: torch
     assert not residuals._of_argument(block, after[2].other, after[0](x))[1]
 
 
+@torch.no_grad()
+def test_sums_of_few_elements_are_handed_on_in_graphs_alone(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host takes longer to hand one on than to launch a norm."""
+    monkeypatch.setattr(residuals, "HANDED_FROM", 5 * 16)
+    _, after = blocks(device)
+    few, more = (torch.randn(m, 16, device=device) for m in (4, 5))
+    assert residuals.HANDED not in vars(after[0](few))
+    assert residuals.HANDED in vars(after[0](more))
+    if device.type == "cuda":
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            assert residuals.HANDED in vars(after[0](few))
+
+
 def test_nothing_is_handed_on_with_gradients_or_in_inference_mode(device: torch.device) -> None:
     before, after = blocks(device)
     x = torch.randn(4, 16, device=device)
@@ -308,89 +323,3 @@ def test_a_block_that_stands_in_several_places_hands_nothing_on(device: torch.de
     x = torch.randn(4, 16, device=device)
     with torch.no_grad():
         assert_as_unfused(of(x), model, plain)
-
-
-# --- what it is given ---
-
-
-def test_models_of_which_nothing_is_fused() -> None:
-    assert str(trinorm.fuse(torch.nn.Linear(2, 2))) == "trinorm.fuse: 0 fused, 0 left"
-    with pytest.raises(TypeError, match=r"fuse\(\): model must be"):
-        trinorm.fuse(3)  # type: ignore[arg-type]
-    model = Plain()
-    assert {entry.reason for entry in trinorm.fuse(model).left} == {"it is not trinorm's: replace() it first"}
-    model.norm = torch.nn.BatchNorm1d(16)
-    trinorm.replace(model)
-    assert "no sum with a norm of its kind" in {e.path: e.reason for e in trinorm.fuse(model).left}["norm"]
-    model = Plain()
-    trinorm.replace(model)
-    model.forward = model.forward  # type: ignore[method-assign]
-    assert "replaced on the instance" in trinorm.fuse(model).left[0].reason
-    del model.forward
-    assert trinorm.fuse(model).fused
-    assert {entry.reason for entry in trinorm.fuse(model).left} == {"already fused"}
-    assert {entry.reason for entry in trinorm.replace(model).left} == {"already trinorm's"}
-    trinorm.restore(model)
-    assert type(model) is Plain and "_trinorm_replaced" not in vars(model)
-
-
-def test_shared_norms_and_weights_and_a_model_on_meta() -> None:
-    model = torch.nn.ModuleList([Plain(), Plain()])
-    model[1].norm, model[1].other.weight = model[0].norm, model[0].other.weight
-    trinorm.replace(model.to("meta"))
-    assert {entry.path for entry in trinorm.fuse(model).fused} == {"0.norm", "0.other", "1.norm", "1.other"}
-    assert model[1].norm is model[0].norm
-    assert model[0](torch.empty(2, 16, device="meta")).is_meta
-    with torch.no_grad():
-        assert model[1](model[0](torch.empty(2, 16, device="meta"))).is_meta
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_quantized_layers_around_a_norm() -> None:
-    model = Plain()
-    model.layer = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(model.layer), {torch.nn.Linear})[0]
-    trinorm.replace(model)
-    plain, x = copy.deepcopy(model), torch.randn(2, 16)
-    assert trinorm.fuse(model).fused
-    assert torch.equal(model(x), plain(x))
-
-
-def test_an_exception_in_the_middle_leaves_the_model_as_it_was() -> None:
-    class Sealed(Plain):
-        def __setattr__(self, name: str, value: object) -> None:
-            if name == "__class__":
-                raise RuntimeError("sealed")
-            super().__setattr__(name, value)
-
-        forward = Plain.forward
-
-    model = torch.nn.Sequential(Plain(), Sealed())
-    trinorm.replace(model)
-    before = [(type(m), dict(vars(m))) for m in model.modules()]
-    with pytest.raises(RuntimeError, match="sealed"):
-        trinorm.fuse(model)
-    assert [(type(m), dict(vars(m))) for m in model.modules()] == before
-
-
-def test_a_class_that_cannot_be_extended_is_left() -> None:
-    class Final(Plain):
-        def __init_subclass__(cls) -> None:
-            raise ValueError("no more")
-
-        forward = Plain.forward
-
-    model = Final()
-    trinorm.replace(model)
-    assert "cannot be extended: ValueError: no more" in trinorm.fuse(model).left[0].reason
-
-
-def test_a_report_is_a_table_of_richs() -> None:
-    rich = pytest.importorskip("rich.console")
-    console = rich.Console(width=160, record=True)
-    model = Plain()
-    trinorm.replace(model)
-    report = trinorm.fuse(model)
-    console.print(report)
-    for shown in (console.export_text(), str(report)):
-        for word in ("2 fused, 0 left", "residual + self.layer(x), line ", "the gradient of x, in its backward"):
-            assert word in shown

@@ -21,7 +21,7 @@ from trinorm.tuning import (
 
 ON_GPU = torch.cuda.is_available()
 EDGES = [1, 2, 3, 5, 17, 127, 128, 129, 768, 1000, 1024, 4095, 4096, 4097]
-EDGES += [5120, 8192, 12288, 65536, 100003] if ON_GPU else [5120, 8192, 12288, 65536, 100003]
+EDGES += [5120, 8192, 12288, 65536, 100003]
 HELD = [n for n in EDGES if n <= 12288]
 TUNED = [n for n in EDGES if ON_GPU or n not in (4095, 4096)]
 

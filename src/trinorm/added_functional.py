@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def add_layer_norm(
     by = eps, normalized_shape, alpha, dropout_p, generator, cast, batch_invariant
     if has_torch_function_variadic(*given):
         return _overridden(add_layer_norm, given, by)
-    return _added(LAYER_NORM, given, by)
+    return norm_of_sum(LAYER_NORM, given, by)
 
 
 def add_rms_norm(
@@ -120,7 +120,7 @@ def add_rms_norm(
     by = eps, normalized_shape, alpha, dropout_p, generator, cast, batch_invariant
     if has_torch_function_variadic(*given):
         return _overridden(add_rms_norm, given, by)
-    return _added(RMS_NORM, given, by)
+    return norm_of_sum(RMS_NORM, given, by)
 
 
 # What the functions are given: tensors, and the rest.
@@ -135,7 +135,8 @@ def _overridden(function: Callable[..., tuple[Tensor, Tensor]], given: _Given, b
     return handle_torch_function(function, given, *given[:2], **tensors, **dict(zip(names, by, strict=True)))
 
 
-def _added(spec: RowNorm, given: _Given, by: _By) -> tuple[Tensor, Tensor]:
+def norm_of_sum(spec: RowNorm, given: _Given, by: _By, manner: Hashable = None) -> tuple[Tensor, Tensor]:
+    """manner: what the caller recalls such calls by (ops/added.py), where he does."""
     input, residual, weight, bias, row_scale, out = given
     eps, normalized_shape, alpha, dropout_p, generator, cast, batch_invariant = by
     plain = type(alpha) is type(dropout_p) is float and (eps is None or type(eps) is float)
@@ -146,7 +147,7 @@ def _added(spec: RowNorm, given: _Given, by: _By) -> tuple[Tensor, Tensor]:
     # Of another tensor as out the memory is looked at, each time.
     plain = plain and (out is None or out is residual or out is input)
     # What a call is recalled by; the seed is drawn for it, as it will be needed.
-    asked = (spec.name, normalized_shape, eps, alpha, dropout_p, cast, batch_invariant) if plain else None
+    asked = manner or ((spec.name, normalized_shape, eps, alpha, dropout_p, cast, batch_invariant) if plain else None)
     seed = _seed(input, generator) if plain and 0 < dropout_p <= 1 and isinstance(input, Tensor) else None
     if asked is not None:
         call = added.recall(asked, input, residual, weight, bias, seed, row_scale, out)

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
-from . import conditioned_reference, functional, reference
+from . import checks, conditioned_reference, functional, reference
+from .ops import CALLS, row_norm
 from .spec import ConditionedNorm, GateActivation, RowNorm
 
 # The dtype of the input, and of the parameters, where there are any.
@@ -17,6 +19,11 @@ Dtypes = tuple[torch.dtype, torch.dtype | None]
 
 # (weight, bias), where a module has them.
 Parameters = tuple[Tensor | None, Tensor | None]
+
+
+def _may_be_image(x: Tensor) -> bool:
+    """Of images a forward may find out by their shape which dim the channels are."""
+    return x.dim() == 4 and x.shape[1] == x.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,23 @@ class Form:
         """Rows, ``(16, N)``, as the forward takes them."""
         return rows.view(*(rows.shape[0] >> (rank - 2), *[2] * (rank - 2)), rows.shape[1])
 
+    def served(self, parameters: Parameters, *tensors: Any) -> Tensor | None:
+        """What a module's call comes to; None where it is not like one of those that were compared.
+
+        A call like one that was served is recalled, and not looked at again: all that ``serves`` asks, the guard of what is
+        recalled asks too, but for what leading dims may tell.
+        """
+        rows = type(self) is Form and len(tensors) == 1 and type(tensors[0]) is Tensor and not _may_be_image(tensors[0])
+        if not rows or has_torch_function_variadic(*tensors, *parameters):
+            return self(parameters, *tensors) if self.serves(parameters, *tensors) else None
+        (x,), (weight, bias), name = tensors, parameters, self.norm.name
+        if (call := CALLS.recall(name, self, x, x.shape[-1:], weight, bias, self.eps)) is not None:
+            return call(x, weight, bias)
+        if not self.serves(parameters, x):
+            return None
+        shape, eps, invariant = checks.rows(name, x, x.shape[-1:], weight, bias, self.eps, self.norm.cast, None)
+        return row_norm(self.norm, x, shape, weight, bias, eps, (shape, self.eps, self), "input", invariant)
+
     def serves(self, parameters: Parameters, *tensors: Any) -> bool:
         """Whether the call is like one of those that were compared."""
         if len(tensors) != self.tensors or not all(isinstance(t, Tensor) for t in tensors):
@@ -60,8 +84,7 @@ class Form:
         n = x.shape[self.dim]
         if self.length is not None and n != self.length:
             return False
-        # Of images a forward may find out by their shape which dim the channels are.
-        if x.dim() == 4 and x.shape[1] == x.shape[-1]:
+        if _may_be_image(x):
             return False
         if any(p is not None and (p.shape != (n,) or p.dtype != weight.dtype) for p in parameters):  # type: ignore[union-attr]
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.modules.module as hooks
 from torch import Tensor
 
 from .forms import Form
-from .recognize import Recognized, form_in_force
+from .recognize import Recognized, form_in_force, parameter
 from .row_nn import LayerNorm, RMSNorm
 from .spec import LAYER_NORM, RMS_NORM, RowNorm
 
@@ -30,6 +31,22 @@ def row_of(norm: Any, x: Tensor) -> Row | None:
         return None
     weight, bias = (None if name is None else getattr(norm, name) for name in (form.weight, form.bias))
     return (form.norm, x.shape[-1:], weight, bias, form.eps, None) if form.serves((weight, bias), x) else None
+
+
+def asked_of(norm: Any) -> tuple[Hashable, Tensor | None, Tensor | None] | None:
+    """(what a norm computes, as a key by which its calls are recalled, weight, bias); None as row_of's, but for the input,
+    which is asked when a call is met first.
+    """
+    kind = type(norm)
+    if kind is LayerNorm or kind is RMSNorm:
+        if norm.save != "input" or is_replaced(norm):
+            return None
+        manner = kind, norm.normalized_shape, norm.eps, norm.cast, norm.batch_invariant
+        return manner, parameter(norm, "weight"), None if kind is RMSNorm else parameter(norm, "bias")
+    form = form_in_force(norm)
+    if type(form) is not Form or is_replaced(norm):
+        return None
+    return form, parameter(norm, form.weight), parameter(norm, form.bias)
 
 
 def is_traced() -> bool:

@@ -72,16 +72,21 @@ def recognized(of: type[torch.nn.Module]) -> type[torch.nn.Module]:
             form = vars(self).get(FORM)
             if form is None or named or of.forward is not was:
                 return of.forward(self, *tensors, **named)
-            weight = None if form.weight is None else getattr(self, form.weight)
-            bias = None if form.bias is None else getattr(self, form.bias)
-            if not form.serves((weight, bias), *tensors):
-                return of.forward(self, *tensors)
-            return form((weight, bias), *tensors)
+            y = form.served((parameter(self, form.weight), parameter(self, form.bias)), *tensors)
+            return of.forward(self, *tensors) if y is None else y
 
         named = {"__module__": of.__module__, "__qualname__": of.__qualname__, "forward": forward}
         named.update(made_by=(recognized, (of,)), was=staticmethod(was))
         _CLASSES[of] = type(of.__name__, (Recognized, of), named)
     return _CLASSES[of]
+
+
+def parameter(module: torch.nn.Module, name: str | None) -> Tensor | None:
+    """An attribute, without Module's search for it where it is a parameter."""
+    if name is None:
+        return None
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
 
 
 def form_in_force(module: torch.nn.Module) -> Form | None:

@@ -12,25 +12,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from . import checks
+from .added_functional import norm_of_sum
 from .convert import Fused, Left, Report, is_norm, name_of
 from .forms import Form
-from .functional import add_layer_norm, add_rms_norm
 from .heads_fused import deferred, rotary_of, turned
 from .made import MARK, NEXT, ROTARY, Made, each, swap
-from .norm_calls import is_hooked, is_replaced, is_traced, row_of
-from .ops import stream_norm
+from .norm_calls import asked_of, is_hooked, is_replaced, is_traced, row_of
+from .ops import added, stream
 from .ops.road import KERNEL_DTYPES
 from .recognize import Recognized, form_in_force
 from .rewritten import DEFERRED, NORM_OF_SUM, OF_ARGUMENT, RETURNED, SUM, TURNED, Forward, Found
 from .row_nn import LayerNorm, RMSNorm
 from .sources import UnfitError, functions_within
-from .spec import RowNorm
 from .switches import options
 
 # Where a sum has with it what the next block's norm makes of it.
 HANDED = "_trinorm_handed"
+
+# From how many elements on: of fewer, all waits for the host, whom this costs more than the launch that it saves (9 µs
+# more, on a CPU). Where a CUDA graph records, of any.
+HANDED_FROM = 1 << 20
 
 
 class Block(Made):
@@ -257,9 +261,10 @@ def _returned(module: torch.nn.Module, a: Any, b: Any) -> Any:
     following = None if is_traced() else vars(module).get(NEXT)
     if following is None or torch.is_grad_enabled() or torch.is_inference_mode_enabled() or is_replaced(module):
         return a + b
+    if type(a) is not Tensor or not (a.numel() >= HANDED_FROM or (a.is_cuda and torch._C._cuda_isCurrentStreamCapturing())):
+        return a + b
     (norm,) = following
-    both = _both(norm, a, b) if _fits(norm, a) else None
-    if both is None:
+    if (both := _both(norm, a, b, _fits)) is None:
         return a + b
     y, total = both
     setattr(total, HANDED, _Handed(y, norm, total))
@@ -277,8 +282,7 @@ def _of_argument(module: torch.nn.Module, norm: Any, x: Any) -> tuple[Any, list[
     # Another thread may have taken it in between.
     handed = vars(x).pop(HANDED, None) if hasattr(x, HANDED) else None
     if torch.is_grad_enabled():
-        row = row_of(norm, x)
-        both = None if row is None else _stream(x, *row)
+        both = _stream(norm, x)
         return (x, []) if both is None else (both[1], [both[0]])
     if isinstance(handed, _Handed) and handed.is_of(norm, x) and not is_replaced(norm) and not is_replaced(module):
         return x, [handed.y]
@@ -343,39 +347,42 @@ def _fits(norm: Any, x: Any) -> bool:
     )
 
 
-def _both(norm: Any, a: Any, b: Any) -> tuple[Tensor, Tensor] | None:
-    """(y, sum) in one launch; None where the sum and the norm are to be called."""
-    if type(a) is not Tensor or type(b) is not Tensor or a.shape != b.shape or a.device != b.device:
+def _both(
+    norm: Any, a: Any, b: Any, fits: Callable[[Any, Tensor], bool] = lambda norm, a: True
+) -> tuple[Tensor, Tensor] | None:
+    """(y, sum) in one launch; None where the sum and the norm are to be called. fits: what else is asked."""
+    if type(a) is not Tensor or type(b) is not Tensor:
         return None
-    if not (a.is_contiguous() and b.is_contiguous()):
+    asked = asked_of(norm)
+    if asked is None or has_torch_function_variadic(a, b):
+        return None
+    manner, weight, bias = asked
+    # What follows was asked of one like it.
+    if (call := added.recall(manner, a, b, weight, bias, None, None, None)) is not None:
+        return call(a, b, weight, bias, None, None, None)
+    if a.shape != b.shape or a.device != b.device or not (a.is_contiguous() and b.is_contiguous()):
         return None  # the sum's order of memory would be another
     if a.dtype != b.dtype:  # y has the dtype of what comes first
         wide = torch.promote_types(a.dtype, b.dtype)
         if wide not in (a.dtype, b.dtype):
             return None
-        a, b = (a, b) if a.dtype == wide else (b, a)
-    row = row_of(norm, a)
-    if row is None:
+        a, b, manner = (a, b, manner) if a.dtype == wide else (b, a, None)
+    if not fits(norm, a) or (row := row_of(norm, a)) is None:
         return None
     spec, shape, weight, bias, eps, batch_invariant = row
-    how: dict[str, Any] = dict(bias=bias, normalized_shape=shape, cast=spec.cast, batch_invariant=batch_invariant)
-    if spec.center:
-        return add_layer_norm(a, b, weight, eps=eps, **how)  # type: ignore[arg-type]
-    return add_rms_norm(a, b, weight, eps, **how)
+    by = eps, shape, 1.0, 0.0, None, spec.cast, batch_invariant
+    return norm_of_sum(spec.with_cast("output"), (a, b, weight, bias, None, None), by, manner)
 
 
-def _stream(
-    x: Tensor,
-    spec: RowNorm,
-    shape: tuple[int, ...],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float | None,
-    batch_invariant: bool | None,
-) -> tuple[Tensor, Tensor] | None:
+def _stream(norm: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """(y, x), of which the gradients are added in one pass."""
-    if not x.requires_grad:
+    if not x.requires_grad or (asked := asked_of(norm)) is None or has_torch_function_variadic(x):
         return None
+    if (both := stream.recall(asked[0], x, *asked[1:])) is not None:
+        return both
+    if (row := row_of(norm, x)) is None:
+        return None
+    spec, shape, weight, bias, eps, batch_invariant = row
     eps = checks.own_epsilon(spec, x, eps)
     size, eps, invariant = checks.rows(spec.name, x, shape, weight, bias, eps, spec.cast, batch_invariant)
-    return stream_norm(spec, x, size, weight, bias, eps, invariant)
+    return stream.stream_norm(spec, x, size, weight, bias, eps, invariant, asked[0])

@@ -2,7 +2,6 @@
 
 from .norm import added_norm, channel_norm, conditioned_norm, gated_sum_norm, qk_norm, quantized_norm, row_norm
 from .row import CALLS
-from .stream import stream_norm
 
 __all__ = [
     "CALLS",
@@ -13,5 +12,4 @@ __all__ = [
     "qk_norm",
     "quantized_norm",
     "row_norm",
-    "stream_norm",
 ]

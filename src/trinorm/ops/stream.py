@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,12 @@ class StreamCall:
         self.backward = AddedCall(problem, dtypes_of(x, x, weight, bias), differentiated=True).backward
 
 
+def recall(manner: Hashable, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """What stream_norm returns for a call like one before; None where none was."""
+    call = CALLS.recall(manner, x, weight, bias)
+    return None if call is None else _apply(x, weight, bias, call)
+
+
 def stream_norm(
     spec: RowNorm,
     x: Tensor,
@@ -40,23 +47,21 @@ def stream_norm(
     bias: Tensor | None,
     eps: float,
     batch_invariant: bool,
+    manner: Hashable,
 ) -> tuple[Tensor, Tensor] | None:
     """(y, x) of checked arguments, where ``dx = d(y) + d(x)`` is one launch; None where that would be nothing but the norm:
-    x has no gradient, or the kernels do not serve it as it is.
+    x has no gradient, or the kernels do not serve it as it is. manner: by what ``recall`` finds the next call like this.
     """
-    manner = spec.name, spec.cast, normalized_shape, eps, batch_invariant
-    call = CALLS.recall(manner, x, weight, bias)
-    if call is None:
-        if torch.compiler.is_compiling() or not (road.is_differentiated(x) and x.is_contiguous()):
-            return None
-        dims, inputs = len(normalized_shape), (x, weight, bias)
-        narrow = any(t is not None and t.dtype in (torch.float16, torch.bfloat16) for t in inputs)
-        as_they_are = all(t is None or readable(t, dims) is t for t in inputs)
-        as_they_are = as_they_are and not (narrow and reference.autocast_to_fp32(spec, x.device.type))
-        if not as_they_are or not road.kernels_serve(spec.name, *inputs):
-            return None
-        call = StreamCall(AddedProblem(spec, dims, eps, 1.0, x.dtype, batch_invariant), *inputs)
-        CALLS.keep(manner, call, *inputs)
+    if torch.compiler.is_compiling() or not (road.is_differentiated(x) and x.is_contiguous()):
+        return None
+    dims, inputs = len(normalized_shape), (x, weight, bias)
+    narrow = any(t is not None and t.dtype in (torch.float16, torch.bfloat16) for t in inputs)
+    as_they_are = all(t is None or readable(t, dims) is t for t in inputs)
+    as_they_are = as_they_are and not (narrow and reference.autocast_to_fp32(spec, x.device.type))
+    if not as_they_are or not road.kernels_serve(spec.name, *inputs):
+        return None
+    call = StreamCall(AddedProblem(spec, dims, eps, 1.0, x.dtype, batch_invariant), *inputs)
+    CALLS.keep(manner, call, *inputs)
     return _apply(x, weight, bias, call)
 
 
