@@ -177,7 +177,8 @@ class Case:
         info = torch.finfo(dtype)
         # Rounded before it is scaled up, and scaled down before it is read: either way its powers of two come out exactly.
         x = self.values.draw(normal(m, n), info).to(dtype) * scale
-        dy, (w, b) = normal(m, n), (normal(*of(self.shape)) for of in (norm.parameter_shape, norm.bias_shape))
+        dy = normal(m, norm.outputs or n)
+        w, b = (normal(*of(self.shape)) for of in (norm.parameter_shape, norm.bias_shape))
         if self.values.zero_weight:
             w.zero_()
         of = weight_dtype(self.weight, dtype)
@@ -185,6 +186,8 @@ class Case:
         residual = dsum = None
         if norm.numbers:
             residual = normal(norm.numbers).to(of_residual)
+        elif norm.outputs:
+            residual = normal(norm.outputs, n).to(of_residual)
         elif norm.residual:
             rows = normal(m, n)
             rows = self.values.draw(rows, info).to(of_residual) * scale if norm.of_sum else rows

@@ -189,8 +189,9 @@ def _by_torch(norm: Norm, inputs: Inputs) -> dict[str, Tensor]:
     # A NaN or Inf in one row can be in all of torch's sums, also where the oracle's is finite: the other rows' sums then.
     rows = norm.rows(normalized)
     unsound = norm.of_rows(~norm.counted(rows).isfinite().all(-1, keepdim=True).expand_as(rows), of.x.shape)
-    sound = [t.masked_fill(unsound, 0) for t in gradients]
-    sums = norm.torch_gradients(of.zero_where(unsound), *sound)._replace(dx=whole.dx, dr=whole.dr)
+    sound = [t.masked_fill(unsound[:, :1] if norm.outputs else unsound, 0) for t in gradients]
+    others = of.zero_where(unsound, shared=bool(norm.numbers or norm.outputs))
+    sums = norm.torch_gradients(others, *sound)._replace(dx=whole.dx, dr=whole.dr)
     return _present(**results, mean=mean, rstd=rstd, **sums._asdict(), **_named(running))
 
 

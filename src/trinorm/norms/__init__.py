@@ -24,6 +24,7 @@ from .conditioned import OfConditioned
 from .elements import OfDynamic, OfPoly
 from .gated_sums import OfGatedSums
 from .heads import OfHeads
+from .linear import OfLinear
 from .norm import Arguments, Norm, Results, Shape, as_tuple
 from .quantized import OfQuantized
 from .relatives import OfRelative
@@ -46,6 +47,7 @@ __all__ = [
     "OfDynamic",
     "OfGatedSums",
     "OfHeads",
+    "OfLinear",
     "OfPoly",
     "OfQuantized",
     "OfRelative",
@@ -79,6 +81,7 @@ NORMS: dict[str, Norm] = {
     **{spec.name: OfChannels(spec) for spec in CHANNEL_NORMS},
     "channel_layer_norm": OverChannels(),
     **{norm.name: norm for norm in map(OfSums, ROW_NORMS)},
+    **{norm.name: norm for norm in map(OfLinear, ROW_NORMS)},
     "qk_norm": OfHeads(),
     **{norm.name: norm for norm in _CONDITIONED},
     "quantized_layer_norm": OfQuantized(LAYER_NORM, "fp8_block"),

@@ -33,8 +33,8 @@ _DIFFERENTIABLE = dict(dx="x", dr="residual", dg="gate", dw="weight", db="bias")
 
 class Arguments(NamedTuple):
     """What every norm takes; a residual, of which OfChannels and OfSums know, or OfConditioned's gate, or OfDynamic's
-    alpha and shift; what OfHeads does: how many of x's heads are queries', and cos and sin; and the gate of OfGatedSums'
-    x, beside a residual.
+    alpha and shift, or OfLinear's A; what OfHeads does: how many of x's heads are queries', and cos and sin; and the gate
+    of OfGatedSums' x, beside a residual.
     """
 
     x: Tensor
@@ -62,10 +62,10 @@ class Arguments(NamedTuple):
         given: dict[str, Any] = dict(zip(fields, tensors, strict=True))
         return self._replace(**given)
 
-    def zero_where(self, unsound: Tensor) -> Arguments:
-        """With zeros in these places of x and of the residual."""
+    def zero_where(self, unsound: Tensor, shared: bool) -> Arguments:
+        """With zeros in these places of x and of the residual. shared: all rows have one, which stays."""
         residual = self.residual
-        if residual is not None and residual.shape == unsound.shape:  # and no numbers of all rows
+        if residual is not None and not shared:
             residual = residual.masked_fill(unsound, 0)
         return self._replace(x=self.x.masked_fill(unsound, 0), residual=residual)
 
@@ -132,12 +132,17 @@ class Norm(ABC):
 
     @property
     def residual(self) -> bool:
-        """Whether there is one, or a gate or numbers in its place."""
+        """Whether there is one, or a gate, numbers or a linear layer's weight in its place."""
         return False
 
     @property
     def numbers(self) -> int:
-        """How many numbers of all rows stand in the residual's place; 0 where it has x's shape."""
+        """How many numbers of all rows stand in the residual's place; 0 where none do."""
+        return 0
+
+    @property
+    def outputs(self) -> int:
+        """Of how many features a linear layer behind it is, whose weight stands in the residual's place; 0 is none."""
         return 0
 
     @property
