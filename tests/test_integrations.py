@@ -94,7 +94,9 @@ class Odd(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         n = hidden_states.shape[-1]
-        factor = {"state": lambda: self.two, "two": lambda: 2, "length": lambda: 1 + (n > 64), "eps": lambda: 1}[self.factor]()
+        factor = {"state": lambda: self.two, "two": lambda: 2, "length": lambda: 1 + (n > 64), "eps": lambda: 1}[
+            self.factor
+        ]()
         eps = 1e-6 if self.factor == "eps" else self.variance_epsilon
         return nn.functional.rms_norm(hidden_states, (n,), self.weight, eps) * factor
 
