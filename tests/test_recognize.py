@@ -22,7 +22,9 @@ from written_norms import (
     BeforeTheWeightNorm,
     GateBefore,
     GateBehind,
+    OneAndAWeight,
     Positions,
+    Written,
     inputs,
     named_norm,
 )
@@ -190,3 +192,34 @@ def test_other_shapes_and_orders_have_the_modules_own_forward(device: torch.devi
     assert torch.equal(gated(x, x[:, :1]), plain(x, x[:, :1]))
     again = type(norm)(48).to(device)  # of its class, but not replaced
     assert torch.equal(again(x), BeforeTheWeight.forward(again, x))
+
+
+class InRows(BeforeTheWeight):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden).contiguous()
+
+
+@pytest.mark.parametrize("kind", [BeforeTheWeight, OneAndAWeight, InRows])
+def test_a_result_lies_in_memory_as_the_modules_own_does(kind: type[Written], device: torch.device) -> None:
+    """Queries are normalized behind their transpose, or within a packed projection."""
+    module = kind(48).to(device)
+    form = recognize.recognize(module)
+    assert isinstance(form, Form) and form.ordered == (kind is not InRows)
+    packed = torch.randn(3, 7, 6 * 48, device=device)
+    for x in packed[..., 48:].view(3, 7, 5, 48).transpose(1, 2), packed[..., :192].view(3, 7, 4, 48)[:, :, :3]:
+        for _ in range(2):  # as it is met first, and recalled
+            leaf, other = (x.detach().requires_grad_() for _ in range(2))
+            y, own = form.served((module.weight, None), leaf), kind.forward(module, other)
+            if kind is InRows and x.stride(1) < x.stride(2):
+                assert y is None
+                continue
+            assert y is not None and y.stride() == own.stride()
+            dy = torch.randn_like(own)
+            found, by_torch = (torch.autograd.grad(z, t, dy)[0] for z, t in ((y, leaf), (own, other)))
+            exact = form.exact((module.weight.detach(), None), x)
+            assert_no_worse("y", y.detach(), exact, own.detach())
+            leaf = x.detach().double().requires_grad_()
+            wide = copy.deepcopy(module).double()
+            n = leaf * torch.rsqrt(leaf.square().mean(-1, keepdim=True) + wide.variance_epsilon)
+            n = n * (wide.weight + (kind is OneAndAWeight))
+            assert_no_worse("dx", found, torch.autograd.grad(n, leaf, dy.double())[0], by_torch)

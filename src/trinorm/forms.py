@@ -26,13 +26,24 @@ def _may_be_image(x: Tensor) -> bool:
     return x.dim() == 4 and x.shape[1] == x.shape[-1]
 
 
+def _order(x: Tensor) -> list[int] | None:
+    """x's dims from the outermost in memory to the innermost, the last; None where they lie so already, or share memory. A
+    compiled graph has the module's own forward.
+    """
+    strides = x.stride()
+    if 0 in strides or torch.compiler.is_compiling():
+        return None
+    order = sorted(range(x.dim()), key=strides.__getitem__, reverse=True)
+    return order if order != list(range(x.dim())) and order[-1] == x.dim() - 1 else None
+
+
 @dataclass(frozen=True)
 class Form:
     """The norm of the last dim.
 
     weight, bias: the names of the module's parameters; None where it has none. dtypes, ranks, length: of which, of inputs
     of how many dims, and of how many elements a row (None is any) its results are these; of others the module's own
-    forward is called.
+    forward is called. ordered: whether a result has its input's order of memory, whatever that is.
     """
 
     norm: RowNorm
@@ -42,6 +53,7 @@ class Form:
     dtypes: frozenset[Dtypes] = frozenset()
     ranks: frozenset[int] = frozenset()
     length: int | None = None
+    ordered: bool = False
 
     # How many tensors the forward takes.
     tensors: ClassVar[int] = 1
@@ -67,6 +79,9 @@ class Form:
         if not rows or has_torch_function_variadic(*tensors, *parameters):
             return self(parameters, *tensors) if self.serves(parameters, *tensors) else None
         (x,), (weight, bias), name = tensors, parameters, self.norm.name
+        if self.ordered and not x.is_contiguous() and (order := _order(x)) is not None:
+            y = self.served(parameters, x.permute(order))
+            return None if y is None else y.permute([order.index(dim) for dim in range(x.dim())])
         if (call := CALLS.recall(name, self, x, x.shape[-1:], weight, bias, self.eps)) is not None:
             return call(x, weight, bias)
         if not self.serves(parameters, x):

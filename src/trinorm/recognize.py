@@ -153,11 +153,14 @@ def _lengths(module: torch.nn.Module) -> list[int]:
 
 
 class _Case(NamedTuple):
-    """A call. other_mode: whether the module is in training where it is not, or the other way round."""
+    """A call. other_mode: whether the module is in training where it is not, or the other way round. swapped: whether two
+    dims lie in another order in memory.
+    """
 
     dtypes: Dtypes
     rank: int
     other_mode: bool = False
+    swapped: bool = False
 
 
 class _Trial:
@@ -185,7 +188,9 @@ class _Trial:
         if not found or not self._holds(found[0], first._replace(other_mode=True)):
             return None
         ranks = frozenset((first.rank, *(case.rank for case in others if self._holds(found[0], case))))
-        of_each = (replace(form, dtypes=self._dtypes(form), ranks=ranks, length=self._n) for form in found)
+        ordered = self._kind is Form and self._orders(first._replace(rank=4))
+        known: dict[str, Any] = dict(ranks=ranks, length=self._n, ordered=ordered)
+        of_each = (replace(form, dtypes=self._dtypes(form), **known) for form in found)
         return max(of_each, key=lambda form: len(form.dtypes))
 
     def _candidates(self) -> Iterator[Form]:
@@ -233,6 +238,14 @@ class _Trial:
             return True
         wanted = torch.autograd.grad(by_torch, leaves, _cotangent(found))
         return all(g is not None and _is_near(g, want) for g, want in zip(gradients, wanted, strict=True))
+
+    def _orders(self, case: _Case) -> bool:
+        """Whether a result has its input's order of memory, and the bits that it has in another."""
+        plain, swapped = self._result(case), self._result(case._replace(swapped=True))
+        if plain is None or swapped is None:
+            return False
+        alike = plain[0].transpose(1, 2)
+        return swapped[0].stride() == alike.stride() and bool(torch.equal(swapped[0].nan_to_num(), alike.nan_to_num()))
 
     def _result(self, case: _Case) -> tuple[Tensor, tuple[Tensor | None, ...]] | None:
         """What the forward makes of the sample, and, where all is fp32, its gradients; None where that is nothing that a
@@ -284,6 +297,8 @@ class _Trial:
         *rows, weight, bias = _drawn(self._n, self._kind.tensors)
         first, second = self._names
         tensors = [self._kind.laid(t.to(of_x), case.rank) for t in rows]
+        if case.swapped:
+            tensors = [t.transpose(1, 2) for t in tensors]
         return tensors, (None if first is None else weight.to(of_weight), None if second is None else bias.to(of_weight))
 
 
