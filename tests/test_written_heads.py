@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -65,6 +66,7 @@ TOGETHER: list[tuple[type[Attention], dict[str, Any]]] = [
     (written_heads.OfTokensAlone, {}),
     (written_heads.Shared, {}),
     (written_heads.Inheriting, {}),
+    (written_heads.Scripted, {}),
 ]
 
 
@@ -182,6 +184,23 @@ def test_hooks_and_whatever_else_has_changed_since(
     monkeypatch.setattr(written_heads, "turn", lambda q, k, cos, sin: turn(q, k, cos, -sin))
     alike()
     assert heads_together == [False]
+
+
+@pytest.mark.parametrize("lambdas", [False, True])
+def test_files_of_a_function_without_a_name(
+    lambdas: bool, device: torch.device, heads_together: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read of one has its norms, and then the function."""
+    if lambdas:
+        turn = written_heads.turn
+        monkeypatch.setattr(written_heads, "turn_scripted", lambda *of: turn(*of))
+    before, after, report = both_of(written_heads.Scripted, device)
+    assert len(report.fused) == 2
+    x, angles = inputs(Attention, device)
+    read, copied = pickle.loads(pickle.dumps(after)), copy.deepcopy(after)
+    assert all(map(torch.equal, read(x, angles), before(x, angles)))
+    assert all(map(torch.equal, copied(x, angles), after(x, angles)))
+    assert heads_together == [True, True]
 
 
 def test_hooked_norms_are_left(device: torch.device) -> None:

@@ -57,6 +57,18 @@ def turn_and_double(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
     return (q, k) if q.dtype == torch.float32 else (q * 2, k * 2)
 
 
+@torch.jit.script
+def turn_scripted(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Which no file can have, nor may it be copied."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
+    return q * cos + torch.cat((-q2, q1), -1) * sin, k * cos + torch.cat((-k2, k1), -1) * sin
+
+
+def clear(x: Tensor) -> None:
+    x.detach().zero_()
+
+
 class Attention(torch.nn.Module):
     """But for the product with the values. As Qwen3's."""
 
@@ -182,6 +194,15 @@ class Doubled(Attention):
         query = self.q_norm(query).transpose(1, 2)
         key = self.k_norm(key).transpose(1, 2)
         query, key = turn_and_double(query, key, angles[0], angles[1])
+        return query, key
+
+
+class Scripted(Attention):
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        query, key = self.heads(x)
+        query = self.q_norm(query).transpose(1, 2)
+        key = self.k_norm(key).transpose(1, 2)
+        query, key = turn_scripted(query, key, angles[0], angles[1])
         return query, key
 
 

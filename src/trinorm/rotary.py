@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -70,6 +71,18 @@ class Rotary:
             and all(a in (1, b) for a, b in zip(of_angles, batch, strict=True))
             and (r == d or (self.partial and r % 2 == 0 and 0 < r < d))
         )
+
+    def __deepcopy__(self, memo: Any) -> Rotary:
+        """Nothing of it changes, and a scripted function has no copy."""
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """None, of a function that pickle finds by no name: a lambda's, a scripted one."""
+        try:
+            pickle.dumps(self.of)
+        except Exception:
+            return type(None), ()
+        return super().__reduce_ex__(protocol)
 
     def __str__(self) -> str:
         kinds = dict.fromkeys(
