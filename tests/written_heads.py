@@ -259,6 +259,40 @@ class WrittenTo(Attention):
         return query, key
 
 
+class HandedOn(Attention):
+    """To what may write to it, and does."""
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        raw, key = self.heads(x)
+        query = self.q_norm(raw).transpose(1, 2)
+        key = self.k_norm(key).transpose(1, 2)
+        clear(raw)
+        query, key = turn(query, key, angles[0], angles[1])
+        return query, key
+
+
+class InPlace(Attention):
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        raw, key = self.heads(x)
+        query = self.q_norm(raw).transpose(1, 2)
+        key = self.k_norm(key).transpose(1, 2)
+        torch.nn.functional.relu(raw.detach(), inplace=True)
+        query, key = turn(query, key, angles[0], angles[1])
+        return query, key
+
+
+class OfItsDtype(Attention):
+    """Angles that are brought to the dtype of the norm's result, which need not be that of what the norm is of."""
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        query, key = self.heads(x)
+        query = self.q_norm(query).transpose(1, 2)
+        key = self.k_norm(key).transpose(1, 2)
+        cos, sin = angles[0].to(query.dtype), angles[1].to(query.dtype)
+        query, key = turn(query, key, cos, sin)
+        return query, key
+
+
 class Scaled(Attention):
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         query, key = self.heads(x)
