@@ -189,6 +189,26 @@ def test_hooks_and_whatever_else_has_changed_since(
     assert heads_together == [False]
 
 
+class Halved(torch.nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def test_a_norm_that_is_another_by_now(device: torch.device, heads_together: list[bool]) -> None:
+    """A function, a module, or of another class, as torch.nn.utils.parametrize makes it."""
+    x, angles = inputs(Attention, device)
+    for norm in (torch.tanh, torch.nn.Tanh(), None):
+        before, after, _ = both_of(Attention, device)
+        for model in (before, after):
+            if norm is None:
+                torch.nn.utils.parametrize.register_parametrization(model.q_norm, "weight", Halved())
+            else:
+                del model.q_norm
+                model.q_norm = norm
+        assert all(map(torch.equal, after(x, angles), before(x, angles)))
+    assert True not in heads_together
+
+
 @pytest.mark.parametrize("lambdas", [False, True])
 def test_files_of_a_function_without_a_name(
     lambdas: bool, device: torch.device, heads_together: list[bool], monkeypatch: pytest.MonkeyPatch

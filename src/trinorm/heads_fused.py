@@ -39,7 +39,8 @@ _Between = tuple[tuple[Exchanged, ...], tuple[Exchanged, ...]]
 
 def deferred(module: torch.nn.Module, kept: _Kept, place: int, norm: Any, x: Any) -> Any:
     """x itself, whose norm ``turned`` will see to; or the norm of it."""
-    if vars(module).get(ROTARY) is None or type(x) is not Tensor or is_replaced(norm):
+    known = isinstance(norm, (RMSNorm, Recognized))  # whoever has put another in its place may have taken a function
+    if vars(module).get(ROTARY) is None or type(x) is not Tensor or not known or is_replaced(norm):
         return norm(x)
     kept[place] = _Deferred(norm, x)
     return x

@@ -89,6 +89,8 @@ def form_in_force(module: torch.nn.Module) -> Form | None:
     if not isinstance(module, Recognized) or "forward" in vars(module):
         return None
     kind = type(module)
+    if "was" not in vars(kind):  # another class was made of it since, by torch.nn.utils.parametrize, say
+        return None
     return vars(module).get(FORM) if kind.__bases__[1].forward is kind.was else None  # type: ignore[attr-defined]
 
 
