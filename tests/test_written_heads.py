@@ -12,6 +12,7 @@ from torch import Tensor
 
 import trinorm
 import written_heads
+from trinorm.heads_fused import turned
 from trinorm.made import ROTARY
 from unfused import Results, assert_as_unfused
 from written_heads import Attention
@@ -94,6 +95,13 @@ def test_as_many_tokens_as_a_head_has_elements_and_none(device: torch.device, he
     assert_as_unfused(run_on(x, (cos, sin)), after, before, by_bits=False)
     assert [y.shape for y in after(x[:0], (cos[:0], sin[:0]))] == [y.shape for y in before(x[:0], (cos[:0], sin[:0]))]
     assert heads_together == [True, False]
+
+
+def test_a_function_may_have_any_argument_by_name() -> None:
+    def function(*of: int, key: int) -> tuple[int, ...]:
+        return *of, key
+
+    assert turned(torch.nn.Module(), [None, None], ((), ()), function, 1, 2, 3, 4, key=5) == (1, 2, 3, 4, 5)
 
 
 def test_another_last_dim_than_the_norms(device: torch.device, heads_together: list[bool]) -> None:

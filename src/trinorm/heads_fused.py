@@ -55,6 +55,7 @@ def turned(
     key: Any,
     cos: Any,
     sin: Any,
+    /,
     *more: Any,
     **named: Any,
 ) -> Any:
