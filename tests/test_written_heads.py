@@ -234,6 +234,18 @@ def test_files_of_a_function_without_a_name(
     assert heads_together == [True, True]
 
 
+@pytest.mark.parametrize(
+    ("kind", "norm"), [(Attention, torch.nn.RMSNorm), (written_heads.BehindTransposing, BeforeTheWeightNorm)]
+)
+def test_export_for_any_number_of_tokens(kind: type[Attention], norm: Any, device: torch.device) -> None:
+    """Of as many as a head has elements, too."""
+    before, after, _ = both_of(kind, device, norm=norm)
+    x, angles = inputs(kind, device)
+    tokens = {1: torch.export.Dim("tokens", min=2, max=64)}
+    for model in (before, after):
+        torch.export.export(model, (x, angles), dynamic_shapes=(tokens, (tokens, tokens)), strict=True)
+
+
 def test_hooked_norms_are_left(device: torch.device) -> None:
     model = Attention().to(device)
     trinorm.replace(model)

@@ -129,8 +129,12 @@ def _is_in_one_run(of: _Deferred) -> bool:
 
 
 def _alike(x: Tensor) -> Tensor:
-    """What to ask a norm about. Of as many tokens as a head has elements it would not know which of both a row is."""
-    return x[0] if x.dim() == 4 and x.shape[1] == x.shape[-1] else x
+    """What to ask a norm about. Of as many tokens as a head has elements it would not know which of both a row is; and a
+    traced graph should not depend on that, as torch.export takes no number of tokens that has exceptions.
+    """
+    if x.dim() == 4 and (torch.compiler.is_compiling() or x.shape[1] == x.shape[-1]):
+        return x[:, :1]
+    return x
 
 
 def rotary_of(heads: Heads, norms: dict[str, torch.nn.Module], function: Any) -> Rotary | str:
