@@ -123,6 +123,14 @@ def test_an_epsilon_that_is_set_is_followed(device: torch.device) -> None:
     torch.testing.assert_close(module(x), type(module).forward(module, x))
 
 
+def test_another_forward_of_the_class_is_followed(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = norm("llama", "LlamaRMSNorm", layers.RMSNorm, torch.float32, device)
+    x, kind = torch.randn(2, 3, 48, device=device), type(module)
+    once, was = module(x), kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: was(self, x) * 2)
+    torch.testing.assert_close(module(x), 2 * once)
+
+
 def test_layers_have_no_state() -> None:
     """As kernels validates them: nothing but forward, and the two flags that it reads."""
     for layer in layers.LAYERS.values():
