@@ -131,6 +131,14 @@ def test_another_forward_of_the_class_is_followed(device: torch.device, monkeypa
     torch.testing.assert_close(module(x), 2 * once)
 
 
+def test_a_class_first_seen_under_anomaly_detection(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which raises where a gradient is NaN, as one of the trial's may be."""
+    monkeypatch.setattr(layers, "_NAMES", {})
+    module = norm("llama", "LlamaRMSNorm", layers.RMSNorm, torch.float32, device)
+    with torch.autograd.set_detect_anomaly(True):
+        assert isinstance(layers.form_of(module, layers.RMSNorm), Form)
+
+
 def test_layers_have_no_state() -> None:
     """As kernels validates them: nothing but forward, and the two flags that it reads."""
     for layer in layers.LAYERS.values():

@@ -111,13 +111,16 @@ def recognize(module: torch.nn.Module) -> Form | str:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Away from what the caller has on: modes, autocast, inference mode, a default device, the state of random numbers."""
+    """Away from what the caller has on: modes, autocast, inference mode, anomaly detection, which raises where a sample's
+    gradient is NaN, a default device, the state of random numbers.
+    """
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         _disable_current_modes(),
         torch._C.DisableTorchFunction(),
         torch.autocast("cpu", enabled=False),
+        torch.autograd.set_detect_anomaly(False),
         torch.random.fork_rng(devices=()),
     ):
         yield
