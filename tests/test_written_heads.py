@@ -113,6 +113,19 @@ def test_another_last_dim_than_the_norms(device: torch.device, heads_together: l
     assert heads_together == [False]
 
 
+@pytest.mark.parametrize("norm", [torch.nn.RMSNorm, BeforeTheWeightNorm])
+def test_the_order_of_memory_that_the_model_has(norm: Any, device: torch.device, heads_together: list[bool]) -> None:
+    """As many tokens as a head has elements, or fewer: a view of the results is one of the fused ones."""
+    before, after, report = both_of(written_heads.TokensFirst, device, norm=norm)
+    assert len(report.fused) == 2
+    for tokens in (written_heads.SIZE, 3):
+        x, (cos, sin) = (inputs(Attention, device)[0].repeat(1, 2, 1)[:, :tokens], inputs(Attention, device)[1])
+        of = x.transpose(0, 1).contiguous(), tuple(t.repeat(1, 2, 1)[:, :tokens] for t in (cos, sin))
+        for y, unfused in zip(after(*of), before(*of), strict=True):
+            assert torch.equal(y, unfused) and y.stride() == unfused.stride()
+    assert heads_together == [False, False]
+
+
 @pytest.mark.parametrize("norm", [BeforeTheWeightNorm, named_norm(OneAndAWeight)])
 def test_another_function_in_16_bits(norm: Any, device: torch.device, heads_together: list[bool]) -> None:
     before, after, report = both_of(written_heads.Doubled, device, norm=norm)

@@ -188,6 +188,17 @@ class Turned(Attention):
         return query, key
 
 
+class TokensFirst(Attention):
+    """Of ``(T, B, heads, D)``, as Megatron's."""
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        query, key = self.heads(x)
+        query = self.q_norm(query).transpose(0, 1)
+        key = self.k_norm(key).transpose(0, 1)
+        query, key = turn(query, key, angles[0], angles[1], unsqueeze_dim=2)
+        return query, key
+
+
 class Doubled(Attention):
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         query, key = self.heads(x)

@@ -141,11 +141,14 @@ class _Tried(NamedTuple):
         sides = (query, query_weight), (key, key_weight)
         try:
             normed = [reference.composite(self.spec, x, x.shape[-1:], w, None, self.eps) for x, w in sides]
-            found = self.function(*map(rotary.laid, normed), cos, sin, *self.more[0], **dict(self.more[1]))
+            laid, in_one_run = [rotary.laid(x) for x in normed], (case.r < self.n) in rotary.contiguous
+            if in_one_run and rotary.heads == -2:  # what is so as it is tells nothing
+                laid = [x.transpose(-3, -2).contiguous().transpose(-3, -2) for x in laid]
+            found = self.function(*laid, cos, sin, *self.more[0], **dict(self.more[1]))
             by_model = [rotary.laid(t) for t in found]
         except Exception:
             return False
-        if (case.r < self.n) in rotary.contiguous and not all(t.is_contiguous() for t in found):
+        if in_one_run and not all(t.is_contiguous() for t in found):
             return False
         turned = [qk_reference.rotated(n, cos, sin, rotary.interleaved).to(query.dtype) for n in normed]
         if [t.dtype for t in by_model] != [query.dtype] * 2 or not all(map(torch.equal, by_model, turned)):
