@@ -125,6 +125,22 @@ def test_an_epsilon_that_is_set_is_followed(device: torch.device) -> None:
     torch.testing.assert_close(module(x), type(module).forward(module, x))
 
 
+def test_another_forward_of_the_class_is_followed(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = norm("llama", "LlamaRMSNorm", layers.RMSNorm, torch.float32, device)
+    x, kind = torch.randn(2, 3, 48, device=device), type(module)
+    once, was = module(x), kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: was(self, x) * 2)
+    torch.testing.assert_close(module(x), 2 * once)
+
+
+def test_a_class_first_seen_under_anomaly_detection(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which raises where a gradient is NaN, as one of the trial's may be."""
+    monkeypatch.setattr(layers, "_NAMES", {})
+    module = norm("llama", "LlamaRMSNorm", layers.RMSNorm, torch.float32, device)
+    with torch.autograd.set_detect_anomaly(True):
+        assert isinstance(layers.form_of(module, layers.RMSNorm), Form)
+
+
 def test_layers_have_no_state() -> None:
     """As kernels validates them: nothing but forward, and the two flags that it reads."""
     for layer in layers.LAYERS.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import traceback
 from collections.abc import Callable
@@ -11,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import trinorm
 import written_blocks
 from unfused import Results, assert_as_unfused
 from written_blocks import Holding, Inline, Plain, fused
+from written_norms import AlphaBeta, named_norm
 
 
 class BothOfOne(Holding):
@@ -317,3 +320,26 @@ def test_a_traceback_shows_the_models_file(device: torch.device) -> None:
         after(torch.randn(2, 16, device=device))
     assert [(f.filename, f.line) for f in traceback.extract_tb(caught.tb)][-2] == (frame.filename, frame.line)
     assert frame.filename == written_blocks.__file__ and frame.line == "x = residual + self.layer(x)"
+
+
+class OfAlpha(torch.nn.Module):
+    """Whose norm has a weight of another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = named_norm(AlphaBeta)(), torch.nn.Linear(48, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(self.norm(x))
+
+
+@torch.no_grad()
+def test_the_next_blocks_norm_is_no_trinorms_any_more(device: torch.device) -> None:
+    before = torch.nn.Sequential(OfAlpha(), OfAlpha()).to(device)
+    trinorm.replace(before)
+    after = copy.deepcopy(before)
+    assert "what 0 returns, without gradients" in trinorm.fuse(after).fused[1].by
+    for model in (before, after):
+        model[1].norm.note = "set"
+    x = torch.randn(4, 48, device=device)
+    assert torch.equal(after(x), before(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import trinorm
 import written_heads
+from trinorm.heads_fused import turned
 from trinorm.made import ROTARY
 from unfused import Results, assert_as_unfused
 from written_heads import Attention
@@ -65,6 +67,7 @@ TOGETHER: list[tuple[type[Attention], dict[str, Any]]] = [
     (written_heads.OfTokensAlone, {}),
     (written_heads.Shared, {}),
     (written_heads.Inheriting, {}),
+    (written_heads.Scripted, {}),
 ]
 
 
@@ -94,6 +97,13 @@ def test_as_many_tokens_as_a_head_has_elements_and_none(device: torch.device, he
     assert heads_together == [True, False]
 
 
+def test_a_function_may_have_any_argument_by_name() -> None:
+    def function(*of: int, key: int) -> tuple[int, ...]:
+        return *of, key
+
+    assert turned(torch.nn.Module(), [None, None], ((), ()), function, 1, 2, 3, 4, key=5) == (1, 2, 3, 4, 5)
+
+
 def test_another_last_dim_than_the_norms(device: torch.device, heads_together: list[bool]) -> None:
     before, after, report = both_of(written_heads.Turned, device, norm=torch.nn.RMSNorm)
     x, angles = inputs(written_heads.Turned, device)
@@ -101,6 +111,19 @@ def test_another_last_dim_than_the_norms(device: torch.device, heads_together: l
     assert len(report.fused) == 2
     assert_as_unfused(run_on(x, tuple(angles)), after, before)
     assert heads_together == [False]
+
+
+@pytest.mark.parametrize("norm", [torch.nn.RMSNorm, BeforeTheWeightNorm])
+def test_the_order_of_memory_that_the_model_has(norm: Any, device: torch.device, heads_together: list[bool]) -> None:
+    """As many tokens as a head has elements, or fewer: a view of the results is one of the fused ones."""
+    before, after, report = both_of(written_heads.TokensFirst, device, norm=norm)
+    assert len(report.fused) == 2
+    for tokens in (written_heads.SIZE, 3):
+        x, (cos, sin) = (inputs(Attention, device)[0].repeat(1, 2, 1)[:, :tokens], inputs(Attention, device)[1])
+        of = x.transpose(0, 1).contiguous(), tuple(t.repeat(1, 2, 1)[:, :tokens] for t in (cos, sin))
+        for y, unfused in zip(after(*of), before(*of), strict=True):
+            assert torch.equal(y, unfused) and y.stride() == unfused.stride()
+    assert heads_together == [False, False]
 
 
 @pytest.mark.parametrize("norm", [BeforeTheWeightNorm, named_norm(OneAndAWeight)])
@@ -125,6 +148,9 @@ APART: dict[type[Attention], str] = {
     written_heads.Later: "has its result too",
     written_heads.Kept: "another function has its result",
     written_heads.WrittenTo: "writes to a tensor",
+    written_heads.HandedOn: "may write to what it is of",
+    written_heads.InPlace: "writes to a tensor",
+    written_heads.OfItsDtype: "has its result too",
     written_heads.Scaled: "no sum",
     written_heads.Divided: "divides its result into heads",
     written_heads.Sometimes: "is not always run",
@@ -182,6 +208,55 @@ def test_hooks_and_whatever_else_has_changed_since(
     monkeypatch.setattr(written_heads, "turn", lambda q, k, cos, sin: turn(q, k, cos, -sin))
     alike()
     assert heads_together == [False]
+
+
+class Halved(torch.nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def test_a_norm_that_is_another_by_now(device: torch.device, heads_together: list[bool]) -> None:
+    """A function, a module, or of another class, as torch.nn.utils.parametrize makes it."""
+    x, angles = inputs(Attention, device)
+    for norm in (torch.tanh, torch.nn.Tanh(), None):
+        before, after, _ = both_of(Attention, device)
+        for model in (before, after):
+            if norm is None:
+                torch.nn.utils.parametrize.register_parametrization(model.q_norm, "weight", Halved())
+            else:
+                del model.q_norm
+                model.q_norm = norm
+        assert all(map(torch.equal, after(x, angles), before(x, angles)))
+    assert True not in heads_together
+
+
+@pytest.mark.parametrize("lambdas", [False, True])
+def test_files_of_a_function_without_a_name(
+    lambdas: bool, device: torch.device, heads_together: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read of one has its norms, and then the function."""
+    if lambdas:
+        turn = written_heads.turn
+        monkeypatch.setattr(written_heads, "turn_scripted", lambda *of: turn(*of))
+    before, after, report = both_of(written_heads.Scripted, device)
+    assert len(report.fused) == 2
+    x, angles = inputs(Attention, device)
+    read, copied = pickle.loads(pickle.dumps(after)), copy.deepcopy(after)
+    assert all(map(torch.equal, read(x, angles), before(x, angles)))
+    assert all(map(torch.equal, copied(x, angles), after(x, angles)))
+    assert heads_together == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("kind", "norm"), [(Attention, torch.nn.RMSNorm), (written_heads.BehindTransposing, BeforeTheWeightNorm)]
+)
+def test_export_for_any_number_of_tokens(kind: type[Attention], norm: Any, device: torch.device) -> None:
+    """Of as many as a head has elements, too."""
+    before, after, _ = both_of(kind, device, norm=norm)
+    x, angles = inputs(kind, device)
+    tokens = {1: torch.export.Dim("tokens", min=2, max=64)}
+    for model in (before, after):
+        torch.export.export(model, (x, angles), dynamic_shapes=(tokens, (tokens, tokens)), strict=True)
 
 
 def test_hooked_norms_are_left(device: torch.device) -> None:

@@ -57,6 +57,18 @@ def turn_and_double(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
     return (q, k) if q.dtype == torch.float32 else (q * 2, k * 2)
 
 
+@torch.jit.script
+def turn_scripted(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Which no file can have, nor may it be copied."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
+    return q * cos + torch.cat((-q2, q1), -1) * sin, k * cos + torch.cat((-k2, k1), -1) * sin
+
+
+def clear(x: Tensor) -> None:
+    x.detach().zero_()
+
+
 class Attention(torch.nn.Module):
     """But for the product with the values. As Qwen3's."""
 
@@ -176,12 +188,32 @@ class Turned(Attention):
         return query, key
 
 
+class TokensFirst(Attention):
+    """Of ``(T, B, heads, D)``, as Megatron's."""
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        query, key = self.heads(x)
+        query = self.q_norm(query).transpose(0, 1)
+        key = self.k_norm(key).transpose(0, 1)
+        query, key = turn(query, key, angles[0], angles[1], unsqueeze_dim=2)
+        return query, key
+
+
 class Doubled(Attention):
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         query, key = self.heads(x)
         query = self.q_norm(query).transpose(1, 2)
         key = self.k_norm(key).transpose(1, 2)
         query, key = turn_and_double(query, key, angles[0], angles[1])
+        return query, key
+
+
+class Scripted(Attention):
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        query, key = self.heads(x)
+        query = self.q_norm(query).transpose(1, 2)
+        key = self.k_norm(key).transpose(1, 2)
+        query, key = turn_scripted(query, key, angles[0], angles[1])
         return query, key
 
 
@@ -235,6 +267,40 @@ class WrittenTo(Attention):
         key = self.k_norm(key).transpose(1, 2)
         raw.detach().zero_()
         query, key = turn(query, key, angles[0], angles[1])
+        return query, key
+
+
+class HandedOn(Attention):
+    """To what may write to it, and does."""
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        raw, key = self.heads(x)
+        query = self.q_norm(raw).transpose(1, 2)
+        key = self.k_norm(key).transpose(1, 2)
+        clear(raw)
+        query, key = turn(query, key, angles[0], angles[1])
+        return query, key
+
+
+class InPlace(Attention):
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        raw, key = self.heads(x)
+        query = self.q_norm(raw).transpose(1, 2)
+        key = self.k_norm(key).transpose(1, 2)
+        torch.nn.functional.relu(raw.detach(), inplace=True)
+        query, key = turn(query, key, angles[0], angles[1])
+        return query, key
+
+
+class OfItsDtype(Attention):
+    """Angles that are brought to the dtype of the norm's result, which need not be that of what the norm is of."""
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        query, key = self.heads(x)
+        query = self.q_norm(query).transpose(1, 2)
+        key = self.k_norm(key).transpose(1, 2)
+        cos, sin = angles[0].to(query.dtype), angles[1].to(query.dtype)
+        query, key = turn(query, key, cos, sin)
         return query, key
 
 

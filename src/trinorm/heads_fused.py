@@ -4,6 +4,7 @@ stood there.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,7 +40,8 @@ _Between = tuple[tuple[Exchanged, ...], tuple[Exchanged, ...]]
 
 def deferred(module: torch.nn.Module, kept: _Kept, place: int, norm: Any, x: Any) -> Any:
     """x itself, whose norm ``turned`` will see to; or the norm of it."""
-    if vars(module).get(ROTARY) is None or type(x) is not Tensor or is_replaced(norm):
+    known = isinstance(norm, (RMSNorm, Recognized))  # whoever has put another in its place may have taken a function
+    if vars(module).get(ROTARY) is None or type(x) is not Tensor or not known or is_replaced(norm):
         return norm(x)
     kept[place] = _Deferred(norm, x)
     return x
@@ -54,6 +56,7 @@ def turned(
     key: Any,
     cos: Any,
     sin: Any,
+    /,
     *more: Any,
     **named: Any,
 ) -> Any:
@@ -97,6 +100,9 @@ def _both(
         return None  # the norm's last dim is not the function's
     # Along its heads a token lies as a norm of rows wants it, however the function does.
     queries, keys = found.laid(query), found.laid(key)
+    in_one_run = (cos.shape[-1] < query.shape[-1]) in found.contiguous
+    if not in_one_run and not all(map(_is_in_order, sides, between, (queries, keys), (found.heads, found.heads))):
+        return None
     row, key_row = row_of(sides[0].norm, _alike(queries)), row_of(sides[1].norm, _alike(keys))
     if row is None or key_row is None:
         return None
@@ -113,7 +119,6 @@ def _both(
         return None
     given: dict[str, Any] = dict(cos=cos, sin=sin, interleaved=found.interleaved, cast=spec.cast)
     both = qk_norm(queries, keys, *weights, eps, batch_invariant=batch_invariant, **given)
-    in_one_run = (cos.shape[-1] < query.shape[-1]) in found.contiguous
     y, other = (
         found.laid(y).contiguous() if in_one_run or (not exchanged and _is_in_one_run(side)) else found.laid(y)
         for y, side, exchanged in zip(both, sides, between, strict=True)
@@ -126,9 +131,28 @@ def _is_in_one_run(of: _Deferred) -> bool:
     return type(of.norm) is RMSNorm or of.x.is_contiguous()
 
 
+def _is_in_order(of: _Deferred, exchanged: tuple[Exchanged, ...], rows: Tensor, heads: int) -> bool:
+    """Whether a product with the norm's result has the order of memory that qk_norm's has, or is in one run as it is."""
+    if _is_in_one_run(of):
+        return not exchanged or _is_undone(exchanged, rows.dim(), heads)
+    return all(a >= b for a, b in itertools.pairwise(rows.stride()))
+
+
+def _is_undone(exchanged: tuple[Exchanged, ...], dims: int, heads: int) -> bool:
+    """Whether the dims that are exchanged are those that the function has otherwise than qk_norm."""
+    order = list(range(dims))
+    for first, second in (*exchanged, *([(-3, -2)] if heads == -3 else [])):
+        order[first], order[second] = order[second], order[first]
+    return order == sorted(order)
+
+
 def _alike(x: Tensor) -> Tensor:
-    """What to ask a norm about. Of as many tokens as a head has elements it would not know which of both a row is."""
-    return x[0] if x.dim() == 4 and x.shape[1] == x.shape[-1] else x
+    """What to ask a norm about. Of as many tokens as a head has elements it would not know which of both a row is; and a
+    traced graph should not depend on that, as torch.export takes no number of tokens that has exceptions.
+    """
+    if x.dim() == 4 and (torch.compiler.is_compiling() or x.shape[1] == x.shape[-1]):
+        return x[:, :1]
+    return x
 
 
 def rotary_of(heads: Heads, norms: dict[str, torch.nn.Module], function: Any) -> Rotary | str:

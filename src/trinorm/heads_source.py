@@ -145,8 +145,22 @@ class _Search:
                 return f"line {line} writes to a tensor, before line {call.lineno} turns its result"
             for load, parent in names_loaded(statement):
                 again = at > i and load.id in turned  # that name stands for what was turned
-                if load.id in side.names and id(load) not in known and not again and not is_of_shape(parent):
+                if load.id in side.names and id(load) not in known and not again and not _is_of_shape(parent):
                     return f"line {statement.lineno} has its result too"
+        return self._taken(side, i)
+
+    def _taken(self, side: Side, i: int) -> str:
+        """What else is called with the tensor that the norm is of, and so may write to it, up to the i-th statement."""
+        name = _viewed(side.call.args[0])
+        if name in self.shared or name in names_stored(self.body[side.i]):
+            return ""
+        for statement in self.body[side.i : i + 1]:
+            for load, parent in names_loaded(statement):
+                argument = isinstance(parent, ast.keyword) or (isinstance(parent, ast.Call) and parent.func is not load)
+                if load.id == name and argument and self.norm_of(parent) is None:
+                    return f"line {statement.lineno} may write to what it is of"
+            if name in names_stored(statement):
+                break
         return ""
 
     def _note_norms_behind(self, i: int, rotary: ast.stmt) -> None:
@@ -210,6 +224,23 @@ def _exchanged(node: ast.AST) -> Exchanged | None:
     return (first, second) if isinstance(first, int) and isinstance(second, int) else None
 
 
+def _is_of_shape(parent: ast.AST) -> bool:
+    """What the norm's result shares with what it is of; its dtype need not be that, beside a weight in fp32, say."""
+    return is_of_shape(parent) and isinstance(parent, ast.Attribute) and parent.attr != "dtype"
+
+
+def _viewed(node: ast.AST) -> str:
+    """The name of the tensor that a part or a view is taken of; or of what has the method or function that makes it."""
+    while not isinstance(node, ast.Name):
+        if isinstance(node, ast.Call):
+            node = node.func
+        elif isinstance(node, (ast.Attribute, ast.Subscript)):
+            node = node.value
+        else:
+            return ""
+    return node.id
+
+
 def _written(statement: ast.stmt) -> int | None:
     """A line that may write to a tensor where it lies."""
     for node in ast.walk(statement):
@@ -217,6 +248,8 @@ def _written(statement: ast.stmt) -> int | None:
             isinstance(node, (ast.Subscript, ast.Attribute)) and not isinstance(node.ctx, ast.Load)
         ):
             return node.lineno
+        if isinstance(node, ast.keyword) and node.arg in ("out", "inplace"):
+            return node.value.lineno
         method = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
         if method.endswith("_") and not method.endswith("__"):
             return node.lineno  # type: ignore[attr-defined]

@@ -94,6 +94,8 @@ def form_in_force(module: torch.nn.Module) -> Form | None:
     if not isinstance(module, Recognized) or "forward" in vars(module):
         return None
     kind = type(module)
+    if "was" not in vars(kind):  # another class was made of it since, by torch.nn.utils.parametrize, say
+        return None
     return vars(module).get(FORM) if kind.__bases__[1].forward is kind.was else None  # type: ignore[attr-defined]
 
 
@@ -114,13 +116,16 @@ def recognize(module: torch.nn.Module) -> Form | str:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Away from what the caller has on: modes, autocast, inference mode, a default device, the state of random numbers."""
+    """Away from what the caller has on: modes, autocast, inference mode, anomaly detection, which raises where a sample's
+    gradient is NaN, a default device, the state of random numbers.
+    """
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         _disable_current_modes(),
         torch._C.DisableTorchFunction(),
         torch.autocast("cpu", enabled=False),
+        torch.autograd.set_detect_anomaly(False),
         torch.random.fork_rng(devices=()),
     ):
         yield

@@ -317,7 +317,10 @@ class _Handed:
 
 def _parameters(norm: torch.nn.Module) -> list[Tensor]:
     form = form_in_force(norm)
-    names = (form.weight, form.bias) if type(form) is Form else ("weight", "bias" if type(norm) is LayerNorm else None)
+    if type(form) is Form:
+        names = form.weight, form.bias
+    else:  # what has no form any more is not served, whatever its parameters are called
+        names = "weight" if type(norm) in (LayerNorm, RMSNorm) else None, "bias" if type(norm) is LayerNorm else None
     return [p for name in names if name is not None and (p := getattr(norm, name)) is not None]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -71,6 +72,18 @@ class Rotary:
             and (r == d or (self.partial and r % 2 == 0 and 0 < r < d))
         )
 
+    def __deepcopy__(self, memo: Any) -> Rotary:
+        """Nothing of it changes, and a scripted function has no copy."""
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """None, of a function that pickle finds by no name: a lambda's, a scripted one."""
+        try:
+            pickle.dumps(self.of)
+        except Exception:
+            return type(None), ()
+        return super().__reduce_ex__(protocol)
+
     def __str__(self) -> str:
         kinds = dict.fromkeys(
             str(dtype).removeprefix("torch.") for dtype in _DTYPES for of in self.dtypes if of[0] == dtype
@@ -128,11 +141,14 @@ class _Tried(NamedTuple):
         sides = (query, query_weight), (key, key_weight)
         try:
             normed = [reference.composite(self.spec, x, x.shape[-1:], w, None, self.eps) for x, w in sides]
-            found = self.function(*map(rotary.laid, normed), cos, sin, *self.more[0], **dict(self.more[1]))
+            laid, in_one_run = [rotary.laid(x) for x in normed], (case.r < self.n) in rotary.contiguous
+            if in_one_run and rotary.heads == -2:  # what is so as it is tells nothing
+                laid = [x.transpose(-3, -2).contiguous().transpose(-3, -2) for x in laid]
+            found = self.function(*laid, cos, sin, *self.more[0], **dict(self.more[1]))
             by_model = [rotary.laid(t) for t in found]
         except Exception:
             return False
-        if (case.r < self.n) in rotary.contiguous and not all(t.is_contiguous() for t in found):
+        if in_one_run and not all(t.is_contiguous() for t in found):
             return False
         turned = [qk_reference.rotated(n, cos, sin, rotary.interleaved).to(query.dtype) for n in normed]
         if [t.dtype for t in by_model] != [query.dtype] * 2 or not all(map(torch.equal, by_model, turned)):

@@ -7,6 +7,7 @@ the trial gets the class's own forward, and so do all calls of a class that is n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -100,15 +101,16 @@ def _form(module: nn.Module, layer: type[nn.Module]) -> Form | str:
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _tried(kind: type[nn.Module], layer: type[nn.Module], words: tuple[str, ...]) -> str:
     """The name, in _Found, of what a class's forward computes of what the layer reads; in a traced graph a constant."""
-    if (kind, layer, words) not in _NAMES:
+    asked = kind, kind.forward, layer, words  # of another forward that it gets, it is found anew
+    if asked not in _NAMES:
         first, second = (_trial(kind, layer, words, length) for length in _LENGTHS)
         name = f"of_{kind.__name__}_{len(vars(_Found))}"
         setattr(_Found, name, first if first == second else "what its forward computes depends on a row's length")
-        _NAMES[kind, layer, words] = name
-    return _NAMES[kind, layer, words]
+        _NAMES[asked] = name
+    return _NAMES[asked]
 
 
-_NAMES: dict[tuple[type[nn.Module], type[nn.Module], tuple[str, ...]], str] = {}
+_NAMES: dict[tuple[type[nn.Module], Callable[..., Tensor], type[nn.Module], tuple[str, ...]], str] = {}
 
 
 def _trial(kind: type[nn.Module], layer: type[nn.Module], words: tuple[str, ...], length: int) -> Form | str:
