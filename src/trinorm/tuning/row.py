@@ -84,8 +84,8 @@ _PAIRWISE_OF_WARP = 256
 # 4096: RMSNorm 1 row 1.40, 1.23, 64 1.44, 1.28, 256 2.20, 1.79.
 _MANY = (3072, 64), (1 << 20, 0)
 
-# RMSNorm's tile of few rows of so many columns, where another is better than that of many. On an H100, µs in a chain, by
-# that of many: 16x4096 1.54, 256 rows 2.31; 64x5120 1.64, merged by this one 1.41.
+# RMSNorm's tile of few rows of so many columns of 16-bit numbers, where another is better than that of many. On an H100, µs
+# in a chain, by that of many: 16x4096 1.54, 256 rows 2.31; 64x5120 1.64, merged by this one 1.41.
 _FEW_RMS = {4096: Tile(1, 2048, 8), 5120: Tile(1, 1024, 4), 8192: Tile(1, 4096, 16)}
 
 
@@ -110,7 +110,7 @@ def _choose_forward(
         return _first_split(_FORWARD_SPLIT, spec, n, itemsize, device) or _FORWARD_WIDE[_column(spec)]
     tile, tiles = next(row[1:][_column(spec)] for row in _FORWARD if n <= row[0])
     if scarce:
-        tile, tiles = (None if spec.center else _FEW_RMS.get(n)) or _of_few_rows(tile), 1
+        tile, tiles = (None if spec.center or itemsize > 2 else _FEW_RMS.get(n)) or _of_few_rows(tile), 1
     stream = large and n >= _STREAM_COLUMNS
     # Asking early for w and b hides their latency (128x768: LayerNorm 1.78 µs against 2.04), but of long rows LayerNorm's
     # registers then cost occupancy where that counts (8192x8192: 0.98 against 0.73), and RMSNorm's of the longest that a
