@@ -272,7 +272,7 @@ def kernels(row: Row, variant: Variant, given: Arguments) -> float:
     if row.case.before:
         row.case.before(given)
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         row.step(variant.model, given)
         torch.cuda.synchronize()
     drop_gradients(variant.model, given)

@@ -191,7 +191,8 @@ def _by_torch(norm: Norm, inputs: Inputs) -> dict[str, Tensor]:
     unsound = norm.of_rows(~norm.counted(rows).isfinite().all(-1, keepdim=True).expand_as(rows), of.x.shape)
     sound = [t.masked_fill(unsound[:, :1] if norm.outputs else unsound, 0) for t in gradients]
     others = of.zero_where(unsound, shared=bool(norm.numbers or norm.outputs))
-    sums = norm.torch_gradients(others, *sound)._replace(dx=whole.dx, dr=whole.dr)
+    of_rows = dict(dx=whole.dx) if norm.outputs else dict(dx=whole.dx, dr=whole.dr)
+    sums = norm.torch_gradients(others, *sound)._replace(**of_rows)
     return _present(**results, mean=mean, rstd=rstd, **sums._asdict(), **_named(running))
 
 
