@@ -57,10 +57,11 @@ def _nothing_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Within one, the first of two calls is ordinary, and the second its repetition where that is possible.
     """
+    from trinorm import heads_fused
     from trinorm.ops import CALLS, added, channel, conditioned, gated_sum, inputs_only, qk, quantized, repeated, row, stream
 
     CALLS.clear()
-    for family in (added, channel, conditioned, gated_sum, inputs_only, qk, quantized, stream):
+    for family in (added, channel, conditioned, gated_sum, heads_fused, inputs_only, qk, quantized, stream):
         family.CALLS.clear()
     for repeating in (row, repeated):
         monkeypatch.setattr(repeating, "RECORDED_FROM", 1)

@@ -10,18 +10,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from . import reference
 from .forms import Form
 from .functional import qk_norm
 from .heads_source import Exchanged, Heads
 from .made import ROTARY
-from .norm_calls import is_replaced, row_of
+from .norm_calls import asked_of, is_replaced, row_of
+from .ops import qk
+from .ops.calls import Known
 from .ops.road import PLAIN, PLAIN_OR_NONE
 from .recognize import Recognized, form_in_force
 from .rotary import Rotary, rotary
 from .row_nn import RMSNorm
 from .spec import RMS_NORM
+from .switches import when_set
 
 
 class _Deferred(NamedTuple):
@@ -96,6 +100,16 @@ def _both(
         return None
     if cos.requires_grad or sin.requires_grad or not (query.numel() and key.numel()):
         return None
+    asked, key_asked = asked_of(sides[0].norm), asked_of(sides[1].norm)
+    if asked is None or key_asked is None:
+        return None
+    manner = found, between, asked[0], key_asked[0]
+    tensors = query, key, asked[1], key_asked[1], cos, sin
+    # What follows was asked of one like it.
+    kept = None if has_torch_function_variadic(*tensors) else CALLS.recall(manner, *tensors)
+    if kept is not None:
+        call, runs = kept
+        return _laid(found, call(found.laid(query), found.laid(key), *tensors[2:]), runs)
     if any(dim in (-1, query.dim() - 1) for exchanged in between for dims in exchanged for dim in dims):
         return None  # the norm's last dim is not the function's
     # Along its heads a token lies as a norm of rows wants it, however the function does.
@@ -119,11 +133,24 @@ def _both(
         return None
     given: dict[str, Any] = dict(cos=cos, sin=sin, interleaved=found.interleaved, cast=spec.cast)
     both = qk_norm(queries, keys, *weights, eps, batch_invariant=batch_invariant, **given)
-    y, other = (
-        found.laid(y).contiguous() if in_one_run or (not exchanged and _is_in_one_run(side)) else found.laid(y)
-        for y, side, exchanged in zip(both, sides, between, strict=True)
+    runs = tuple(
+        in_one_run or (not exchanged and _is_in_one_run(side)) for side, exchanged in zip(sides, between, strict=True)
     )
-    return y, other
+    made = qk.recall(eps, found.interleaved, spec.cast, batch_invariant, queries, keys, *weights, cos, sin)
+    if made is not None:
+        CALLS.keep(manner, (made, runs), *tensors)
+    return _laid(found, both, runs)
+
+
+# The launch of a call like one before; and of which of both results one run of memory is made.
+CALLS: Known[tuple[qk.QKCall, tuple[bool, ...]]] = Known(1024)
+when_set(CALLS.clear)
+
+
+def _laid(found: Rotary, both: tuple[Tensor, Tensor], runs: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+    """Both as the function returns them."""
+    query, key = (found.laid(y).contiguous() if run else found.laid(y) for y, run in zip(both, runs, strict=True))
+    return query, key
 
 
 def _is_in_one_run(of: _Deferred) -> bool:

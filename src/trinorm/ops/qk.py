@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import qk_reference
-from ..spec import RowNorm
+from ..spec import Cast, RowNorm
 from ..switches import when_set
 from . import road
 from .calls import Bounded, Known
@@ -183,3 +183,10 @@ _apply = super(torch.autograd.Function, _QKNorm).apply
 
 CALLS: Known[QKCall] = Known(1024)
 when_set(CALLS.clear)
+
+
+def recall(
+    eps: float | None, interleaved: bool, cast: Cast, batch_invariant: bool | None, *tensors: Tensor | None
+) -> QKCall | None:
+    """What was kept for a call of functional's like this one; None where nothing was."""
+    return CALLS.recall((eps, interleaved, cast, batch_invariant), *tensors)
