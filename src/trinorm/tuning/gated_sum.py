@@ -1,4 +1,4 @@
-"""Which launch each problem of a gated sum gets: by what was compiled for sm_90, in bf16; no GPU has timed them yet."""
+"""Which launch each problem of a gated sum gets: by what was compiled for sm_90, in bf16; nothing else has been swept."""
 
 from __future__ import annotations
 
