@@ -118,7 +118,7 @@ class Apart(nn.Module):
         x = self.act(x)
         x = self.conv(x)
         x = self.d(x)
-        if x is None:
+        if z is None:
             return z
         x += kept
         return self.act(x)
