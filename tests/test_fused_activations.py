@@ -255,8 +255,16 @@ def test_dtypes_under_autocast_and_of_unbatched_inputs(device: torch.device) -> 
 @pytest.mark.parametrize("make", [Residual, Branching, sequence, lambda: NormAct(nn.SiLU())])
 def test_it_is_one_graph(make: Callable[[], nn.Module], device: torch.device) -> None:
     before, after, _ = fused(make, device)
-    compiled, x = torch.compile(after, fullgraph=True, backend="aot_eager"), torch.randn(X, device=device)
-    assert_as_before(of(x, True), compiled, before, by_bits=False)
+    called: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)  # type: ignore[no-any-return]
+
+    compiled = torch.compile(after, fullgraph=True, backend=backend)
+    assert_as_before(of(torch.randn(X, device=device), True), compiled, before, by_bits=False)
+    assert [name for name in called if name.startswith("trinorm.")]
+    assert not [name for name in called if any(f in name.lower() for f in ("relu", "silu", "gelu"))]
 
 
 @pytest.mark.parametrize("make", [Residual, sequence, lambda: NormAct(nn.SiLU()), lambda: GroupNormAct(nn.ReLU())])

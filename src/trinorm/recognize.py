@@ -38,8 +38,8 @@ _SAME_BITS = 0.99
 # How far a row's gradient may be off in fp32, of itself: that of another function is off by far more.
 _NEAR = 1e-3
 
-# What every module has, and what may be set on one without its forward being another: modes and hooks.
-_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
+# What every module has, and what may be set on one without its forward being another: modes, hooks, torch.compile's marks.
+_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module())) | {"_is_torch_compile", "_compiled_call_impl"}
 
 # Where the form is kept.
 FORM = "_trinorm_form"
