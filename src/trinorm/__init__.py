@@ -5,14 +5,15 @@
                           docs/variants.md has besides
 - ``trinorm.nn``          the modules of these, subclasses of torch's
 - ``trinorm.replace``     swap a model's norms for these, in place: torch's, and others by what they compute
-- ``trinorm.fuse``        make one launch of sums and the norms behind them, and of QK-norm with what turns it
+- ``trinorm.fuse``        make one launch of sums and the norms behind them, of QK-norm with what turns it, and of
+                          channel norms with the activations behind them
 - ``trinorm.restore``     undo both
 - ``trinorm.options``     switches for the whole process: batch_invariant, autocast_keeps_dtype, inductor_fuses
 """
 
 from . import functional, nn
 from .convert import Report, replace, restore
-from .residuals import fuse
+from .fusing import fuse
 from .switches import options
 
 __version__ = "0.1.0"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from . import checks, nn
 from .forms import Form
 from .made import MARK, NEXT, ROTARY, each, original, swap
+from .norm_acts import NormAct, norm_act, recognize_norm_act
 from .ops.road import KERNEL_DTYPES
 from .recognize import FORM, Recognized, recognize, recognized
 
@@ -49,8 +50,8 @@ class Left:
 
 @dataclass(frozen=True)
 class Fused:
-    """A norm that is computed with the sum that goes into it, or with the rotary embedding that it goes into. by: that, and
-    where it is; to: what computes the two, where that is no norm of a sum.
+    """A norm that is computed with the sum that goes into it, or with the rotary embedding or activation that it goes into.
+    by: that, and where it is; to: what computes the two, where that is no norm of a sum.
     """
 
     path: str
@@ -112,8 +113,14 @@ def replace(
     both modes, and its results and gradients are compared with each of trinorm's norms in float64; what it rounds, and
     where, is found by its bits. Such a module keeps its class's name and its ``isinstance``; and its own forward for what
     was not compared: other dtypes, shapes and orders of memory, further arguments, autocast where that would give
-    trinorm's another dtype, and all calls once one of its attributes has been set, or its class has another forward. Norms
-    of any other kind are left, and the report says why.
+    trinorm's another dtype, and all calls once one of its attributes has been set, or its class has another forward.
+
+    A subclass of torch's GroupNorm or BatchNorm that holds an activation and nothing else (timm's ``BatchNormAct2d`` and
+    ``GroupNormAct``; :class:`torch.nn.ReLU`, ``SiLU``, ``GELU``, and Identities beside it) is called on a sample too: its
+    results, gradients and running statistics have to have the bits of torch's norm and the activation of that. It becomes
+    one call with ``activation``, as long as what it holds is that, without hooks.
+
+    Norms of any other kind are left, and the report says why.
 
     The module object stays the same one and its class changes (an attribute says so): parameters, buffers, hooks, names,
     optimizers that hold its parameters, and every other place that refers to it are untouched, so shared modules and tied
@@ -147,14 +154,15 @@ def replace(
     replaced: list[Replaced] = []
     left: list[Left] = []
     swapped: list[tuple[torch.nn.Module, type[torch.nn.Module], dict[str, Any]]] = []
-    known: dict[Hashable, Form | str] = {}
+    known: dict[Hashable, Form | NormAct | str] = {}
     for module in each(model):
         kind, names = name_of(type(module)), paths[id(module)]
         asked = (include is None or _is_among(names, module, include)) and not _is_among(names, module, exclude or ())
         found = _found(module, known) if asked else "not asked for"
-        if isinstance(found, Form) and not dry_run:
+        if isinstance(found, (Form, NormAct)) and not dry_run:
             try:
-                swapped.append((module, recognized(type(module)), {FORM: found}))
+                made: Callable[..., type[torch.nn.Module]] = recognized if isinstance(found, Form) else norm_act
+                swapped.append((module, made(type(module)), {FORM: found}))
             except Exception as error:  # of its __init_subclass__, say
                 found = f"its class cannot be extended: {type(error).__name__}: {error}"
         elif found is None:
@@ -204,7 +212,7 @@ def restore(model: torch.nn.Module) -> tuple[str, ...]:
     return tuple(path for path, _ in swapped)
 
 
-def _found(module: torch.nn.Module, known: dict[Hashable, Form | str]) -> Form | str | None:
+def _found(module: torch.nn.Module, known: dict[Hashable, Form | NormAct | str]) -> Form | NormAct | str | None:
     """None for a torch norm that trinorm.nn has; the form of another that is recognized; or why a module is left."""
     if type(module) in _REPLACEMENTS and _obstacle(module) is None:
         return None
@@ -212,15 +220,17 @@ def _found(module: torch.nn.Module, known: dict[Hashable, Form | str]) -> Form |
     if reason is not None or not is_norm(module):
         return reason or ""
     # Layers' norms are alike: one trial for all that are in whatever a forward may read.
-    asked = type(module), *((name, _identity(value)) for name, value in sorted(vars(module).items()))
+    asked = _identity(module)
     if asked not in known:
-        known[asked] = recognize(module)
+        known[asked] = recognize_norm_act(module) or recognize(module)
     return known[asked]
 
 
 def _identity(value: Any) -> Hashable:
+    if isinstance(value, torch.nn.Module):
+        return type(value), *((name, _identity(of)) for name, of in sorted(vars(value).items()))
     if isinstance(value, dict):  # parameters, hooks
-        return tuple((name, *((tuple(t.shape),) if isinstance(t, torch.Tensor) else (id(t),))) for name, t in value.items())
+        return tuple((name, tuple(t.shape) if isinstance(t, torch.Tensor) else _identity(t)) for name, t in value.items())
     if isinstance(value, set):  # of names
         return frozenset(value)
     return (type(value), value) if isinstance(value, (bool, int, float, str, type(None))) else id(value)

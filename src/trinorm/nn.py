@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import functional
+from .channel_calls import of_batches, of_groups, of_instances
 from .conditioned_nn import (
     AddModulatedLayerNorm,
     AddModulatedRMSNorm,
@@ -168,18 +169,8 @@ class GroupNorm(torch.nn.GroupNorm):
         shift: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        return functional.group_norm(
-            input,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            self.eps,
-            activation=self.activation,
-            scale=scale,
-            shift=shift,
-            residual=residual,
-            batch_invariant=self.batch_invariant,
-        )
+        tensors = dict(scale=scale, shift=shift, residual=residual)
+        return of_groups(self, input, self.activation, self.batch_invariant, **tensors)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + shown(self)
@@ -240,20 +231,7 @@ class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
 
     # What torch's own forward calls once it has looked at the input's dims, and has added that of samples if there is none.
     def _apply_instance_norm(self, input: Tensor) -> Tensor:
-        of_input = self.training or not self.track_running_stats
-        momentum = 0.0 if self.momentum is None else self.momentum
-        return functional.instance_norm(
-            input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            of_input,
-            momentum,
-            self.eps,
-            activation=self.activation,
-            batch_invariant=self.batch_invariant,
-        )
+        return of_instances(self, input, self.activation, self.batch_invariant)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + shown(self)
@@ -273,38 +251,11 @@ class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
     r"""The same of ``(N, C, D, H, W)`` or ``(C, D, H, W)``: :class:`torch.nn.InstanceNorm3d`."""
 
 
-class _OfThisCall(float):
-    """A momentum that no other call will have. Calls are recalled by floats, and by nothing else."""
-
-
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     activation: Activation | None = None
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)
-        kept_up = self.training and self.track_running_stats
-        momentum = 0.0 if self.momentum is None else self.momentum
-        # Each is looked up once: a module takes .8 µs for a parameter or a buffer.
-        if kept_up and (batches := self.num_batches_tracked) is not None:
-            batches.add_(1)
-            if self.momentum is None:  # the mean of all batches so far
-                momentum = _OfThisCall(1.0 / float(batches))
-        mean, var = self.running_mean, self.running_var
-        of_input = bool(self.training) or (mean is None and var is None)
-        if of_input and not kept_up:
-            mean = var = None
-        return functional.batch_norm(
-            input,
-            mean,
-            var,
-            self.weight,
-            self.bias,
-            of_input,
-            momentum,
-            self.eps,
-            activation=self.activation,
-            residual=residual,
-        )
+        return of_batches(self, input, self.activation, residual)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + shown(self)

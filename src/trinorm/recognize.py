@@ -9,7 +9,7 @@ import copy
 import functools
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -38,8 +38,8 @@ _SAME_BITS = 0.99
 # How far a row's gradient may be off in fp32, of itself: that of another function is off by far more.
 _NEAR = 1e-3
 
-# What every module has, and what may be set on one without its forward being another: modes and hooks.
-_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
+# What every module has, and what may be set on one without its forward being another: modes, hooks, torch.compile's marks.
+_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module())) | {"_is_torch_compile", "_compiled_call_impl"}
 
 # Where the form is kept.
 FORM = "_trinorm_form"
@@ -75,10 +75,17 @@ def recognized(of: type[torch.nn.Module]) -> type[torch.nn.Module]:
             y = form.served((parameter(self, form.weight), parameter(self, form.bias)), *tensors)
             return of.forward(self, *tensors) if y is None else y
 
-        named = {"__module__": of.__module__, "__qualname__": of.__qualname__, "forward": forward}
-        named.update(made_by=(recognized, (of,)), was=staticmethod(was))
-        _CLASSES[of] = type(of.__name__, (Recognized, of), named)
+        _CLASSES[of] = extended(of, recognized, forward)
     return _CLASSES[of]
+
+
+def extended(
+    of: type[torch.nn.Module], made_by: Callable[..., type[torch.nn.Module]], forward: Callable[..., Any]
+) -> type[torch.nn.Module]:
+    """A class like this one, with another forward as long as its own is what it is now."""
+    named: dict[str, Any] = {"__module__": of.__module__, "__qualname__": of.__qualname__, "forward": forward}
+    named.update(made_by=(made_by, (of,)), was=staticmethod(of.forward))
+    return type(of.__name__, (Recognized, of), named)
 
 
 def parameter(module: torch.nn.Module, name: str | None) -> Tensor | None:

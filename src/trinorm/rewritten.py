@@ -1,4 +1,6 @@
-"""A module's forward with its sums and the norms behind them taken together: found in its source, and compiled anew."""
+"""A module's forward with its norms, and the sums and activations beside them, taken together: found in its source, and
+compiled anew.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,12 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from .activations_source import Activations, Called
+from .channel_calls import activation_of
 from .heads_source import Heads, heads
 from .sources import (
     Replacing,
@@ -21,6 +25,7 @@ from .sources import (
     flags,
     functions_within,
     is_alike,
+    is_compound,
     is_of_shape,
     load_of,
     names_loaded,
@@ -44,7 +49,8 @@ class Found:
 
     sums: by the name of a norm those that go into it, with their lines; returned: the sum that is returned; of_argument:
     the norm of the forward's argument; stream: that argument, if sums have it too; apart: by a norm's name, why a sum that
-    goes into it stays apart, or a rotary embedding that it goes into; heads: the norms of queries and keys, and that.
+    goes into it stays apart, or a rotary embedding that it goes into; heads: the norms of queries and keys, and that;
+    activations: by the name of a channel norm those that it goes into.
     """
 
     sums: dict[str, list[str]] = field(default_factory=dict)
@@ -53,10 +59,23 @@ class Found:
     stream: str | None = None
     apart: dict[str, str] = field(default_factory=dict)
     heads: Heads | None = None
+    activations: dict[str, list[str]] = field(default_factory=dict)
+
+
+class Names(NamedTuple):
+    """What a module has, by its attributes' names: norms of rows, norms of channels, activations that these have, modules
+    that do nothing, and convolutions.
+    """
+
+    norms: frozenset[str] = frozenset()
+    channel_norms: frozenset[str] = frozenset()
+    activations: frozenset[str] = frozenset()
+    identities: frozenset[str] = frozenset()
+    convolutions: frozenset[str] = frozenset()
 
 
 class Forward:
-    """The forward of a class of modules whose ``names`` are norms. Raises UnfitError where its source is not what runs.
+    """The forward of a class of modules with ``names``. Raises UnfitError where its source is not what runs.
 
     What is rewritten has the statements of the source, at their lines, but for these::
 
@@ -77,10 +96,10 @@ class Forward:
         q, k = f(q, k, c, s)  q, k = turned(self, y, (dims, dims), f, q, k, c, s)
 
     where h is such a sum, and x the forward's argument; but for what is returned, where nobody but other sums has them
-    besides, and so nobody can tell how their gradients came about.
+    besides, and so nobody can tell how their gradients came about; and for activations (``Activations``).
     """
 
-    def __init__(self, kind: type[torch.nn.Module], names: frozenset[str]) -> None:
+    def __init__(self, kind: type[torch.nn.Module], names: Names) -> None:
         self._kind, self.found = kind, Found()
         self._chain = list(functions_within(kind.forward))
         raw = self._chain[-1]
@@ -89,14 +108,18 @@ class Forward:
         self._raw, (self._definition, self._imported) = raw, parsed(raw)
         if not is_alike(self._code(()), raw.__code__):
             raise UnfitError("its module's forward is not what its source says")
-        self._names = names - attributes_set(self._definition)
+        self._names = Names(*(of - attributes_set(self._definition) for of in names))
         arguments = [*self._definition.args.posonlyargs, *self._definition.args.args]
         self._self = arguments[0].arg if arguments else ""
         # By the id of a node what stands for it, and what is done before it.
-        self._new: dict[int, ast.expr] = {}
+        self._new: dict[int, ast.AST] = {}
         self._before: dict[int, list[ast.stmt]] = {}
         self.shared = {self._self}.union(*map(names_shared, self._definition.body))
-        if not any(self._self in names_stored(statement) for statement in self._definition.body):
+        if any(self._self in names_stored(statement) for statement in self._definition.body):
+            return
+        if self._names.channel_norms:
+            self._find_activations()
+        if self._names.norms:
             self._find_norms_of_sums()
             for i in range(len(self._definition.body)):
                 self._find_sum(i)
@@ -204,6 +227,37 @@ class Forward:
         turned.keywords = found.call.keywords
         self._new[id(found.call)] = turned
 
+    def _find_activations(self) -> None:
+        def of(names: frozenset[str]) -> Callable[[ast.AST], str]:
+            return lambda node: self._called(node, names) or ""
+
+        names = self._names
+        called = Called(of(names.channel_norms), of(names.identities), of(names.convolutions), self._is_activation)
+        there = Activations(called, self.shared)
+        there.find(self._definition)
+        self.found.activations = there.found
+        self._new.update(there.new)
+        self._before.update(there.before)
+
+    def _is_activation(self, node: ast.AST) -> bool:
+        """Whether it is a call of an activation that channel norms have, by an attribute or a function."""
+        if not isinstance(node, ast.Call) or len(node.args) != 1 or isinstance(node.args[0], ast.Starred):
+            return False
+        for given in node.keywords:
+            value = given.value.value if isinstance(given.value, ast.Constant) else None
+            if (given.arg, value) not in (("inplace", True), ("inplace", False), ("approximate", "none")):
+                return False
+        return bool(self._called(node, self._names.activations)) or activation_of(self._function(node.func)) is not None
+
+    def _function(self, node: ast.expr) -> Any:
+        """What a name that the forward does not assign stands for, or an attribute of one of torch's modules."""
+        if isinstance(node, ast.Attribute):
+            of = self._function(node.value)
+            is_torch = isinstance(of, types.ModuleType) and of.__name__.partition(".")[0] == "torch"
+            return getattr(of, node.attr, None) if is_torch else None
+        code, name = self._raw.__code__, node.id if isinstance(node, ast.Name) else ""
+        return None if name in (*code.co_varnames, *code.co_cellvars) else self._raw.__globals__.get(name)
+
     def _take(self, kept: str, norm: ast.Call) -> None:
         """In place of a norm's call what is kept, if there is any."""
         popped = ast.Call(ast.Attribute(load_of(kept), "pop", ast.Load()), [], [])
@@ -214,11 +268,15 @@ class Forward:
 
     def _norm_of(self, node: ast.AST) -> str | None:
         """The name of the norm that a node is a call of, with one argument."""
-        if not isinstance(node, ast.Call) or len(node.args) != 1 or node.keywords or isinstance(node.args[0], ast.Starred):
+        return self._called(node, self._names.norms) if isinstance(node, ast.Call) and not node.keywords else None
+
+    def _called(self, node: ast.AST, names: frozenset[str]) -> str | None:
+        """The name of the module's attribute, one of these, that a node is a call of, with one argument by place."""
+        if not isinstance(node, ast.Call) or len(node.args) != 1 or isinstance(node.args[0], ast.Starred):
             return None
         of = node.func
         known = isinstance(of, ast.Attribute) and isinstance(of.value, ast.Name) and of.value.id == self._self
-        return of.attr if known and isinstance(of, ast.Attribute) and of.attr in self._names else None
+        return of.attr if known and isinstance(of, ast.Attribute) and of.attr in names else None
 
     def _code(self, helpers: tuple[str, ...], definition: ast.FunctionDef | None = None) -> types.CodeType:
         """What Python makes of a definition: taken out of a function whose arguments are its free variables."""
@@ -261,7 +319,7 @@ class _Uses:
                 self.returned = isinstance(statement.value, ast.Name) and bool(loads) and self.norm is None
                 loads = [] if self.returned else loads
             in_place = isinstance(statement, ast.AugAssign) and bool(stored & called)
-            whole = not in_place and not _is_compound(statement)
+            whole = not in_place and not is_compound(statement)
             if in_place and self.norm is not None:
                 self.other = self.other or statement.lineno
             if (loads or stored & called) and not whole and self.norm is None:
@@ -293,14 +351,6 @@ def _is_of_none(test: ast.expr | None, names: set[str]) -> bool:
         return False
     (of, *more), (what, *_) = test.ops, test.comparators
     return not more and isinstance(of, (ast.Is, ast.IsNot)) and isinstance(what, ast.Constant) and what.value is None
-
-
-def _is_compound(statement: ast.stmt) -> bool:
-    """Whether what it has in it is run in some order of its own, or not at all."""
-    return hasattr(statement, "body") or any(isinstance(node, _COMPOUND) for node in ast.walk(statement))
-
-
-_COMPOUND = ast.Match, ast.NamedExpr, ast.BoolOp, ast.IfExp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
 
 
 def _is_copy(parent: ast.AST, load: ast.Name) -> bool:

@@ -7,7 +7,7 @@ import copy
 import functools
 import linecache
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
@@ -79,6 +79,14 @@ def is_of_shape(parent: ast.AST) -> bool:
     return isinstance(parent, ast.Attribute) and parent.attr in ("shape", "dtype", "device")
 
 
+def is_compound(statement: ast.stmt) -> bool:
+    """Whether what it has in it is run in some order of its own, or not at all."""
+    return hasattr(statement, "body") or any(isinstance(node, _COMPOUND) for node in ast.walk(statement))
+
+
+_COMPOUND = ast.Match, ast.NamedExpr, ast.BoolOp, ast.IfExp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
+
+
 def names_stored(statement: ast.AST) -> set[str]:
     return {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
 
@@ -123,7 +131,7 @@ def pair_of(first: str, second: str) -> ast.Tuple:
 class Replacing(ast.NodeTransformer):
     """Puts new nodes where others are, or before them, at their place in the file."""
 
-    def __init__(self, new: dict[int, ast.expr], before: dict[int, list[ast.stmt]]) -> None:
+    def __init__(self, new: Mapping[int, ast.AST], before: dict[int, list[ast.stmt]]) -> None:
         self._new, self._before = dict(new), before
 
     def visit(self, node: ast.AST) -> Any:
