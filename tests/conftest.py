@@ -57,7 +57,7 @@ def _nothing_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Within one, the first of two calls is ordinary, and the second its repetition where that is possible.
     """
-    from trinorm import heads_fused
+    from trinorm.models import heads_fused
     from trinorm.ops import CALLS, added, channel, conditioned, gated_sum, inputs_only, qk, quantized, repeated, row, stream
 
     CALLS.clear()
@@ -70,7 +70,7 @@ def _nothing_seen_before(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def every_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of any size go from one block into the next with what its norm makes of them."""
-    monkeypatch.setattr("trinorm.residuals.HANDED_FROM", 0)
+    monkeypatch.setattr("trinorm.models.residuals.HANDED_FROM", 0)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 @pytest.fixture
 def heads_together(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of queries and keys whose norms were put off, whether they were computed together with the rotary embedding."""
-    from trinorm import heads_fused
+    from trinorm.models import heads_fused
 
     found: list[bool] = []
     actual = heads_fused._both

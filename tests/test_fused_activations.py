@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import trinorm
-from trinorm import activations_fused, norm_acts
 from trinorm.compare import compare
+from trinorm.models import activations_fused, norm_acts
 from trinorm.ops import road
 from unfused import Float64, Results, are_bits_alike, assert_alike, exact_copy, flat, original_copy
 from written_activations import Apart, Branching, Doubled, Dropping, GroupNormAct, Inline, NormAct, Residual

@@ -12,8 +12,8 @@ import torch
 
 import trinorm
 from transformers_models import MODELS, given, made, result
-from trinorm import residuals
 from trinorm.compare import assert_no_worse
+from trinorm.models import residuals
 from unfused import Float64, Results, assert_as_unfused, exact_copy, flat
 
 pytestmark = pytest.mark.usefixtures("every_sum")

@@ -13,9 +13,9 @@ from torch import nn
 
 import trinorm
 from trinorm.compare import assert_no_worse
-from trinorm.forms import Form
 from trinorm.integrations import layers
 from trinorm.integrations.transformers import Registered, register, unregister
+from trinorm.models.forms import Form
 
 import_utils = pytest.importorskip("transformers.utils.import_utils")
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import trinorm
-from trinorm import recognize
 from trinorm.compare import assert_no_worse
-from trinorm.forms import Form
+from trinorm.models import recognize
+from trinorm.models.forms import Form
 from written_norms import (
     KNOWN,
     AlphaBeta,
@@ -147,7 +147,7 @@ def test_one_trial_serves_all_that_are_alike(monkeypatch: pytest.MonkeyPatch) ->
         tried.append(module)
         return actual(module)
 
-    monkeypatch.setattr("trinorm.convert.recognize", counted)
+    monkeypatch.setattr("trinorm.models.convert.recognize", counted)
     model = torch.nn.ModuleList([BeforeTheWeightNorm() for _ in range(5)] + [BeforeTheWeightNorm(48, 1e-5)])
     report = trinorm.replace(model)
     assert len(report.replaced) == 6 and len(tried) == 2

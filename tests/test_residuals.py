@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import trinorm
-from trinorm import residuals
+from trinorm.models import residuals
 from unfused import Results, assert_alike, assert_as_unfused, exactly
 from written_blocks import Holding, Inline, Plain, fused
 from written_norms import BeforeTheWeightNorm

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import trinorm
 import written_heads
-from trinorm.heads_fused import turned
-from trinorm.made import ROTARY
+from trinorm.models.heads_fused import turned
+from trinorm.models.made import ROTARY
 from unfused import Results, assert_as_unfused
 from written_heads import Attention
 from written_norms import BeforeTheWeightNorm, OneAndAWeight, named_norm

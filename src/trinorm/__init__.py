@@ -12,8 +12,8 @@
 """
 
 from . import functional, nn
-from .convert import Report, replace, restore
-from .fusing import fuse
+from .models.convert import Report, replace, restore
+from .models.fusing import fuse
 from .switches import options
 
 __version__ = "0.1.0"

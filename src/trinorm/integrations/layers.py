@@ -1,8 +1,8 @@
 """Layers as Hugging Face's kernels has them: a forward, which becomes that of a model's own module, and no state.
 
 The module keeps its class, and that says what is computed: the casting mode, and the dtypes in which it holds, are found by
-a trial of that class's forward (:mod:`trinorm.recognize`), once for all of its modules. A call that is not like those of
-the trial gets the class's own forward, and so do all calls of a class that is no norm of trinorm's.
+a trial of that class's forward (:mod:`trinorm.models.recognize`), once for all of its modules. A call that is not like
+those of the trial gets the class's own forward, and so do all calls of a class that is no norm of trinorm's.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..forms import Form
-from ..recognize import recognize
+from ..models.forms import Form
+from ..models.recognize import recognize
 
 # Lengths of rows in the trial: what holds for both holds for any.
 _LENGTHS = 64, 96

@@ -22,8 +22,8 @@ from typing import Any
 from torch import nn
 
 from .. import __version__
-from ..convert import Left, Replaced, Report, is_norm, name_of
-from ..forms import Form
+from ..models.convert import Left, Replaced, Report, is_norm, name_of
+from ..models.forms import Form
 from .layers import LAYERS, form_of
 
 # Where kernels may be told to look for a layer. Its other devices have no kernels of trinorm's.

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .compare import compare
+from ..compare import compare
+from ..spec import CASTS, GATE_ACTIVATIONS, LAYER_NORM, ROW_NORMS
 from .forms import ChannelForm, Dtypes, Form, GatedForm, Parameters
 from .made import MARK, Made
-from .spec import CASTS, GATE_ACTIVATIONS, LAYER_NORM, ROW_NORMS
 
 # What is tried, of the input and of the parameters.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

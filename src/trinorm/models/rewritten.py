@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..channel_calls import activation_of
 from .activations_source import Activations, Called
-from .channel_calls import activation_of
 from .heads_source import Heads, heads
 from .sources import (
     Replacing,

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from . import nn
+from .. import nn
+from ..channel_calls import activation_of, of_batches, of_groups, of_instances
+from ..spec import Activation
 from .activations_source import ACTIVATED, AHEAD, RESIDUAL, WAITING
-from .channel_calls import activation_of, of_batches, of_groups, of_instances
 from .norm_calls import is_replaced
-from .spec import Activation
 
 _BATCHES = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 _INSTANCES = nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d

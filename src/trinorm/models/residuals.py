@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from . import checks
-from .added_functional import norm_of_sum
+from .. import checks
+from ..added_functional import norm_of_sum
+from ..ops import added, stream
+from ..ops.road import KERNEL_DTYPES
+from ..row_nn import LayerNorm, RMSNorm
+from ..switches import options
 from .forms import Form
 from .heads_fused import deferred, turned
 from .made import NEXT
 from .norm_calls import asked_of, is_replaced, is_traced, row_of
-from .ops import added, stream
-from .ops.road import KERNEL_DTYPES
 from .recognize import form_in_force
 from .rewritten import DEFERRED, NORM_OF_SUM, OF_ARGUMENT, RETURNED, SUM, TURNED
-from .row_nn import LayerNorm, RMSNorm
-from .switches import options
 
 # Where a sum has with it what the next block's norm makes of it.
 HANDED = "_trinorm_handed"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from . import checks, conditioned_reference, functional, reference
-from .ops import CALLS, row_norm
-from .spec import ConditionedNorm, GateActivation, RowNorm
+from .. import checks, conditioned_reference, functional, reference
+from ..ops import CALLS, row_norm
+from ..spec import ConditionedNorm, GateActivation, RowNorm
 
 # The dtype of the input, and of the parameters, where there are any.
 Dtypes = tuple[torch.dtype, torch.dtype | None]

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import channel_reference
-from .channel_calls import activation_of, of_batches, of_groups
+from .. import channel_reference
+from ..channel_calls import activation_of, of_batches, of_groups
+from ..ops.road import KERNEL_DTYPES
+from ..reference import autocasts_to_fp32
+from ..spec import Activation
 from .norm_calls import is_replaced
-from .ops.road import KERNEL_DTYPES
 from .recognize import FORM, extended, undisturbed
-from .reference import autocasts_to_fp32
-from .spec import Activation
 
 # Of which a subclass may hold an activation, with how many dims what they are of has.
 _RANKS: dict[type[torch.nn.Module], int] = {

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from . import checks, nn
+from .. import checks, nn
+from ..ops.road import KERNEL_DTYPES
 from .forms import Form
 from .made import MARK, NEXT, ROTARY, each, original, swap
 from .norm_acts import NormAct, norm_act, recognize_norm_act
-from .ops.road import KERNEL_DTYPES
 from .recognize import FORM, Recognized, recognize, recognized
 
 # torch's norms that trinorm.nn has under the same name.

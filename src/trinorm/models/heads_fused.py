@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from . import reference
+from .. import reference
+from ..functional import qk_norm
+from ..ops import qk
+from ..ops.calls import Known
+from ..ops.road import PLAIN, PLAIN_OR_NONE
+from ..row_nn import RMSNorm
+from ..spec import RMS_NORM
+from ..switches import when_set
 from .forms import Form
-from .functional import qk_norm
 from .heads_source import Exchanged, Heads
 from .made import ROTARY
 from .norm_calls import asked_of, is_replaced, row_of
-from .ops import qk
-from .ops.calls import Known
-from .ops.road import PLAIN, PLAIN_OR_NONE
 from .recognize import Recognized, form_in_force
 from .rotary import Rotary, rotary
-from .row_nn import RMSNorm
-from .spec import RMS_NORM
-from .switches import when_set
 
 
 class _Deferred(NamedTuple):

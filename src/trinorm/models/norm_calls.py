@@ -9,10 +9,10 @@ import torch
 import torch.nn.modules.module as hooks
 from torch import Tensor
 
+from ..row_nn import LayerNorm, RMSNorm
+from ..spec import LAYER_NORM, RMS_NORM, RowNorm
 from .forms import Form
 from .recognize import Recognized, form_in_force, parameter
-from .row_nn import LayerNorm, RMSNorm
-from .spec import LAYER_NORM, RMS_NORM, RowNorm
 
 # What a call of a norm is, besides its input: normalized_shape, weight, bias, eps, batch_invariant.
 Row = tuple[RowNorm, tuple[int, ...], Tensor | None, Tensor | None, float | None, bool | None]

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import qk_reference, reference
-from .compare import compare
-from .ops.qk import QKProblem, composite
+from .. import qk_reference, reference
+from ..compare import compare
+from ..ops.qk import QKProblem, composite
+from ..spec import RowNorm
 from .recognize import undisturbed
-from .spec import RowNorm
 
 # What is tried, of queries and keys, of the norms' weights, and of cosines and sines.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from ..channel_calls import activation_of
+from ..row_nn import LayerNorm, RMSNorm
 from . import activations_fused
 from .activations_fused import CHANNEL_NORMS, CONVOLUTIONS, in_sequence, pairs_in, why_no_activation
-from .channel_calls import activation_of
 from .convert import Fused, Left, Report, is_norm, name_of
 from .forms import Form
 from .heads_fused import rotary_of
@@ -25,7 +26,6 @@ from .norm_calls import is_hooked
 from .recognize import Recognized, form_in_force
 from .residuals import HELPERS
 from .rewritten import Forward, Found, Names
-from .row_nn import LayerNorm, RMSNorm
 from .sources import UnfitError, functions_within
 
 
