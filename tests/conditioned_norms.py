@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trinorm import conditioned_reference, functional
+from trinorm import functional
 from trinorm.compare import assert_no_worse
-from trinorm.conditioned_reference import _activated, _derivative, _normalized, summed_to
+from trinorm.reference import conditioned as conditioned_reference
+from trinorm.reference.conditioned import _activated, _derivative, _normalized, summed_to
 from trinorm.spec import LAYER_NORM, RMS_NORM, Cast, ConditionedNorm, GateActivation, RowNorm
 
 EPS = 1e-5

@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trinorm import dynamic_reference, functional, poly_reference, weight_reference
+from trinorm import functional
 from trinorm.compare import assert_no_worse
 from trinorm.norms import Arguments, Norm, OfDynamic, OfPoly, OfWeight
 from trinorm.ops.dynamic import Dynamic
 from trinorm.ops.inputs_only import InputsOnly, options_of
 from trinorm.ops.poly import Poly
 from trinorm.ops.weight import Weight
+from trinorm.reference import dynamic as dynamic_reference
+from trinorm.reference import poly as poly_reference
+from trinorm.reference import weight as weight_reference
 from trinorm.spec import DYNAMIC_ERF, DYNAMIC_TANH, DynamicNorm
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

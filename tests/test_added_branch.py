@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from machine import JACOBIAN, ON_GPU
 from paths import SPECS
 from test_added import EPS, LAUNCHES, STREAMS, assert_right, draw, public
-from trinorm import added_reference, functional, nn
+from trinorm import functional, nn
 from trinorm.forced import forced
 from trinorm.ops import added
+from trinorm.reference import added as added_reference
 from trinorm.spec import RowNorm
 
 

@@ -18,8 +18,8 @@ from trinorm.bench import cases, measure, predict, providers
 from trinorm.bench.cases import CHAIN, HOST, OPS, Case
 from trinorm.cli import main
 from trinorm.formats import FORMAT_NAMES
+from trinorm.functional.quantized import Quantized
 from trinorm.norms import QUANTIZED_OPS, OfQuantized
-from trinorm.quantized_functional import Quantized
 
 STILL = SimpleNamespace(synchronize=lambda: None)
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from test_channels import norm
 from test_observers import third
 from test_transforms import OF_DERIVATIVES
 from trinorm import functional
-from trinorm.channel_reference import Given, oracle_gradients
 from trinorm.ops import road
+from trinorm.reference.channel import Given, oracle_gradients
 from trinorm.spec import BATCH_NORM, CHANNEL_NORMS, GROUP_NORM, INSTANCE_NORM, ChannelNorm
 
 pytestmark = pytest.mark.filterwarnings("ignore:trinorm:UserWarning")

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from machine import ON_GPU
 from test_channels import check, draw, groups_of, norm
-from trinorm import channel_reference as reference
 from trinorm import nn
-from trinorm.channel_reference import Given
 from trinorm.compare import assert_no_worse
+from trinorm.reference import channel as reference
+from trinorm.reference.channel import Given
 from trinorm.spec import ACTIVATIONS, BATCH_NORM, CHANNEL_NORMS, GROUP_NORM, INSTANCE_NORM, Activation, ChannelNorm
 
 

@@ -16,12 +16,12 @@ import triton.language as tl
 
 from machine import ON_GPU
 from test_channels import check, draw, groups_of, norm
-from trinorm import channel_reference as reference
 from trinorm import functional
 from trinorm.compare import assert_no_worse
 from trinorm.kernels import channel_split
 from trinorm.launch import describe
 from trinorm.ops import channels
+from trinorm.reference import channel as reference
 from trinorm.spec import BATCH_NORM, CHANNEL_NORMS, GROUP_NORM, ChannelNorm
 from trinorm.tuning import ChannelSplit
 from trinorm.tuning import channel as tuning

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from paths import forget_channel_choices
-from trinorm import channel_reference as reference
 from trinorm import functional
-from trinorm.channel_reference import Given
 from trinorm.compare import assert_no_worse
 from trinorm.launch import describe
 from trinorm.ops import channels
+from trinorm.reference import channel as reference
+from trinorm.reference.channel import Given
 from trinorm.spec import BATCH_NORM, CHANNEL_NORMS, GROUP_NORM, INSTANCE_NORM, Activation, ChannelNorm
 from trinorm.tuning import channel as tuning
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 from machine import ON_GPU
 from test_channels import check, draw, groups_of, norm
-from trinorm import channel_reference as reference
 from trinorm import functional, nn
-from trinorm.channel_reference import Given
 from trinorm.ops import channel, road
+from trinorm.reference import channel as reference
+from trinorm.reference.channel import Given
 from trinorm.spec import CHANNEL_NORMS, GROUP_NORM, ChannelNorm
 
 

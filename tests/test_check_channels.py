@@ -98,7 +98,7 @@ def test_running_statistics_that_are_not_kept_up_are_found(
 ) -> None:
     assert wrong(op, device) == set()
     norm = VARIANTS[op]
-    monkeypatch.setattr("trinorm.channel_functional.Averages", lambda mean, var, momentum: None)
+    monkeypatch.setattr("trinorm.functional.channels.Averages", lambda mean, var, momentum: None)
     assert wrong(op, device) == {"run_mean", "run_var"}
     assert norm.running(torch.empty(2, 3, 4)) is not None
 

@@ -13,9 +13,10 @@ from torch.library import opcheck
 
 from conditioned_norms import EPS, Call, gated, modulated, of_heads, relative
 from machine import JACOBIAN, ON_GPU
-from trinorm import conditioned_reference, functional, nn, options
+from trinorm import functional, nn, options
 from trinorm.compare import assert_no_worse
 from trinorm.ops import conditioned, road
+from trinorm.reference import conditioned as conditioned_reference
 from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
 
 Norm = Callable[..., Tensor]

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from conditioned_norms import DTYPES, EPS, NORMS, Call, assert_right, gated, modulated, of_heads, relative, sets
 from machine import ON_GPU
-from trinorm import conditioned_reference, functional
+from trinorm import functional
 from trinorm.compare import assert_no_worse
 from trinorm.forced import forced
 from trinorm.ops import conditioned_rows
 from trinorm.ops.conditioned import MOST_OF_ROW
+from trinorm.reference import conditioned as conditioned_reference
 from trinorm.spec import CASTS, LAYER_NORM, RMS_NORM, Cast, RowNorm
 from trinorm.tuning import (
     RowBackwardWide,

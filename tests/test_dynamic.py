@@ -1,4 +1,4 @@
-"""DyT and Derf: dynamic_functional.py, ops/dynamic.py and kernels/dynamic.py. What they share with PolyNorm is
+"""DyT and Derf: functional/dynamic.py, ops/dynamic.py and kernels/dynamic.py. What they share with PolyNorm is
 test_inputs_only.py's.
 """
 
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from inputs_only_norms import DTYPES, assert_right, dynamic, gradients
 from machine import ON_GPU
-from trinorm import dynamic_reference, functional
+from trinorm import functional
 from trinorm.compare import assert_no_worse
 from trinorm.kernels import index, saturating
 from trinorm.ops import dynamic_rows
+from trinorm.reference import dynamic as dynamic_reference
 from trinorm.spec import DYNAMIC_ERF, DYNAMIC_NORMS, DYNAMIC_TANH, DynamicNorm
 from trinorm.tuning import RowBackward, RowForward, Tile
 

@@ -1,4 +1,4 @@
-"""Gated norms: conditioned_functional.py, ops/conditioned.py and kernels/conditioned.py. What they share with modulated
+"""Gated norms: functional/conditioned.py, ops/conditioned.py and kernels/conditioned.py. What they share with modulated
 norms is test_modulated.py's.
 """
 
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from conditioned_norms import DTYPES, EPS, NORMS, assert_right, gated, relative
 from machine import ON_GPU
-from trinorm import conditioned_reference, functional
+from trinorm import functional
 from trinorm.compare import assert_no_worse
 from trinorm.ops import conditioned_rows
+from trinorm.reference import conditioned as conditioned_reference
 from trinorm.spec import CASTS, GATE_ACTIVATIONS, LAYER_NORM, RMS_NORM, Cast, GateActivation, RowNorm
 from trinorm.tuning import RowBackward, RowForward, Tile
 

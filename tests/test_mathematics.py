@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trinorm import conditioned_reference, qk_reference
 from trinorm.compare import assert_no_worse, unit_in_last_place
 from trinorm.reference import Gradients, oracle_gradients
+from trinorm.reference import conditioned as conditioned_reference
+from trinorm.reference import qk as qk_reference
 from trinorm.spec import GATE_ACTIVATIONS, LAYER_NORM, RMS_NORM, ConditionedNorm, GateActivation, RowNorm
 
 ROOT = Path(__file__).parents[1]

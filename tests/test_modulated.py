@@ -1,4 +1,4 @@
-"""Modulated norms and those of heads: conditioned_functional.py, conditioned_reference.py, ops/conditioned.py,
+"""Modulated norms and those of heads: functional/conditioned.py, reference/conditioned.py, ops/conditioned.py,
 ops/conditioned_rows.py and kernels/conditioned.py. The gate is test_gated.py's.
 """
 
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from conditioned_norms import DTYPES, EPS, NORMS, Call, assert_right, modulated, of_heads, sets
 from machine import ON_GPU
-from trinorm import conditioned_reference, functional
+from trinorm import functional
 from trinorm.compare import assert_no_worse
 from trinorm.ops import conditioned, conditioned_rows
+from trinorm.reference import conditioned as conditioned_reference
 from trinorm.spec import CASTS, LAYER_NORM, RMS_NORM, Cast, RowNorm
 from trinorm.tuning import RowBackward, RowForward, Tile, choose_conditioned_backward
 

@@ -1,4 +1,4 @@
-"""A norm into a linear layer: linear_functional.py and ops/linear.py."""
+"""A norm into a linear layer: functional/linear.py and ops/linear.py."""
 
 from __future__ import annotations
 

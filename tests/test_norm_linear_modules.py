@@ -1,4 +1,4 @@
-"""A norm into a linear layer as modules: linear_nn.py."""
+"""A norm into a linear layer as modules: nn/linear.py."""
 
 from __future__ import annotations
 

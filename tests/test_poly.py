@@ -1,4 +1,4 @@
-"""PolyNorm: poly_functional.py, ops/poly.py, kernels/poly.py. What it shares with DyT and Derf is test_inputs_only.py's."""
+"""PolyNorm: functional/poly.py, ops/poly.py, kernels/poly.py. What it shares with DyT and Derf is test_inputs_only.py's."""
 
 from __future__ import annotations
 

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from machine import ON_GPU
-from trinorm import channel_reference, functional, nn, reference
-from trinorm.channel_reference import Given
+from trinorm import functional, nn, reference
 from trinorm.compare import assert_no_worse
 from trinorm.norms import OfChannels
 from trinorm.ops import road
+from trinorm.reference import channel as channel_reference
 from trinorm.spec import (
     BATCH_NORM,
     CHANNEL_NORMS,
@@ -112,7 +112,7 @@ class Definition:
         else:
             shape, self._family = x.shape[1:2], channel_reference
             self._of = spec, x, problem.given.get("num_groups", x.shape[1])
-            self._how = (Given(*problem.running) if problem.takes_given else None,)
+            self._how = (channel_reference.Given(*problem.running) if problem.takes_given else None,)
         self.y = self._family.oracle(*self._of, *problem.affine, problem.eps, *self._how).y
         xhat, _, rstd = self._family.oracle(*self._of, None, None, problem.eps, *self._how)
         weight, bias = (torch.zeros(shape, device=x.device) if t is None else t.detach().double() for t in problem.affine)
@@ -262,12 +262,12 @@ def running_results(problem: Problem, ours: tuple[Tensor, ...], theirs: tuple[Te
     """Of the running statistics after a call, in units of what they are means of."""
     if not ours:
         return
-    before, momentum, exact = Given(*problem.running), problem.given["momentum"], None
+    before, momentum, exact = channel_reference.Given(*problem.running), problem.given["momentum"], None
     if not problem.takes_given:
         exact = OfChannels(problem.spec, statistics="kept").running_after(problem.x, before, momentum)  # type: ignore[arg-type]
     square = problem.x.detach().double().square().mean()
     for name, kept, got, want, by_torch, size in zip(
-        Given._fields, before, ours, exact or before, theirs, (square.sqrt(), square), strict=True
+        channel_reference.Given._fields, before, ours, exact or before, theirs, (square.sqrt(), square), strict=True
     ):
         terms = kept.double().abs() + abs(momentum) * size
         yield f"running {name}", *in_units_of(terms, got, want.double(), by_torch, terms)

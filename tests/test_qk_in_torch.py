@@ -12,9 +12,10 @@ from torch.library import opcheck
 
 from machine import JACOBIAN, ON_GPU
 from test_qk import DTYPES, EPS, draw
-from trinorm import functional, nn, options, qk_reference
+from trinorm import functional, nn, options
 from trinorm.compare import assert_no_worse
 from trinorm.ops import qk, road
+from trinorm.reference import qk as qk_reference
 from trinorm.spec import CASTS, RMS_NORM, Cast
 
 

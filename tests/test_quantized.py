@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from machine import ON_GPU
-from trinorm import added_reference, functional, quantized_reference, reference
+from trinorm import functional, reference
 from trinorm.compare import assert_no_worse
 from trinorm.formats import FORMAT_NAMES, FORMATS, FormatName
 from trinorm.functional import Quantized
 from trinorm.ops import quantized, quantized_rows, road
+from trinorm.reference import added as added_reference
+from trinorm.reference import quantized as quantized_reference
 from trinorm.spec import CASTS, RMS_NORM, ROW_NORMS, Cast, RowNorm
 from trinorm.tuning import RowForward, Tile
 

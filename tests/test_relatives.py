@@ -1,5 +1,5 @@
-"""RMSNorm's relatives by their statistic: relatives_functional.py, and what kernels/conditioned.py and
-conditioned_reference.py do for them. test_relatives_in_torch.py has what torch sees of them.
+"""RMSNorm's relatives by their statistic: functional/relatives.py, and what kernels/conditioned.py and
+reference/conditioned.py do for them. test_relatives_in_torch.py has what torch sees of them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from conditioned_norms import DTYPES, EPS, Call, assert_right, relative
 from machine import ON_GPU
-from trinorm import conditioned_reference, functional
+from trinorm import functional
 from trinorm.compare import assert_no_worse
 from trinorm.ops import conditioned, conditioned_rows
+from trinorm.reference import conditioned as conditioned_reference
 from trinorm.spec import CASTS, RMS_NORM, Cast, ConditionedNorm
 from trinorm.tuning import RowBackward, RowForward, Tile
 

@@ -15,9 +15,9 @@ from trinorm.bench.cases import Case
 from trinorm.cli import main
 from trinorm.cli.tune import SWEPT
 from trinorm.forced import forced
+from trinorm.functional.quantized import Quantized
 from trinorm.norms import QUANTIZED_OPS
 from trinorm.ops import quantized_rows
-from trinorm.quantized_functional import Quantized
 from trinorm.tuning import RowForward, Tile, choose_quantized
 
 META = torch.device("meta")

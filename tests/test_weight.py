@@ -1,4 +1,4 @@
-"""Weight normalization: weight_functional.py, ops/weight.py, kernels/weight.py. What it shares with DyT, Derf and PolyNorm
+"""Weight normalization: functional/weight.py, ops/weight.py, kernels/weight.py. What it shares with DyT, Derf and PolyNorm
 is test_inputs_only.py's, the parametrization test_weight_nn.py's.
 """
 
@@ -19,8 +19,8 @@ from trinorm import functional
 from trinorm.kernels import index
 from trinorm.kernels import weight as kernels
 from trinorm.ops import road, weight_rows
+from trinorm.reference.weight import g_shape
 from trinorm.tuning import Tile, WeightRows
-from trinorm.weight_reference import g_shape
 
 # At the edges of tiles, and within them; whole and shared.
 SIZES = [(33, 1), (70, 2), (5, 3), (17, 5), (3, 127), (2, 128), (1, 129), (5, 1000), (2, 1025), (2, 3073), (2, 8193)]

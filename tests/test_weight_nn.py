@@ -1,4 +1,4 @@
-"""Weight normalization as a parametrization: weight_nn.py."""
+"""Weight normalization as a parametrization: nn/weight.py."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ import torch._functorch.config as functorch_config
 from torch import Tensor
 
 from ..compare import Comparison, compare
+from ..functional.quantized import Quantized
 from ..norms import Arguments, Results, as_tuple
-from ..quantized_functional import Quantized
 from .cases import CHAIN, OPS, Case, Inputs, Op
 from .providers import OURS, Norm, Provider
 from .records import Provenance, Record

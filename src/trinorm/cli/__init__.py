@@ -30,7 +30,7 @@ CONDITIONED = "batch x tokens x columns, e.g. 64x256x1152"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, of ``sys.argv`` unless ``arguments`` are given; its exit status."""
     from .. import __version__
-    from . import bench, check, inspect, profile, tune
+    from ..cli import bench, check, inspect, profile, tune
 
     parser = argparse.ArgumentParser(prog="trinorm", description="Normalization for PyTorch, written in Triton.")
     parser.add_argument("--version", action="version", version=__version__)

@@ -20,9 +20,9 @@ from ..bench.providers import OURS, PEERS, load
 from ..bench.records import Record, provenance, results_path
 from ..bench.shapes import NAMED_SHAPES, SEED_SHAPE, SWEEPS
 from ..cases import DTYPES, LAYOUTS
+from ..cli import CONDITIONED, HEADS, names, no_folder, refuse, shapes, unwritable, wide_console
 from ..norms import ROW_OPS, Shape
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import CONDITIONED, HEADS, names, no_folder, refuse, shapes, unwritable, wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console

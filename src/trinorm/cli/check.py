@@ -22,11 +22,11 @@ from torch import Tensor
 
 from .. import functional
 from ..cases import DTYPES, GPU, INTERPRETED, QUICK, Case, Inputs, Sizes, times
-from ..channel_reference import Given
+from ..cli import device, names, positive, refuse, wide_console
 from ..compare import Comparison, compare
 from ..norms import NORMS, VARIANTS, Norm, as_tuple
 from ..ops import road
-from . import device, names, positive, refuse, wide_console
+from ..reference.channel import Given
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,10 +12,10 @@ from pathlib import Path
 from ..bench.cases import OPS, PASSES, Case, shapes_of
 from ..bench.shapes import CONDITIONED_SHAPES, SHAPES
 from ..cases import DTYPES
+from ..cli import CONDITIONED as COLUMNS
+from ..cli import HEADS, names, refuse, shapes, unwritable, wide_console
 from ..norms import ROW_OPS, SUM_OPS, Shape
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import CONDITIONED as COLUMNS
-from . import HEADS, names, refuse, shapes, unwritable, wide_console
 
 # Rows as measured; wide ones of which there are few; and wider ones, so that every kernel is met.
 ROWS = (*SHAPES, (256, 12288), (1024, 65536), (1024, 66000))

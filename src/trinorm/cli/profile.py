@@ -11,9 +11,9 @@ import torch
 from ..bench.cases import OPS, PASSES, Case, shapes_of
 from ..bench.counters import Kernel, Refused, profile
 from ..cases import DTYPES, LAYOUTS
+from ..cli import CONDITIONED, HEADS, refuse, wide_console
+from ..cli import shape as shape_of
 from ..ops.road import HAS_TRITON
-from . import CONDITIONED, HEADS, refuse, wide_console
-from . import shape as shape_of
 
 if TYPE_CHECKING:
     from rich.table import Table

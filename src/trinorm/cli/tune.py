@@ -20,9 +20,9 @@ from ..bench.cases import OPS, PASSES, Case, shapes_of
 from ..bench.records import provenance
 from ..bench.shapes import CONDITIONED_SHAPES
 from ..cases import DTYPES
+from ..cli import CONDITIONED, HEADS, refuse, shapes, unwritable, wide_console
 from ..norms import ELEMENT_OPS, QUANTIZED_OPS, ROW_OPS
 from ..ops.road import HAS_TRITON, INTERPRETED
-from . import CONDITIONED, HEADS, refuse, shapes, unwritable, wide_console
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -1,4 +1,4 @@
-"""From fp32 to the small formats of formats.py and back, bit for bit as quantized_reference.py has it.
+"""From fp32 to the small formats of formats.py and back, bit for bit as reference/quantized.py has it.
 
 Where there is an instruction (e4m3 from sm_89 on) that one is taken. Else an e4m3 is made of fp32's own bits, an e2m1 of
 sums that fp32 rounds, so that any GPU makes the same.

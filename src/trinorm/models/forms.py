@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from .. import checks, conditioned_reference, functional, reference
+from .. import checks, functional, reference
 from ..ops import CALLS, row_norm
+from ..reference import conditioned as conditioned_reference
 from ..spec import ConditionedNorm, GateActivation, RowNorm
 
 # The dtype of the input, and of the parameters, where there are any.

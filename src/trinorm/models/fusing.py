@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ..channel_calls import activation_of
-from ..row_nn import LayerNorm, RMSNorm
-from . import activations_fused
+from ..models import activations_fused
+from ..nn.row import LayerNorm, RMSNorm
 from .activations_fused import CHANNEL_NORMS, CONVOLUTIONS, in_sequence, pairs_in, why_no_activation
 from .convert import Fused, Left, Report, is_norm, name_of
 from .forms import Form

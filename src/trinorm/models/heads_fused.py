@@ -14,10 +14,10 @@ from torch.overrides import has_torch_function_variadic
 
 from .. import reference
 from ..functional import qk_norm
+from ..nn.row import RMSNorm
 from ..ops import qk
 from ..ops.calls import Known
 from ..ops.road import PLAIN, PLAIN_OR_NONE
-from ..row_nn import RMSNorm
 from ..spec import RMS_NORM
 from ..switches import when_set
 from .forms import Form

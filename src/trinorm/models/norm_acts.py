@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import channel_reference
 from ..channel_calls import activation_of, of_batches, of_groups
 from ..ops.road import KERNEL_DTYPES
 from ..reference import autocasts_to_fp32
+from ..reference import channel as channel_reference
 from ..spec import Activation
 from .norm_calls import is_replaced
 from .recognize import FORM, extended, undisturbed

@@ -9,7 +9,7 @@ import torch
 import torch.nn.modules.module as hooks
 from torch import Tensor
 
-from ..row_nn import LayerNorm, RMSNorm
+from ..nn.row import LayerNorm, RMSNorm
 from ..spec import LAYER_NORM, RMS_NORM, RowNorm
 from .forms import Form
 from .recognize import Recognized, form_in_force, parameter

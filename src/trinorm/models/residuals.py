@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from .. import checks
-from ..added_functional import norm_of_sum
+from ..functional.added import norm_of_sum
+from ..nn.row import LayerNorm, RMSNorm
 from ..ops import added, stream
 from ..ops.road import KERNEL_DTYPES
-from ..row_nn import LayerNorm, RMSNorm
 from ..switches import options
 from .forms import Form
 from .heads_fused import deferred, turned

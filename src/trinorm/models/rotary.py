@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import qk_reference, reference
+from .. import reference
 from ..compare import compare
 from ..ops.qk import QKProblem, composite
+from ..reference import qk as qk_reference
 from ..spec import RowNorm
 from .recognize import undisturbed
 

@@ -6,7 +6,7 @@ What else a function takes is fixed here. ``trinorm check``, ``bench`` and ``ins
 from __future__ import annotations
 
 from ..formats import FORMAT_NAMES
-from ..relatives_functional import PART
+from ..functional.relatives import PART
 from ..spec import (
     BATCH_NORM,
     CASTS,

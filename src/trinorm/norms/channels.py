@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import channel_reference, reference
-from ..channel_reference import Averages, Given
-from ..channel_reference import ChannelGradients as Gradients
+from .. import reference
 from ..reference import Exact
+from ..reference import channel as channel_reference
+from ..reference.channel import Averages, Given
+from ..reference.channel import ChannelGradients as Gradients
 from ..spec import GROUP_NORM, Activation, ChannelNorm
 from .norm import MOMENTUM, Arguments, Norm, Normalized, Shape, all_gradients
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import conditioned_reference
-from ..channel_reference import ChannelGradients as Gradients
-from ..channel_reference import Given
 from ..reference import Exact
+from ..reference import conditioned as conditioned_reference
+from ..reference.channel import ChannelGradients as Gradients
+from ..reference.channel import Given
 from ..spec import ConditionedNorm
 from .norm import Arguments, Norm, Normalized, Results, Shape, casting
 from .rows import OfRows

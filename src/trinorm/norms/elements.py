@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import dynamic_reference, poly_reference
-from ..channel_reference import ChannelGradients as Gradients
-from ..channel_reference import Given
 from ..reference import Exact
+from ..reference import dynamic as dynamic_reference
+from ..reference import poly as poly_reference
+from ..reference.channel import ChannelGradients as Gradients
+from ..reference.channel import Given
 from ..spec import DynamicNorm
 from .norm import Arguments, Norm, Normalized, Results, Shape
 

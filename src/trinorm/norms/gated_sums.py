@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import gated_sum_reference, reference
-from ..channel_reference import Given
-from ..gated_sum_reference import GatedSumGradients
+from .. import reference
 from ..reference import Exact
+from ..reference import gated_sum as gated_sum_reference
+from ..reference.channel import Given
+from ..reference.gated_sum import GatedSumGradients
 from .conditioned import OfConditioned
 from .norm import Arguments, Normalized, Results, Shape
 

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import qk_reference, reference
-from ..channel_reference import ChannelGradients as Gradients
-from ..channel_reference import Given
+from .. import reference
 from ..reference import Exact
+from ..reference import qk as qk_reference
+from ..reference.channel import ChannelGradients as Gradients
+from ..reference.channel import Given
 from ..spec import RMS_NORM, RowNorm
 from .norm import Arguments, Norm, Normalized, Results, Shape, as_tuple, casting
 from .rows import OfRows

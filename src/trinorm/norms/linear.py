@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..channel_reference import ChannelGradients as Gradients
-from ..channel_reference import Given
 from ..reference import Exact
+from ..reference.channel import ChannelGradients as Gradients
+from ..reference.channel import Given
 from .norm import Arguments, Results, Shape
 from .rows import OfRows
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..channel_reference import ChannelGradients, Given
 from ..formats import Format
-from ..gated_sum_reference import GatedSumGradients
 from ..reference import Exact
+from ..reference.channel import ChannelGradients, Given
+from ..reference.gated_sum import GatedSumGradients
 from ..spec import RowNorm
 
 Shape = tuple[int, ...]

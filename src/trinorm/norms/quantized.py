@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import quantized_reference
-from ..channel_reference import Given
 from ..formats import FORMATS, Format, FormatName
-from ..quantized_functional import Quantized, _result
+from ..functional.quantized import Quantized, _result
+from ..reference import quantized as quantized_reference
+from ..reference.channel import Given
 from .norm import Arguments, Normalized, Results, Shape, casting
 from .rows import OfRows
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..channel_reference import Given
-from ..relatives_functional import count_of
+from ..functional.relatives import count_of
+from ..reference.channel import Given
 from ..spec import ConditionedNorm
 from .conditioned import OfConditioned
 from .norm import Arguments, Shape, casting

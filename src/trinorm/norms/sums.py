@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import added_reference, reference
-from ..channel_reference import ChannelGradients as Gradients
-from ..channel_reference import Given
+from .. import reference
 from ..reference import Exact
+from ..reference import added as added_reference
+from ..reference.channel import ChannelGradients as Gradients
+from ..reference.channel import Given
 from .norm import Arguments, Normalized, Results, Shape, all_gradients
 from .rows import OfRows
 

@@ -9,9 +9,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import weight_reference
-from ..channel_reference import ChannelGradients as Gradients
-from ..channel_reference import Given
+from ..reference import weight as weight_reference
+from ..reference.channel import ChannelGradients as Gradients
+from ..reference.channel import Given
 from .elements import OfElements, on_the_way
 from .norm import Arguments, Normalized, Results, Shape
 

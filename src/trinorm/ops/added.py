@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .. import added_reference
+from ..ops import road
+from ..reference import added as added_reference
 from ..spec import RowNorm
 from ..switches import when_set
-from . import road
 from .calls import Bounded, Known
 from .layout import dense, readable
 from .repeated import Repeated
@@ -128,7 +128,7 @@ class AddedCall:
 
         def gradients(*inputs: Any) -> Results:
             from ..launch import empty
-            from . import rows
+            from ..ops import rows
 
             dy, dsum, total, weight, mean, rstd, *branch = inputs
             dresidual = empty(total, of_residual, total.device) if apart else None
@@ -149,7 +149,7 @@ class AddedCall:
 def _forward(problem: AddedProblem, differentiated: bool, *inputs: Any) -> Results:
     """The results of an AddedCall."""
     from ..launch import empty
-    from . import rows
+    from ..ops import rows
 
     spec, dims, eps, alpha, y_dtype, batch_invariant, drop = problem
     x, residual, weight, bias, *branch, out = inputs
@@ -162,7 +162,7 @@ def _forward(problem: AddedProblem, differentiated: bool, *inputs: Any) -> Resul
 
 def _is_watched() -> bool:
     from .. import launch
-    from . import rows
+    from ..ops import rows
 
     return rows.launch is not launch.launch
 

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import added_reference, reference
+from .. import reference
+from ..ops import road
+from ..reference import added as added_reference
 from ..spec import ROW_NORMS, RowNorm
-from . import road
 from .added import AddedCall, AddedProblem, dtypes_of, keep, recall
 from .layout import dense, readable
 from .library import check

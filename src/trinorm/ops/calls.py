@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import road
+from ..ops import road
 
 T = TypeVar("T")
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .. import channel_reference as reference
-from ..channel_reference import Averages, Given
+from ..ops import road
+from ..reference import channel as reference
+from ..reference.channel import Averages, Given
 from ..spec import ChannelNorm
 from ..switches import when_set
-from . import road
 from .calls import Known
 from .layout import beside, channels_readable, dense, in_order_of
 from .repeated import Repeated
@@ -105,7 +105,7 @@ class ChannelCall:
         problem, (dx, dw, db, dr), db_dtype = self._problem, wanted, self._bias_dtype
 
         def gradients(*inputs: Tensor | None) -> Results:
-            from . import channels
+            from ..ops import channels
 
             weight = inputs[2]
             dtypes: Any = dict(dw=weight.dtype if dw and weight is not None else None, db=db_dtype if db else None)
@@ -117,7 +117,7 @@ class ChannelCall:
 def _forward(problem: Problem, momentum: float | None, differentiated: bool, variance: bool, *inputs: Any) -> Results:
     """The results of a ChannelCall."""
     from .. import launch
-    from . import channels
+    from ..ops import channels
 
     x, weight, bias, mean, var, residual = inputs
     if problem.given:
@@ -132,10 +132,10 @@ def _is_watched(spec: ChannelNorm) -> bool:
     from .. import launch
 
     if spec.of_positions:
-        from . import channel_layers, rows
+        from ..ops import channel_layers, rows
 
         return not (channel_layers.launch is rows.launch is launch.launch)
-    from . import channels
+    from ..ops import channels
 
     return channels.launch is not launch.launch
 

@@ -25,17 +25,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import channel_reference as reference
+from ..ops import road
 from ..reference import autocasts_to_fp32, in_fp32, keeping_dtype
+from ..reference import channel as reference
 from ..spec import ACTIVATIONS, BATCH_NORM, CHANNEL_LAYER_NORM, GROUP_NORM, INSTANCE_NORM, ChannelNorm
-from . import road
 from .channel import CALLS, ChannelCall
 from .channel_problem import Problem, statistics_shape
 from .layout import beside, channels_readable, dense, in_order_of
 from .registering import Op, know_distributed, out_of_autocast, register
 
 if TYPE_CHECKING:
-    from ..channel_reference import Averages
+    from ..reference.channel import Averages
     from ..replay import Results
     from ..spec import Activation
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..channel_reference import Averages, ChannelGradients, keep_up
 from ..kernels.channel import channel_apply, channel_moments
 from ..kernels.channel_backward import channel_apply_backward, channel_combine_backward, channel_sums
 from ..kernels.channel_combine import channel_combine
@@ -16,6 +15,7 @@ from ..kernels.channel_held import held_backward, held_forward
 from ..kernels.channel_split import EXCHANGES, split_backward, split_forward
 from ..kernels.channel_whole import channel_backward, channel_forward
 from ..launch import Device, describe, empty, empty_like, launch
+from ..reference.channel import Averages, ChannelGradients, keep_up
 from ..tuning import (
     ChannelCombine,
     ChannelHeld,
@@ -59,7 +59,7 @@ def forward(
     """
     spec, num_groups = problem[:2]
     if spec.of_positions:
-        from . import channel_layers
+        from ..ops import channel_layers
 
         how = dict(save=save, batch_invariant=problem.batch_invariant)
         return Normalized(*channel_layers.forward(x, weight, bias, problem.eps, **how))
@@ -171,7 +171,7 @@ def backward(
     without which a residual's gradient is dy, and not asked for here.
     """
     if problem.spec.of_positions:
-        from . import channel_layers
+        from ..ops import channel_layers
 
         wanted: dict[str, Any] = dict(dx=dx, dw=dw, db=db, batch_invariant=problem.batch_invariant)
         return ChannelGradients(*channel_layers.backward(dy, x, weight, mean, rstd, **wanted), None)

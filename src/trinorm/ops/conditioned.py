@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import conditioned_reference
+from ..ops import road
+from ..reference import conditioned as conditioned_reference
 from ..spec import ConditionedNorm
 from ..switches import when_set
-from . import road
 from .calls import Known
 from .layout import readable
 from .norm_call import NormCall, launches_are_watched
@@ -150,13 +150,13 @@ class ConditionedCall(NormCall[Conditioned]):
 
     @staticmethod
     def launch_forward(problem: Conditioned, differentiated: bool, *inputs: Any) -> Results:
-        from . import conditioned_rows
+        from ..ops import conditioned_rows
 
         return conditioned_rows.forward(problem, conditioned_rows.Inputs(*inputs), save=differentiated)
 
     @staticmethod
     def launch_backward(problem: Conditioned, wanted: tuple[bool, ...], *tensors: Any) -> Results:
-        from . import conditioned_rows
+        from ..ops import conditioned_rows
 
         dy, *inputs, mean, rstd = tensors
         return conditioned_rows.backward(problem, conditioned_rows.Inputs(*inputs), dy, mean, rstd, wanted)
@@ -167,7 +167,7 @@ class ConditionedCall(NormCall[Conditioned]):
 
     @staticmethod
     def is_watched(problem: Conditioned) -> bool:
-        from . import conditioned_rows
+        from ..ops import conditioned_rows
 
         return launches_are_watched(conditioned_rows)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from .. import dynamic_reference
+from ..reference import dynamic as dynamic_reference
 from ..spec import DYNAMIC_NORMS, DynamicNorm
 from .inputs_only import InputsOnly, register_norm
 from .layout import readable
@@ -60,17 +60,17 @@ class Dynamic(InputsOnly):
         return dynamic_reference.composite_gradients(self.spec, dy, *inputs)
 
     def launch_forward(self, *inputs: Any) -> Tensor:
-        from . import dynamic_rows
+        from ..ops import dynamic_rows
 
         return dynamic_rows.forward(self.spec, self.dims, dynamic_rows.Inputs(*inputs))
 
     def launch_backward(self, wanted: tuple[bool, ...], dy: Tensor, *inputs: Any) -> Results:
-        from . import dynamic_rows
+        from ..ops import dynamic_rows
 
         return dynamic_rows.backward(self.spec, self.dims, dynamic_rows.Inputs(*inputs), dy, wanted)
 
     def is_watched(self) -> bool:
-        from . import dynamic_rows
+        from ..ops import dynamic_rows
 
         return launches_are_watched(dynamic_rows)
 

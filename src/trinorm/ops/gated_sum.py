@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import gated_sum_reference
+from ..ops import road
+from ..reference import gated_sum as gated_sum_reference
 from ..switches import when_set
-from . import road
 from .calls import Known
 from .conditioned import Conditioned
 from .layout import dense, readable
@@ -96,13 +96,13 @@ class GatedSumCall(NormCall[GatedSum]):
 
     @staticmethod
     def launch_forward(problem: GatedSum, differentiated: bool, *inputs: Any) -> Results:
-        from . import gated_sum_rows
+        from ..ops import gated_sum_rows
 
         return gated_sum_rows.forward(problem, *inputs, save=differentiated)
 
     @staticmethod
     def launch_backward(problem: GatedSum, wanted: tuple[bool, ...], *tensors: Any) -> Results:
-        from . import gated_sum_rows
+        from ..ops import gated_sum_rows
 
         return gated_sum_rows.backward(problem, wanted, *tensors)
 
@@ -112,7 +112,7 @@ class GatedSumCall(NormCall[GatedSum]):
 
     @staticmethod
     def is_watched(problem: GatedSum) -> bool:
-        from . import gated_sum_rows
+        from ..ops import gated_sum_rows
 
         return launches_are_watched(gated_sum_rows)
 

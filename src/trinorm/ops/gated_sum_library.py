@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import conditioned_reference, reference
+from .. import reference
+from ..ops import road
+from ..reference import conditioned as conditioned_reference
 from ..spec import ROW_NORMS, ConditionedNorm, RowNorm
-from . import road
 from .conditioned import Conditioned, broadcasts, shared_sets
 from .gated_sum import (
     CALLS,

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..ops import road
 from ..switches import when_set
-from . import road
 from .calls import Known
 from .norm_call import NormCall
 from .registering import Op, one_by_one, register

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..ops import road
 from ..spec import CASTS, ROW_NORMS, Cast, RowNorm
-from . import road
 from .registering import Op, batched, know_distributed, one_by_one, out_of_autocast, register
 from .row import CALLS, RowCall, Turns, prepared
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..ops import road
 from ..spec import RowNorm
-from . import road
 from .norm import row_call, row_norm
 from .row import CALLS, RowCall, are_plain
 

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import added_reference, channel_reference, gated_sum_reference, reference
-from ..channel_reference import Averages, Given
-from ..reference import autocasts_to_fp32, in_fp32
-from ..spec import Activation, ChannelNorm, ConditionedNorm, RowNorm
-from . import (
+from .. import reference
+from ..ops import (
     added,
     added_library,
     channel_library,
@@ -28,6 +25,12 @@ from . import (
     quantized_library,
     road,
 )
+from ..reference import added as added_reference
+from ..reference import autocasts_to_fp32, in_fp32
+from ..reference import channel as channel_reference
+from ..reference import gated_sum as gated_sum_reference
+from ..reference.channel import Averages, Given
+from ..spec import Activation, ChannelNorm, ConditionedNorm, RowNorm
 from .added import AddedCall, AddedProblem
 from .channel import CALLS, ChannelCall
 from .channel_problem import Problem

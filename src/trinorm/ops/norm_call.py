@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from . import road
+from ..ops import road
 from .calls import Bounded
 from .repeated import Repeated
 from .row import are_plain
@@ -87,7 +87,7 @@ class NormCall(ABC, Generic[P]):
 def launches_are_watched(host: ModuleType) -> bool:
     """Whether the launches of this host side, or of the sums that it shares with the row norms', are not launch.py's."""
     from .. import launch
-    from . import rows
+    from ..ops import rows
 
     return not (host.launch is rows.launch is launch.launch)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import poly_reference
-from . import road
+from ..ops import road
+from ..reference import poly as poly_reference
 from .inputs_only import InputsOnly, register_norm
 from .layout import readable
 from .norm_call import launches_are_watched
@@ -64,17 +64,17 @@ class Poly(InputsOnly):
         return poly_reference.composite_gradients(self.eps, dy, *inputs)
 
     def launch_forward(self, *inputs: Any) -> Tensor:
-        from . import poly_rows
+        from ..ops import poly_rows
 
         return poly_rows.forward(self.eps, *inputs)
 
     def launch_backward(self, wanted: tuple[bool, ...], dy: Tensor, *inputs: Any) -> Results:
-        from . import poly_rows
+        from ..ops import poly_rows
 
         return poly_rows.backward(self.eps, wanted, dy, *inputs)
 
     def is_watched(self) -> bool:
-        from . import poly_rows
+        from ..ops import poly_rows
 
         return launches_are_watched(poly_rows)
 

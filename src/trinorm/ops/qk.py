@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import qk_reference
+from ..ops import road
+from ..reference import qk as qk_reference
 from ..spec import Cast, RowNorm
 from ..switches import when_set
-from . import road
 from .calls import Bounded, Known
 from .layout import dense, readable
 from .repeated import Repeated
@@ -134,7 +134,7 @@ class QKCall:
 
 
 def _forward(problem: QKProblem, differentiated: bool, *inputs: Any) -> Results:
-    from . import heads
+    from ..ops import heads
 
     query, key, query_weight, key_weight, cos, sin = inputs
     sides = heads.Side(query, query_weight), heads.Side(key, key_weight)
@@ -143,7 +143,7 @@ def _forward(problem: QKProblem, differentiated: bool, *inputs: Any) -> Results:
 
 
 def _backward(problem: QKProblem, wanted: tuple[bool, ...], *tensors: Any) -> Results:
-    from . import heads
+    from ..ops import heads
 
     query_dy, key_dy, query, key, query_weight, key_weight, cos, sin, query_rstd, key_rstd = tensors
     of_query = heads.Wanted(query_dy, query_rstd, wanted[0], wanted[2])
@@ -154,7 +154,7 @@ def _backward(problem: QKProblem, wanted: tuple[bool, ...], *tensors: Any) -> Re
 
 def _is_watched() -> bool:
     from .. import launch
-    from . import heads, rows
+    from ..ops import heads, rows
 
     return not (heads.launch is rows.launch is launch.launch)
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..ops import road
 from ..spec import CASTS, RMS_NORM
-from . import road
 from .qk import CALLS, NAME, QKCall, QKProblem, are_empty, broadcasts, composite, composite_gradients, lacking, read
 from .registering import Op, know_distributed, register
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import quantized_reference, reference
+from .. import reference
 from ..formats import FORMATS, Format, FormatName
+from ..ops import road
+from ..reference import quantized as quantized_reference
 from ..spec import RowNorm
 from ..switches import when_set
-from . import road
 from .calls import Known
 from .layout import dense, readable
 from .repeated import Repeated
@@ -171,14 +172,14 @@ def read(problem: Quantizing, given: Given) -> Given:
 
 
 def _forward(problem: Quantizing, *given: Any) -> Results:
-    from . import quantized_rows
+    from ..ops import quantized_rows
 
     return quantized_rows.forward(problem, Given(*given))
 
 
 def _is_watched() -> bool:
     from .. import launch
-    from . import quantized_rows
+    from ..ops import quantized_rows
 
     return quantized_rows.launch is not launch.launch
 

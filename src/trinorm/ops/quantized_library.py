@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..formats import FORMATS
+from ..ops import added_library, road
 from ..spec import CASTS, ROW_NORMS, RowNorm
-from . import added_library, road
 from .quantized import CALLS, CODES, Given, QuantizedCall, Quantizing, composite, lacking, read, scaled_up, straight
 from .registering import Op, know_distributed, register
 

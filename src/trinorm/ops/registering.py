@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from . import road
+from ..ops import road
 
 if TYPE_CHECKING:
     from ..replay import Results
@@ -110,7 +110,7 @@ _apply = super(torch.autograd.Function, _Kernel).apply
 def know_distributed(*args: Any) -> None:
     """Have the rules for DTensors registered where one of these is distributed: earlier, it would take DTensor's import."""
     if road.are_distributed(*args):
-        from . import sharding  # noqa: F401
+        from ..ops import sharding  # noqa: F401
 
 
 _unpack_dual = torch._C._VariableFunctions._unpack_dual

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from .. import reference
+from ..ops import road
 from ..spec import RowNorm
 from ..switches import when_set
-from . import road
 from .calls import Bounded, Calls
 from .layout import readable
 from .undo import undoable
@@ -157,7 +157,7 @@ class RowCall:
         return (self._replay or self._forward)(x, weight, bias)
 
     def _forward(self, *inputs: Tensor | None) -> Results:
-        from . import rows
+        from ..ops import rows
 
         def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Results:
             problem = self._spec, x, self._dims, weight, bias, self._eps
@@ -230,7 +230,7 @@ class RowCall:
         return self._backward(key, dy, kept, weight, mean, rstd, bias)
 
     def _backward(self, key: tuple[Any, ...], *inputs: Tensor | None) -> Results:
-        from . import rows
+        from ..ops import rows
 
         (dx, dw, db, *_), from_output, _, orders, *_ = key
 
@@ -267,7 +267,7 @@ class RowCall:
         Nothing is repeated past someone who put a launch of his own in rows' place, to see them all.
         """
         from .. import launch, replay
-        from . import rows
+        from ..ops import rows
 
         self._met[what] = met = self._met.get(what, 0) + 1
         if met < RECORDED_FROM or rows.launch is not launch.launch:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..ops import road
 from ..spec import RowNorm
 from ..switches import when_set
-from . import road
 from .added import AddedCall, AddedProblem, _is_watched, dtypes_of
 from .calls import Known
 from .layout import readable
@@ -66,7 +66,7 @@ def stream_norm(
 
 
 def _forward(problem: AddedProblem, *inputs: Any) -> Results:
-    from . import rows
+    from ..ops import rows
 
     x, weight, bias = inputs
     how: dict[str, Any] = dict(save=True, batch_invariant=problem.batch_invariant)

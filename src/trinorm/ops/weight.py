@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from .. import weight_reference
+from ..reference import weight as weight_reference
 from .inputs_only import InputsOnly, register_norm
 from .layout import readable
 from .norm_call import launches_are_watched
@@ -61,17 +61,17 @@ class Weight(InputsOnly):
         return weight_reference.composite_gradients(self.dim, dy, *inputs)
 
     def launch_forward(self, *inputs: Any) -> Tensor:
-        from . import weight_rows
+        from ..ops import weight_rows
 
         return weight_rows.forward(self.dim, *inputs)
 
     def launch_backward(self, wanted: tuple[bool, ...], dy: Tensor, *inputs: Any) -> Results:
-        from . import weight_rows
+        from ..ops import weight_rows
 
         return weight_rows.backward(self.dim, wanted, dy, *inputs)
 
     def is_watched(self) -> bool:
-        from . import weight_rows
+        from ..ops import weight_rows
 
         return launches_are_watched(weight_rows)
 
