@@ -13,21 +13,28 @@ from . import functional
 from .spec import Activation
 
 
-def of_groups(
-    module: Any, x: Tensor, activation: Activation | None, batch_invariant: bool | None = None, **tensors: Tensor | None
-) -> Tensor:
+def of_groups(module: Any, x: Tensor, activation: Activation | None, batch_invariant: bool | None = None) -> Tensor:
     """GroupNorm's."""
-    how: dict[str, Any] = dict(activation=activation, batch_invariant=batch_invariant, **tensors)
-    return functional.group_norm(x, module.num_groups, module.weight, module.bias, module.eps, **how)
+    of = x, module.num_groups, module.weight, module.bias, module.eps
+    return functional.group_norm(*of, activation=activation, batch_invariant=batch_invariant)
 
 
 def of_instances(module: Any, x: Tensor, activation: Activation | None, batch_invariant: bool | None = None) -> Tensor:
     """InstanceNorm's, of samples."""
     of_input = module.training or not module.track_running_stats
     momentum = 0.0 if module.momentum is None else module.momentum
-    tensors = x, module.running_mean, module.running_var, module.weight, module.bias
-    how: dict[str, Any] = dict(activation=activation, batch_invariant=batch_invariant)
-    return functional.instance_norm(*tensors, of_input, momentum, module.eps, **how)
+    return functional.instance_norm(
+        x,
+        module.running_mean,
+        module.running_var,
+        module.weight,
+        module.bias,
+        of_input,
+        momentum,
+        module.eps,
+        activation=activation,
+        batch_invariant=batch_invariant,
+    )
 
 
 class _OfThisCall(float):
@@ -48,8 +55,18 @@ def of_batches(module: Any, x: Tensor, activation: Activation | None, residual: 
     of_input = bool(module.training) or (mean is None and var is None)
     if of_input and not kept_up:
         mean = var = None
-    how: dict[str, Any] = dict(activation=activation, residual=residual)
-    return functional.batch_norm(x, mean, var, module.weight, module.bias, of_input, momentum, module.eps, **how)
+    return functional.batch_norm(
+        x,
+        mean,
+        var,
+        module.weight,
+        module.bias,
+        of_input,
+        momentum,
+        module.eps,
+        activation=activation,
+        residual=residual,
+    )
 
 
 # The modules and the functions that compute an activation which the norms have.

@@ -78,7 +78,7 @@ def qk_norm(
     plain = plain and (batch_invariant is None or type(batch_invariant) is bool)
     # What a call is recalled by.
     asked = (eps, interleaved, cast, batch_invariant) if plain else None
-    if asked is not None and (call := qk.recall(*asked, *tensors)) is not None:
+    if asked is not None and (call := qk.CALLS.recall(asked, *tensors)) is not None:
         return call(*tensors)
     eps = checks.own_epsilon(RMS_NORM, query, eps)
     _check_inputs(query, key, query_weight=query_weight, key_weight=key_weight, cos=cos, sin=sin)

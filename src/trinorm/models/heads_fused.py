@@ -136,7 +136,8 @@ def _both(
     runs = tuple(
         in_one_run or (not exchanged and _is_in_one_run(side)) for side, exchanged in zip(sides, between, strict=True)
     )
-    made = qk.recall(eps, found.interleaved, spec.cast, batch_invariant, queries, keys, *weights, cos, sin)
+    # By qk_norm's own key; with another nothing would be kept.
+    made = qk.CALLS.recall((eps, found.interleaved, spec.cast, batch_invariant), queries, keys, *weights, cos, sin)
     if made is not None:
         CALLS.keep(manner, (made, runs), *tensors)
     return _laid(found, both, runs)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..channel_calls import of_batches, of_groups, of_instances
+from ..channel_calls import of_batches, of_instances
 from ..shown import shown
 from ..spec import Activation
 from .conditioned import (
@@ -169,8 +169,18 @@ class GroupNorm(torch.nn.GroupNorm):
         shift: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        tensors = dict(scale=scale, shift=shift, residual=residual)
-        return of_groups(self, input, self.activation, self.batch_invariant, **tensors)
+        return functional.group_norm(
+            input,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            activation=self.activation,
+            scale=scale,
+            shift=shift,
+            residual=residual,
+            batch_invariant=self.batch_invariant,
+        )
 
     def extra_repr(self) -> str:
         return super().extra_repr() + shown(self)

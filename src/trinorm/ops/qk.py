@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops import road
 from ..reference import qk as qk_reference
-from ..spec import Cast, RowNorm
+from ..spec import RowNorm
 from ..switches import when_set
 from .calls import Bounded, Known
 from .layout import dense, readable
@@ -183,10 +183,3 @@ _apply = super(torch.autograd.Function, _QKNorm).apply
 
 CALLS: Known[QKCall] = Known(1024)
 when_set(CALLS.clear)
-
-
-def recall(
-    eps: float | None, interleaved: bool, cast: Cast, batch_invariant: bool | None, *tensors: Tensor | None
-) -> QKCall | None:
-    """What was kept for a call of functional's like this one; None where nothing was."""
-    return CALLS.recall((eps, interleaved, cast, batch_invariant), *tensors)
