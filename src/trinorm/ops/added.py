@@ -14,8 +14,9 @@ from ..ops import road
 from ..reference import added as added_reference
 from ..spec import RowNorm
 from ..switches import when_set
-from .calls import Bounded, Known
+from .calls import Known
 from .layout import dense, readable
+from .node import apply_of
 from .repeated import Repeated
 from .row import _as_saved, are_plain
 
@@ -69,7 +70,7 @@ class AddedCall:
     ) -> None:
         self._problem, self._dtypes, self._differentiated = problem, dtypes, differentiated
         self._forward = Repeated(functools.partial(_forward, problem, differentiated), _is_watched)
-        self._gradients: Bounded[Function] = Bounded(8)
+        self._gradients: Known[Function] = Known(8)
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         """(y, sum) of (x, residual, weight, bias, seed, row_scale, out); the sum in ``out`` where that is given, which no
@@ -104,33 +105,42 @@ class AddedCall:
 
         What was saved may come back in another layout or dtype, from a hook.
         """
-        spec, dims, eps, alpha, y_dtype, batch_invariant, drop = self._problem
-        dx, dr, dw, db = wanted
-        of_x, of_residual, of_sum, stats, of_bias = self._dtypes
-        branch = seed, row_scale
-        plain = dy is not None and are_plain(dy, total, dsum, weight, mean, rstd, *branch)
+        inputs = total, dy, dsum, weight, mean, rstd, seed, row_scale
+        if (gradients := self.recorded(wanted, *inputs)) is not None:
+            return gradients(*inputs)
+        plain = dy is not None and are_plain(dy, total, dsum, weight, mean, rstd, seed, row_scale)
         plain = plain and (dsum is None or are_plain(dsum))
         if torch.is_grad_enabled() or not plain or road.observer() is not None:
             # Nobody uses y; or someone differentiates this backward, to whom a kernel's result would silently be a
             # constant, or maps over it.
+            spec, dims, eps, alpha, y_dtype, _, drop = self._problem
+            (dx, dr, dw, db), (of_x, of_residual, _, _, of_bias) = wanted, self._dtypes
             asked = of_x if dx else None, of_residual if dr else None, dw, of_bias if db else None
             return added_reference.composite_gradients(
-                spec, total, dims, weight, eps, alpha, dy, dsum, *asked, y_dtype, *branch, drop
+                spec, total, dims, weight, eps, alpha, dy, dsum, *asked, y_dtype, seed, row_scale, drop
             )
-        assert dy is not None
+        return self.gradients(wanted, *inputs)
+
+    def recorded(self, wanted: tuple[bool, ...], *inputs: Tensor | None) -> Function | None:
+        """``gradients`` of inputs like these, where there were some."""
+        return self._gradients.recall(wanted, *inputs)
+
+    def gradients(self, wanted: tuple[bool, ...], *inputs: Any) -> Results:
+        """The same by the kernels, of (sum, dy, dsum, weight, mean, rstd, seed, row_scale) that they can read."""
+        spec, dims, _, alpha, _, batch_invariant, drop = self._problem
+        (dx, dr, dw, db), (of_x, of_residual, of_sum, stats, of_bias) = wanted, self._dtypes
+        total, dy, dsum, weight, mean, rstd, *branch = inputs
         dy, total = readable(dy, dims), dense(total.to(of_sum))
-        mean = None if mean is None else _as_saved(mean, stats, mean.dim())
-        rstd = _as_saved(rstd, stats, rstd.dim())
+        mean, rstd = (None if t is None else _as_saved(t, stats, t.dim()) for t in (mean, rstd))
         weight = None if weight is None else readable(weight, dims)
-        dsum = None if dsum is None else dense(dsum)
-        branch = None if seed is None else dense(seed), None if row_scale is None else dense(row_scale)
+        dsum, *branch = (None if t is None else dense(t) for t in (dsum, *branch))
         apart = dr and (of_residual != of_x or alpha != 1 or any(t is not None for t in branch))
 
-        def gradients(*inputs: Any) -> Results:
+        def by_launches(*inputs: Any) -> Results:
             from ..launch import empty
             from ..ops import rows
 
-            dy, dsum, total, weight, mean, rstd, *branch = inputs
+            total, dy, dsum, weight, mean, rstd, *branch = inputs
             dresidual = empty(total, of_residual, total.device) if apart else None
             how: dict[str, Any] = dict(dx=dx or dr, dw=weight.dtype if dw else None, db=of_bias if db else None)
             how.update(
@@ -139,11 +149,9 @@ class AddedCall:
             ds, dw_, db_ = rows.backward(spec, dy, total, dims, weight, mean, rstd, **how)
             return ds if dx else None, (dresidual if apart else ds) if dr else None, dw_, db_
 
-        inputs = dy, dsum, total, weight, mean, rstd, *branch
-        key = wanted, dy.stride(), *(None if t is None else t.dtype for t in inputs)
-        if (repeated := self._gradients.get(key)) is None:
-            repeated = self._gradients[key] = Repeated(gradients, _is_watched)
-        return repeated(*inputs)
+        read = total, dy, dsum, weight, mean, rstd, *branch
+        key = wanted, dy.stride(), *(None if t is None else t.dtype for t in read)
+        return self._gradients.once(key, lambda: Repeated(by_launches, _is_watched), wanted, *read)(*read)
 
 
 def _forward(problem: AddedProblem, differentiated: bool, *inputs: Any) -> Results:
@@ -194,8 +202,7 @@ class _AddedNorm(torch.autograd.Function):
         return *ctx.call.backward(ctx.needs_input_grad[:4], dy, dsum, *ctx.saved_tensors), None, None, None
 
 
-# As row._apply: without the Python part, which looks for torch.func.
-_apply = super(torch.autograd.Function, _AddedNorm).apply
+_apply = apply_of(_AddedNorm)
 
 CALLS: Known[AddedCall] = Known(1024)
 when_set(CALLS.clear)

@@ -34,18 +34,25 @@ class Calls(Generic[T]):
 
     What is kept of a contiguous input serves any number of rows; one of its own is kept for a shape that has come OWN_FROM
     times, and for other strides.
+
+    others: what is forgotten together with these.
     """
 
     def __init__(self, limit: int) -> None:
+        self.others: list[Known[Any]] = []
         self._own: Bounded[_Entries[T]] = Bounded(limit)
         self._of_any_rows: Bounded[_Entries[T]] = Bounded(limit)
+        # Of each op what was recalled last, and how it was asked for: the next norm of a model is as a rule like it.
+        self._latest: dict[str, tuple[Hashable, _Entry[T]]] = {}
         # How often the keys of _own came that have none there.
         self._met: Bounded[int] = Bounded(limit)
 
     def clear(self) -> None:
         """Forget them all."""
-        for kept in (self._own, self._of_any_rows, self._met):
+        for kept in (self._own, self._of_any_rows, self._met, self._latest):
             kept.clear()
+        for other in self.others:
+            other.clear()
 
     def recall(
         self,
@@ -65,24 +72,30 @@ class Calls(Generic[T]):
         if type(x) not in road.PLAIN or type(eps) not in _NUMBERS:
             return None
         try:
+            # Of a nested tensor of strided layout the guard would ask the strides, which ends the process.
+            if x.is_nested or (weight is not None and weight.is_nested) or (bias is not None and bias.is_nested):
+                return None
+            tensors = _present(x, weight, bias)
+            if (latest := self._latest.get(op)) is not None:
+                how, (alike, shape, call) = latest
+                asked = manner, eps, weight is None, bias is None, _grad_is_on()
+                if how == asked and alike(*tensors) and _same(normalized_shape, shape):
+                    return call
             key = op, manner, x.shape, eps, weight is None, bias is None, _grad_is_on()
             entries = self._own.get(key)
-            # Of a nested tensor of strided layout the guard would ask the strides, which ends the process.
-            if (weight is not None and weight.is_nested) or (bias is not None and bias.is_nested):
-                return None
-        # Such an x has no shape; a wrong manner may be no key, and a wrong parameter no tensor.
-        except (RuntimeError, TypeError, AttributeError):
+        # A wrong manner may be no key, and a wrong parameter no tensor.
+        except (RuntimeError, TypeError, AttributeError, ValueError):
             return None
-        tensors = _present(x, weight, bias)
-        if entries is not None and (call := _of_these(entries, tensors, normalized_shape)) is not None:
-            return call
+        if entries is not None and (entry := _of_these(entries, tensors, normalized_shape)) is not None:
+            self._latest[op] = (manner, eps, weight is None, bias is None, _grad_is_on()), entry
+            return entry[2]
         entries = self._of_any_rows.get(_without_rows(key))
         if entries is None or x.layout is not _STRIDED or not x.is_contiguous():
             return None
-        if (call := _of_these(entries, tensors, normalized_shape)) is None:
+        if (entry := _of_these(entries, tensors, normalized_shape)) is None:
             return None
         self._met[key] = met = self._met.get(key, 1) + 1
-        return call if met < OWN_FROM else None
+        return entry[2] if met < OWN_FROM else None
 
     def keep(
         self,
@@ -112,34 +125,50 @@ class Calls(Generic[T]):
 
 
 class Known(Generic[T]):
-    """The same of norms whose calls are each of their own shape."""
+    """The same of norms whose calls are each of their own shape. others: as Calls'."""
 
     def __init__(self, limit: int) -> None:
+        self.others: list[Known[Any]] = []
         self._kept: Bounded[tuple[tuple[Callable[..., bool], T], ...]] = Bounded(limit)
+        self._by_key: Bounded[T] = Bounded(limit)
+        # What was recalled last: its manner, which of its tensors are given, whether gradients are recorded, the tensors'
+        # guard, and what is kept.
+        self._latest: tuple[Hashable, int, bool, Callable[..., bool], T] | None = None
 
     def clear(self) -> None:
+        """Forget them all."""
         self._kept.clear()
+        self._by_key.clear()
+        self._latest = None
+        for other in self.others:
+            other.clear()
 
     def recall(self, manner: Hashable, *tensors: Tensor | None) -> T | None:
         """What was kept for a call like this one, None where nothing was. manner: all that tells calls apart besides
         tensors, and no tensor. tensors: at least one, the first not None.
         """
-        x = tensors[0]
-        if _is_compiling() or forward_ad._current_level >= 0 or _modes() or type(x) not in road.PLAIN:
+        if _is_compiling() or forward_ad._current_level >= 0 or _modes() or type(tensors[0]) not in road.PLAIN:
             return None
+        given, present, with_grad = 1, [], _grad_is_on()
         try:
-            entries = self._kept.get((manner, *map(type, tensors), x.shape, _grad_is_on()))  # type: ignore[union-attr]
-        except (RuntimeError, TypeError):
-            return None
-        if entries is not None:
-            present = []
             for t in tensors:
+                given += given
                 if t is not None:
                     if t.is_nested:  # as Calls'
                         return None
+                    given += 1
                     present.append(t)
+            if (latest := self._latest) is not None:
+                how, which, mode, alike, call = latest
+                if which == given and mode is with_grad and how == manner and alike(*present):
+                    return call
+            entries = self._kept.get((manner, *map(type, tensors), tensors[0].shape, with_grad))  # type: ignore[union-attr]
+        except (RuntimeError, TypeError, AttributeError, ValueError):  # as Calls'
+            return None
+        if entries is not None:
             for alike, call in entries:
                 if alike(*present):
+                    self._latest = manner, given, with_grad, alike, call
                     return call
         return None
 
@@ -151,17 +180,29 @@ class Known(Generic[T]):
             key = manner, *map(type, tensors), tensors[0].shape, torch.is_grad_enabled()  # type: ignore[union-attr]
             self._kept[key] = ((alike, call), *self._kept.get(key, ())[: _VARIANTS - 1])
 
+    def once(self, key: Hashable, make: Callable[[], T], manner: Hashable, *tensors: Tensor | None) -> T:
+        """``make()``, or what it came to when ``key`` was here before; recalled from then on for a call like this one.
+
+        The key tells calls apart by itself, for tensors that torch's guard does not know again.
+        """
+        if (call := self._by_key.get(key)) is None:
+            call = self._by_key[key] = make()
+            self.keep(manner, call, *tensors)
+        return call
+
 
 # (The guard of the tensors, normalized_shape, what is kept), the latest first.
-_Entries = tuple[tuple[Callable[..., bool], Sequence[int], T], ...]
+_Entry = tuple[Callable[..., bool], Sequence[int], T]
+_Entries = tuple[_Entry[T], ...]
 
 _Key = tuple[str, Hashable, torch.Size, float | None, bool, bool, bool]
 
 
-def _of_these(entries: _Entries[T], tensors: tuple[Tensor, ...], normalized_shape: Sequence[int]) -> T | None:
-    for alike, normalized, call in entries:
-        if alike(*tensors) and (normalized is normalized_shape or normalized == _size(normalized_shape)):
-            return call
+def _of_these(entries: _Entries[T], tensors: tuple[Tensor, ...], normalized_shape: Sequence[int]) -> _Entry[T] | None:
+    for entry in entries:
+        alike, shape, _ = entry
+        if alike(*tensors) and _same(normalized_shape, shape):
+            return entry
     return None
 
 
@@ -197,6 +238,15 @@ def _alike(any_of: int | None, *tensors: Tensor) -> Callable[..., bool] | None:
         return None
 
 
+def _same(normalized_shape: Sequence[int], kept: Sequence[int]) -> bool:
+    if normalized_shape is kept:
+        return True
+    # A model's norms have each a tuple of their own, and a compiled graph a list, as a rule of one number.
+    if type(normalized_shape) in _SHAPES and len(normalized_shape) == 1 and type(normalized_shape[0]) is int:
+        return len(kept) == 1 and normalized_shape[0] == kept[0]
+    return kept == _size(normalized_shape)
+
+
 def _size(normalized_shape: Sequence[int]) -> torch.Size | None:
     # An iterator would be used up, and a bool is no size.
     if not isinstance(normalized_shape, (tuple, list)) or bool in map(type, normalized_shape):
@@ -216,6 +266,7 @@ OWN_FROM = 4
 # Of one shape: dtypes, layouts, with a gradient and without, under autocast and not.
 _VARIANTS = 8
 
+_SHAPES = (tuple, list)
 _STRIDED = torch.strided
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack

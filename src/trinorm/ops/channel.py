@@ -17,6 +17,7 @@ from ..spec import ChannelNorm
 from ..switches import when_set
 from .calls import Known
 from .layout import beside, channels_readable, dense, in_order_of
+from .node import apply_of
 from .repeated import Repeated
 from .row import are_plain
 
@@ -166,8 +167,7 @@ class _ChannelNorm(torch.autograd.Function):
         return *ctx.call.backward(ctx.needs_input_grad[:4], dy, *ctx.saved_tensors), None
 
 
-# As row._apply: without the Python part, which looks for torch.func.
-_apply = super(torch.autograd.Function, _ChannelNorm).apply
+_apply = apply_of(_ChannelNorm)
 
 # By what functional is told a ChannelCall, by what an op is told the results of one.
 CALLS: Known[Callable[..., Any]] = Known(1024)

@@ -13,6 +13,7 @@ from ..switches import when_set
 from .calls import Known
 from .conditioned import Conditioned
 from .layout import dense, readable
+from .node import apply_of
 from .norm_call import NormCall, launches_are_watched
 from .row import _as_saved, are_plain
 
@@ -144,8 +145,7 @@ def unused(dsum: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(dsum, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-# As row._apply: without the Python part, which looks for torch.func.
-_apply = super(torch.autograd.Function, _GatedSumNorm).apply
+_apply = apply_of(_GatedSumNorm)
 
 CALLS: Known[GatedSumCall] = Known(1024)
 when_set(CALLS.clear)

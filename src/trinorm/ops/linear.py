@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..ops import road
 from ..spec import RowNorm
+from .node import apply_of
 from .norm import row_call, row_norm
 from .row import CALLS, RowCall, are_plain
 
@@ -165,5 +166,4 @@ def _again(
     return reference.composite(norm.spec, x, norm.shape, weight, bias, norm.eps)
 
 
-# As row._apply: without the Python part, which looks for torch.func.
-_apply = super(torch.autograd.Function, _NormLinear).apply
+_apply = apply_of(_NormLinear)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..ops import road
-from .calls import Bounded
+from .calls import Known
+from .node import apply_of
 from .repeated import Repeated
 from .row import are_plain
 
@@ -33,7 +34,7 @@ class NormCall(ABC, Generic[P]):
         self.problem, self._differentiated = problem, differentiated
         forward = functools.partial(self.launch_forward, problem, differentiated)
         self._forward = Repeated(forward, functools.partial(self.is_watched, problem))
-        self._gradients: Bounded[Function] = Bounded(8)
+        self._gradients: Known[Function] = Known(8)
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         """y."""
@@ -49,15 +50,27 @@ class NormCall(ABC, Generic[P]):
         """The gradients of the inputs, those that are wanted. saved: the inputs and what else a backward asks for, which
         may come back in another layout or dtype, from a hook.
         """
+        if (gradients := self.recorded(wanted, dy, *saved)) is not None:
+            return gradients(dy, *saved)
         if torch.is_grad_enabled() or not are_plain(dy, *saved) or road.observer() is not None:
             # Someone differentiates this backward, to whom a kernel's result would silently be a constant, or maps over it.
             return self.composite_gradients(self.problem, wanted, dy, *saved)
+        return self.gradients(wanted, dy, *saved)
+
+    def recorded(self, wanted: tuple[bool, ...], *tensors: Tensor | None) -> Function | None:
+        """``gradients`` of dy and what was saved that are like these, where there were some."""
+        return self._gradients.recall(wanted, *tensors)
+
+    def gradients(self, wanted: tuple[bool, ...], dy: Tensor, *saved: Tensor | None) -> Results:
+        """The same by the kernels, of tensors that they can read and that nobody differentiates."""
         tensors = self.restored(dy, *saved)
         key = wanted, *(None if t is None else (t.stride(), t.dtype) for t in tensors)
-        if (repeated := self._gradients.get(key)) is None:
+
+        def by_launches() -> Repeated:
             function = functools.partial(self.launch_backward, self.problem, wanted)
-            repeated = self._gradients[key] = Repeated(function, functools.partial(self.is_watched, self.problem))
-        return repeated(*tensors)
+            return Repeated(function, functools.partial(self.is_watched, self.problem))
+
+        return self._gradients.once(key, by_launches, wanted, *tensors)(*tensors)
 
     @abstractmethod
     def restored(self, dy: Tensor, *saved: Tensor | None) -> Results:
@@ -106,5 +119,4 @@ class _Norm(torch.autograd.Function):
         return *ctx.call.backward(ctx.needs_input_grad[:-1], dy, *ctx.saved_tensors), None
 
 
-# As row._apply: without the Python part, which looks for torch.func.
-_apply = super(torch.autograd.Function, _Norm).apply
+_apply = apply_of(_Norm)

@@ -14,8 +14,9 @@ from ..ops import road
 from ..reference import qk as qk_reference
 from ..spec import RowNorm
 from ..switches import when_set
-from .calls import Bounded, Known
+from .calls import Known
 from .layout import dense, readable
+from .node import apply_of
 from .repeated import Repeated
 from .row import _as_saved, are_plain
 
@@ -98,7 +99,7 @@ class QKCall:
     def __init__(self, problem: QKProblem, stats: torch.dtype, *, differentiated: bool) -> None:
         self._problem, self._stats, self._differentiated = problem, stats, differentiated
         self._forward = Repeated(functools.partial(_forward, problem, differentiated), _is_watched)
-        self._gradients: Bounded[Function] = Bounded(8)
+        self._gradients: Known[Function] = Known(8)
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         """Both results of (query, key, query_weight, key_weight, cos, sin)."""
@@ -117,20 +118,28 @@ class QKCall:
         """The gradients of query, key and their weights, those that are wanted, of the results' gradients, one of which may
         be None. saved: the inputs and both rstd, which may come back in another layout or dtype, from a hook.
         """
-        *inputs, query_rstd, key_rstd = saved
-        dys = query_dy, key_dy
-        plain = all(dy is None or are_plain(dy, *saved) for dy in dys)
+        inputs = *saved, query_dy, key_dy
+        if (gradients := self.recorded(wanted, *inputs)) is not None:
+            return gradients(*inputs)
+        plain = all(dy is None or are_plain(dy, *saved) for dy in (query_dy, key_dy))
         if torch.is_grad_enabled() or not plain or road.observer() is not None:
             # Someone differentiates this backward, to whom a kernel's result would silently be a constant, or maps over it.
-            return composite_gradients(self._problem, wanted, *dys, *inputs)
-        assert query_rstd is not None and key_rstd is not None
+            return composite_gradients(self._problem, wanted, query_dy, key_dy, *saved[:-2])
+        return self.gradients(wanted, *inputs)
+
+    def recorded(self, wanted: tuple[bool, ...], *inputs: Tensor | None) -> Function | None:
+        """``gradients`` of inputs like these, where there were some."""
+        return self._gradients.recall(wanted, *inputs)
+
+    def gradients(self, wanted: tuple[bool, ...], *inputs: Any) -> Results:
+        """The same by the kernels, of what was saved, and the results' gradients, that they can read."""
+        *saved, query_rstd, key_rstd, query_dy, key_dy = inputs
         rstds = (_as_saved(rstd, self._stats, rstd.dim()) for rstd in (query_rstd, key_rstd))
-        tensors = *read(*dys, *inputs), *rstds
+        query_dy, key_dy, *saved = read(query_dy, key_dy, *saved)
+        tensors = *saved, *rstds, query_dy, key_dy
         key = wanted, *(None if t is None else (t.stride(), t.dtype) for t in tensors)
-        if (repeated := self._gradients.get(key)) is None:
-            function = functools.partial(_backward, self._problem, wanted)
-            repeated = self._gradients[key] = Repeated(function, _is_watched)
-        return repeated(*tensors)
+        by_launches = functools.partial(_backward, self._problem, wanted)
+        return self._gradients.once(key, lambda: Repeated(by_launches, _is_watched), wanted, *tensors)(*tensors)
 
 
 def _forward(problem: QKProblem, differentiated: bool, *inputs: Any) -> Results:
@@ -145,7 +154,7 @@ def _forward(problem: QKProblem, differentiated: bool, *inputs: Any) -> Results:
 def _backward(problem: QKProblem, wanted: tuple[bool, ...], *tensors: Any) -> Results:
     from ..ops import heads
 
-    query_dy, key_dy, query, key, query_weight, key_weight, cos, sin, query_rstd, key_rstd = tensors
+    query, key, query_weight, key_weight, cos, sin, query_rstd, key_rstd, query_dy, key_dy = tensors
     of_query = heads.Wanted(query_dy, query_rstd, wanted[0], wanted[2])
     of_key = heads.Wanted(key_dy, key_rstd, wanted[1], wanted[3])
     sides = heads.Side(query, query_weight), heads.Side(key, key_weight)
@@ -178,8 +187,7 @@ class _QKNorm(torch.autograd.Function):
         return *ctx.call.backward(ctx.needs_input_grad[:4], *dys, *ctx.saved_tensors), None, None, None
 
 
-# As row._apply: without the Python part, which looks for torch.func.
-_apply = super(torch.autograd.Function, _QKNorm).apply
+_apply = apply_of(_QKNorm)
 
 CALLS: Known[QKCall] = Known(1024)
 when_set(CALLS.clear)

@@ -16,8 +16,9 @@ from .. import reference
 from ..ops import road
 from ..spec import RowNorm
 from ..switches import when_set
-from .calls import Bounded, Calls
+from .calls import Bounded, Calls, Known
 from .layout import readable
+from .node import apply_of
 from .undo import undoable
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class RowCall:
         "_forwards",
         "_gradients",
         "_met",
+        "_recalled",
         "_replay",
         "_saved",
         "_spec",
@@ -139,15 +141,12 @@ class RowCall:
         self._replay: Function | None = None if turns is None else self._by_rows
         self._forwards: Bounded[Function] = Bounded(8)
         self._gradients: Bounded[Function] = Bounded(8 if turns is None else 32)
+        self._recalled: Known[Function] = Known(8)
         self._met: Bounded[int] = Bounded(16 if turns is None else 64)
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self._cast:
             x, weight, bias = reference.in_fp32(x, weight, bias)
-        return self.norm(x, weight, bias)
-
-    def norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """y of arguments that are cast already."""
         if self._differentiated:
             return self._apply(x, weight, bias, self)
         return (self._replay or self._forward)(x, weight, bias)[0]  # type: ignore[return-value]
@@ -194,7 +193,10 @@ class RowCall:
 
         What was saved may come back in another layout or dtype, from a hook.
         """
-        if torch.is_grad_enabled() or not are_plain(dy, kept, weight, mean, rstd, bias) or road.observer() is not None:
+        inputs = dy, kept, weight, mean, rstd, bias
+        if self._turns is None and (gradients := self._recalled.recall((wanted, from_output), *inputs)) is not None:
+            return gradients(*inputs)
+        if torch.is_grad_enabled() or not are_plain(*inputs) or road.observer() is not None:
             # Someone differentiates this backward, to whom a kernel's result would be a constant, silently; or maps over
             # it (is_grads_batched, vmap), or has tensors that have no storage.
             if from_output:
@@ -229,6 +231,10 @@ class RowCall:
             return gradients(dy, kept, weight, mean, rstd, bias)
         return self._backward(key, dy, kept, weight, mean, rstd, bias)
 
+    def recorded(self, wanted: tuple[bool, ...], *inputs: Tensor | None) -> Function | None:
+        """What repeats ``gradients`` of inputs like these, once that was recorded, of a call of one number of rows."""
+        return self._recalled.recall((wanted, False), *inputs, None)
+
     def _backward(self, key: tuple[Any, ...], *inputs: Tensor | None) -> Results:
         from ..ops import rows
 
@@ -246,6 +252,8 @@ class RowCall:
         results, again = self._record(key, backward, *inputs, any_rows=orders == _IN_ORDER)
         if again is not None:
             self._gradients[key] = again
+            if self._turns is None:
+                self._recalled.keep((key[0], from_output), again, *inputs)
         return results
 
     def _composite_from_output(
@@ -338,10 +346,8 @@ def _warn_once(op: str) -> None:
     )
 
 
-# Function.apply less its Python part, which looks for torch.func: no call with a transform active comes here, and it costs
-# 1.3 of 3.8 µs.
-_apply = super(torch.autograd.Function, _RowNorm).apply
-_apply_to_output = super(torch.autograd.Function, _RowNormToOutput).apply
+_apply = apply_of(_RowNorm)
+_apply_to_output = apply_of(_RowNormToOutput)
 
 # Row counts times the shapes of a model. One takes about 4 KB.
 CALLS: Calls[RowCall] = Calls(2048)

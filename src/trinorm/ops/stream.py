@@ -16,6 +16,7 @@ from ..switches import when_set
 from .added import AddedCall, AddedProblem, _is_watched, dtypes_of
 from .calls import Known
 from .layout import readable
+from .node import apply_of
 from .repeated import Repeated
 
 if TYPE_CHECKING:
@@ -93,8 +94,7 @@ class _StreamNorm(torch.autograd.Function):
         return dx, dw, db, None
 
 
-# As row._apply.
-_apply = super(torch.autograd.Function, _StreamNorm).apply
+_apply = apply_of(_StreamNorm)
 
 CALLS: Known[StreamCall] = Known(1024)
 when_set(CALLS.clear)
