@@ -136,12 +136,13 @@ def test_what_reaches_the_driver(triton: str) -> None:
     environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [triton]), *sys.path])
     environment["CUDA_VISIBLE_DEVICES"] = ""
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", f"--confcutdir={stub}"]
+    files = "launched", "told_apart", "registered", "images", "heads", "conditioned", "threads"
     command = [
         sys.executable,
         "-m",
         "pytest",
         *options,
-        *(str(stub / f"{file}.py") for file in ("launched", "told_apart", "images", "heads", "conditioned", "threads")),
+        *(str(stub / f"{file}.py") for file in files),
     ]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

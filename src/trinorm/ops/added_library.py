@@ -25,7 +25,7 @@ from .. import reference
 from ..ops import road
 from ..reference import added as added_reference
 from ..spec import ROW_NORMS, RowNorm
-from .added import AddedCall, AddedProblem, dtypes_of, keep, recall
+from .added import CALLS, AddedCall, AddedProblem, dtypes_of
 from .layout import dense, readable
 from .library import check
 from .registering import Op, batched, know_distributed, one_by_one, out_of_autocast, register
@@ -119,26 +119,24 @@ class _Forward(Op):
         stats = road.accumulator_dtype(x, residual, weight, bias)
         return self._results(y.contiguous(), total.contiguous(), mean.detach().to(stats), rstd.detach().to(stats))
 
-    def compute(self, *args: Any) -> Results:
-        x, residual, shape, weight, bias, seed, row_scale, *how = args
-        eps, alpha, drop, dtype, batch_invariant, cast = how
-        manner = _REGISTERED, self.name, tuple(shape), *how
-        given = x, residual, weight, bias, seed, row_scale, None
-        inputs: Any = given
-        call = recall(manner, *given)
-        if call is None:
-            _check(self.name, cast, x, residual, shape, seed, row_scale, weight, bias)
-            if not road.has_kernels(x) or not x.numel():
-                return self.composite(*args)
-            dims = len(shape)
-            parameters = (None if t is None else readable(t, dims) for t in (weight, bias))
-            branch = (None if t is None else dense(t) for t in (seed, row_scale))
-            inputs = (readable(x, dims), dense(residual), *parameters, *branch, None)
-            problem = AddedProblem(self._spec.with_cast(cast), dims, eps, alpha, dtype, batch_invariant, drop)
-            call = AddedCall(problem, dtypes_of(*given[:4]), differentiated=True)
-            if all(now is before for now, before in zip(inputs, given, strict=True)):
-                keep(manner, call, *inputs)
-        return self._results(*call.results(*inputs))
+    def anew(self, *args: Any) -> Results:
+        x, residual, shape, weight, bias, seed, row_scale, eps, alpha, drop, dtype, batch_invariant, cast = args
+        _check(self.name, cast, x, residual, shape, seed, row_scale, weight, bias)
+        if not road.has_kernels(x) or not x.numel():
+            return self.composite(*args)
+        dims = len(shape)
+        problem = AddedProblem(self._spec.with_cast(cast), dims, eps, alpha, dtype, batch_invariant, drop)
+        call = AddedCall(problem, dtypes_of(x, residual, weight, bias), differentiated=True)
+
+        def read(x: Tensor, residual: Tensor, *others: Tensor | None) -> Sequence[Tensor | None]:
+            parameters = (None if t is None else readable(t, dims) for t in others[:2])
+            branch = (None if t is None else dense(t) for t in others[2:])
+            return readable(x, dims), dense(residual), *parameters, *branch
+
+        def again(*inputs: Tensor | None) -> Results:
+            return self._results(*call.results(*inputs, None))
+
+        return self.kept(args, again, read)
 
     def fake(self, *args: Any) -> Results:
         x, residual, shape, weight, bias, seed, row_scale, _, _, _, dtype, _, cast = args
@@ -186,7 +184,7 @@ class _Backward(Op):
         # Where there is nothing to add a gradient is an argument, or another result, which an op's may not be.
         return tuple(None if t is None else t.clone(memory_format=torch.contiguous_format) for t in found)
 
-    def compute(self, *args: Any) -> Results:
+    def anew(self, *args: Any) -> Results:
         total, dy, dsum, shape, weight, mean, rstd, seed, row_scale, *how = args
         eps, alpha, drop, dx, dresidual, dw, db, batch_invariant, cast = how
         alike = all(t is None or t.shape == total.shape for t in (dy, dsum))
@@ -203,19 +201,12 @@ class _Backward(Op):
         torch._check(known, lambda: f"trinorm::{self.name}: dw is asked for, but there is no weight")
         if dy is None or not road.has_kernels(total) or not total.numel():
             return self.composite(*args)
-        manner = _REGISTERED, self.name, tuple(shape), *how, dy.dtype, rstd.dtype
-        call = recall(manner, total, rstd, weight, None, seed, row_scale, None)
-        if call is None:
-            problem = AddedProblem(self._spec.with_cast(cast), len(shape), eps, alpha, dy.dtype, batch_invariant, drop)
-            dtypes = dx or total.dtype, dresidual or total.dtype, total.dtype, rstd.dtype, db
-            call = AddedCall(problem, dtypes, differentiated=True)
-            keep(manner, call, total, rstd, weight, None, seed, row_scale, None)
+        problem = AddedProblem(self._spec.with_cast(cast), len(shape), eps, alpha, dy.dtype, batch_invariant, drop)
+        dtypes = dx or total.dtype, dresidual or total.dtype, total.dtype, rstd.dtype, db
+        call = AddedCall(problem, dtypes, differentiated=True)
         asked = dx is not None, dresidual is not None, dw, db is not None
-        with torch.no_grad():
-            of_x, of_residual, *sums = call.backward(asked, dy, dsum, total, weight, mean, rstd, seed, row_scale)
-        if of_residual is not None and of_residual is of_x:  # which two results of an op may not be
-            of_residual = of_residual.clone()
-        return of_x, of_residual, *sums
+
+        return self.kept_gradients(args, call, asked, after=_apart)
 
     def fake(self, *args: Any) -> Results:
         total, dy, _, shape, weight, *_, dx, dresidual, dw, db, _, _ = args
@@ -229,6 +220,11 @@ class _Backward(Op):
             weight.new_empty(shape) if dw else None,
             None if db is None else total.new_empty(shape, dtype=db),
         )
+
+
+def _apart(dx: Tensor | None, dresidual: Tensor | None, *sums: Tensor | None) -> Results:
+    """These, of which two may not be one, as results of an op."""
+    return dx, dresidual.clone() if dresidual is not None and dresidual is dx else dresidual, *sums
 
 
 def _mapped(t: Tensor, dim: int | None, size: int) -> Tensor:
@@ -258,14 +254,10 @@ def _check(
     torch._check_not_implemented(known, lambda: f"trinorm::{op}: a dtype other than {road.KERNEL_DTYPES}")
 
 
-# The manner of a registered op's calls, which no caller of functional can name.
-_REGISTERED = object()
-
-
 def _register(spec: RowNorm) -> None:
     backward = _Backward(spec)
-    register(_Forward(spec, backward))
-    register(backward)
+    register(_Forward(spec, backward), CALLS)
+    register(backward, CALLS)
 
 
 for _spec in ROW_NORMS:

@@ -17,7 +17,7 @@ little in rstd. weight and bias: a channel's, or each sample's, both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import compress
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -91,10 +91,9 @@ class _ChannelOp(Op):
         names = [argument.split()[1] for argument in arguments]
         self._input, self._groups = names.index("input"), names.index("num_groups")
         self._open = [name not in settled for name in names]
-        given = self._given(*names)
-        # As a kept call takes them, with the None behind the arguments for those that the op does not have.
-        self._tensors = itemgetter(*(given.index(name) if name in given else -1 for name in self.tensors))
-        self._told = itemgetter(*(i for i, name in enumerate(given) if name not in self.tensors))
+        given = [name for name in self._given(*names) if name in self.tensors]
+        # As a call takes them, with the None behind the op's for those that it does not have.
+        self._places = itemgetter(*(given.index(name) if name in given else -1 for name in self.tensors))
         self.schema = f"({', '.join(self._given(*arguments))}) -> ({', '.join(['Tensor'] * self.results)})"
 
     def _given(self, *of_all: Any) -> list[Any]:
@@ -144,22 +143,9 @@ class _ChannelOp(Op):
         known = all(t.dtype in road.KERNEL_DTYPES for t in (x, *given))
         torch._check_not_implemented(known, lambda: f"{op}: a dtype other than {road.KERNEL_DTYPES}")
 
-    def compute(self, *args: Any) -> Results:
-        """As a call like this one was done, by which these arguments were found good; else looked at first."""
-        # By the op itself, whose calls no caller of functional can name.
-        told, inputs = (self, self._told(args)), self._tensors((*args, None))
-        call = CALLS.recall(told, *inputs)
-        return self._anew(told, *args) if call is None else call(*inputs)[: self.results]
-
-    def _anew(self, told: tuple[Any, ...], *args: Any) -> Results:
-        raise NotImplementedError
-
-    def _done(self, told: tuple[Any, ...], make: Callable[[], Callable[..., Results]], *inputs: Tensor | None) -> Results:
-        """The call of inputs as the kernels read them; its like is done as it was from now on."""
-        if (call := CALLS.recall(told, *inputs)) is None:
-            call = make()
-            CALLS.keep(told, call, *inputs)
-        return call(*inputs)[: self.results]
+    def _ordered(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
+        """The op's tensors as a call takes them."""
+        return self._places((*tensors, None))
 
 
 class _Forward(_ChannelOp):
@@ -212,7 +198,7 @@ class _Forward(_ChannelOp):
             found = tuple(torch.zeros_like(t) for t in found)  # NaN is unequal to itself
         return in_order_of(self._like(x), y), *found[: self.results - 1]
 
-    def _anew(self, told: tuple[Any, ...], *args: Any) -> Results:
+    def anew(self, *args: Any) -> Results:
         x, num_groups, weight, bias, residual, eps, activation, batch_invariant = self._named(*args)
         self._check(x, num_groups, weight, bias, residual, activation)
         paired = (weight is None or weight.dim() == 1) and (bias is None or bias.dim() == 1)
@@ -221,10 +207,14 @@ class _Forward(_ChannelOp):
         if not road.has_kernels(x) or not x.numel():
             return self.composite(*args)
         problem = Problem(self._spec, num_groups, eps, activation, batch_invariant=bool(batch_invariant))
-        how: Any = dict(differentiated=True, variance=self._spec.over_samples)
-        x, *parameters = channels_readable(x), *(None if t is None else dense(t) for t in (weight, bias))
-        inputs = x, *parameters, None, None, beside(x, residual)
-        return self._done(told, lambda: ChannelCall(problem, None, None, **how).results, *inputs)
+        call = ChannelCall(problem, None, None, differentiated=True, variance=self._spec.over_samples)
+
+        def read(x: Tensor, *others: Tensor | None) -> Sequence[Tensor | None]:
+            *statistics, residual = others
+            x = channels_readable(x)
+            return x, *(None if t is None else dense(t) for t in statistics), beside(x, residual)
+
+        return self.kept(args, lambda *inputs: call.results(*inputs)[: self.results], read, self._ordered)
 
     def fake(self, *args: Any) -> Results:
         x, num_groups, weight, bias, residual, _, activation, _ = self._named(*args)
@@ -253,7 +243,7 @@ class _Backward(_ChannelOp):
         dx, dr = (in_order_of(self._like(x), t) if wanted else None for t, wanted in ((found.dx, dx), (found.dr, dr)))
         return (dx, found.dw if dw else None, found.db, dr)[: self.results]
 
-    def _anew(self, told: tuple[Any, ...], *args: Any) -> Results:
+    def anew(self, *args: Any) -> Results:
         dy, x, num_groups, weight, bias, residual, mean, rstd, eps, activation, *how, dr = self._named(*args)
         batch_invariant, dx, dw, db = how
         fits = dy.shape == x.shape and dy.device == x.device and dy.dtype in road.KERNEL_DTYPES
@@ -268,11 +258,14 @@ class _Backward(_ChannelOp):
             return self.composite(*args)
         problem = Problem(self._spec, num_groups, eps, activation, batch_invariant=bool(batch_invariant))
         wanted = dx, dw, db is not None, bool(dr)
-        x = channels_readable(x)
-        saved = (None if t is None else dense(t) for t in (weight, bias, mean, rstd))
-        inputs = in_order_of(x, dy), x, *saved, beside(x, residual)
-        call = ChannelCall(problem, None, db, differentiated=True)
-        return self._done(told, lambda: call.gradients(wanted), *inputs)
+        gradients = ChannelCall(problem, None, db, differentiated=True).gradients(wanted)
+
+        def read(dy: Tensor, x: Tensor, *others: Tensor | None) -> Sequence[Tensor | None]:
+            *saved, residual = others
+            x = channels_readable(x)
+            return in_order_of(x, dy), x, *(None if t is None else dense(t) for t in saved), beside(x, residual)
+
+        return self.kept(args, lambda *inputs: gradients(*inputs)[: self.results], read, self._ordered)
 
     def fake(self, *args: Any) -> Results:
         _, x, _, weight, bias, *_, dx, dw, db, dr = self._named(*args)
@@ -289,5 +282,5 @@ class _Backward(_ChannelOp):
 
 for _spec in (GROUP_NORM, BATCH_NORM, CHANNEL_LAYER_NORM):
     _backward = _Backward(_spec)
-    register(_Forward(_spec, _backward))
-    register(_backward)
+    register(_Forward(_spec, _backward), CALLS)
+    register(_backward, CALLS)

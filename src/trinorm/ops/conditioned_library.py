@@ -15,6 +15,7 @@ dtype is y's. The statistics are as library.py's, of every row.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,20 +100,14 @@ class _Forward(Op):
         found = conditioned_reference.statistics(*of, x, gate, problem.eps)
         return self._results(y, *(t.detach().to(stats) for t in found))
 
-    def compute(self, *args: Any) -> Results:
-        manner = _REGISTERED, self.name, *args[4:]
-        inputs: Any = args[:4]
-        call = CALLS.recall(manner, *inputs)
-        if call is None:
-            problem, tensors = _problem(self._spec, args)
-            _check(self.name, problem, *tensors)
-            if not tensors[0].numel() or lacking(problem, *tensors) or not road.has_kernels(tensors[0]):
-                return self.composite(*args)
-            inputs = read(problem, *tensors)
-            call = ConditionedCall(problem, road.accumulator_dtype(*tensors), differentiated=True)
-            if all(now is before for now, before in zip(inputs, tensors, strict=True)):
-                CALLS.keep(manner, call, *inputs)
-        return self._results(*call.results(*inputs))
+    def anew(self, *args: Any) -> Results:
+        problem, tensors = _problem(self._spec, args)
+        _check(self.name, problem, *tensors)
+        if not tensors[0].numel() or lacking(problem, *tensors) or not road.has_kernels(tensors[0]):
+            return self.composite(*args)
+        call = ConditionedCall(problem, road.accumulator_dtype(*tensors), differentiated=True)
+        again = lambda *inputs: self._results(*call.results(*inputs))  # noqa: E731
+        return self.kept(args, again, functools.partial(read, problem))
 
     def fake(self, *args: Any) -> Results:
         problem, inputs = _problem(self._spec, args)
@@ -142,7 +137,7 @@ class _Backward(Op):
         found = composite_gradients(problem, wanted, args[0], *inputs)
         return tuple(None if t is None else t.contiguous() for t in found)
 
-    def compute(self, *args: Any) -> Results:
+    def anew(self, *args: Any) -> Results:
         problem, inputs, wanted = self._asked(args)
         dy, mean, rstd = args[0], *args[5:7]
         _check(self.name, problem, *inputs)
@@ -158,13 +153,7 @@ class _Backward(Op):
         torch._check(known, lambda: f"trinorm::{self.name}: a gradient is asked for of what is not there")
         if not x.numel() or lacking(problem, *inputs) or not road.has_kernels(x):
             return self.composite(*args)
-        manner = _REGISTERED, self.name, *args[7:], dy.dtype, rstd.dtype
-        call = CALLS.recall(manner, *inputs)
-        if call is None:
-            call = ConditionedCall(problem, rstd.dtype, differentiated=True)
-            CALLS.keep(manner, call, *inputs)
-        with torch.no_grad():
-            return call.backward(wanted, dy, *inputs, mean, rstd)
+        return self.kept_gradients(args, ConditionedCall(problem, rstd.dtype, differentiated=True), wanted)
 
     def fake(self, *args: Any) -> Results:
         _, inputs, wanted = self._asked(args)
@@ -209,14 +198,10 @@ def _check(
     torch._check_not_implemented(known, lambda: f"trinorm::{op}: a dtype other than {road.KERNEL_DTYPES}")
 
 
-# The manner of a registered op's calls, which no caller of functional can name.
-_REGISTERED = object()
-
-
 def _register(spec: RowNorm) -> None:
     backward = _Backward(spec)
-    register(_Forward(spec, backward))
-    register(backward)
+    register(_Forward(spec, backward), CALLS)
+    register(backward, CALLS)
 
 
 for _spec in ROW_NORMS:

@@ -15,6 +15,8 @@ statistics are as library.py's. The sum has a gradient of its own, dsum.
 
 from __future__ import annotations
 
+import functools
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,20 +107,15 @@ class _Forward(Op):
         stats = road.accumulator_dtype(*inputs)
         return self._results(y, total, *(t.detach().to(stats).reshape(norm.rows(total)) for t in found))
 
-    def compute(self, *args: Any) -> Results:
-        manner, inputs = (_REGISTERED, self.name, *args[5:]), args[:5]
-        call = CALLS.recall(manner, *inputs)
-        if call is None:
-            problem, tensors = _problem(self._spec, args)
-            _check(self.name, problem, *tensors)
-            x, _, *parameters = tensors
-            if not _is_launched(problem, x, *parameters):
-                return self.composite(*args)
-            inputs = read(problem, *tensors)
-            call = GatedSumCall(problem, road.accumulator_dtype(*tensors), differentiated=True)
-            if all(now is before for now, before in zip(inputs, tensors, strict=True)):
-                CALLS.keep(manner, call, *inputs)
-        return self._results(*call.results(*inputs))
+    def anew(self, *args: Any) -> Results:
+        problem, tensors = _problem(self._spec, args)
+        _check(self.name, problem, *tensors)
+        x, _, *parameters = tensors
+        if not _is_launched(problem, x, *parameters):
+            return self.composite(*args)
+        call = GatedSumCall(problem, road.accumulator_dtype(*tensors), differentiated=True)
+        again = lambda *inputs: self._results(*call.results(*inputs))  # noqa: E731
+        return self.kept(args, again, functools.partial(read, problem))
 
     def fake(self, *args: Any) -> Results:
         problem, inputs = _problem(self._spec, args)
@@ -150,7 +147,7 @@ class _Backward(Op):
         # Where nothing is added a gradient is an argument, which an op's may not be.
         return tuple(None if t is None else t.clone(memory_format=torch.contiguous_format) for t in found)
 
-    def compute(self, *args: Any) -> Results:
+    def anew(self, *args: Any) -> Results:
         problem, inputs, wanted = self._asked(args)
         total, rstd, dy, dsum, mean = args[0], args[1], args[4], args[5], args[8]
         x, gate, *parameters = inputs
@@ -166,13 +163,9 @@ class _Backward(Op):
         torch._check(known, lambda: f"trinorm::{self.name}: a gradient is asked for of what is not there")
         if not _is_launched(problem, x, gate, *parameters):
             return self.composite(*args)
-        manner = _REGISTERED, self.name, *args[9:], dy.dtype, rstd.dtype, total.dtype
-        call = CALLS.recall(manner, *inputs)
-        if call is None:
-            call = GatedSumCall(problem, rstd.dtype, differentiated=True)
-            CALLS.keep(manner, call, *inputs)
-        with torch.no_grad():
-            return call.backward(wanted, dy, *inputs, total, mean, rstd, dsum)
+        call = GatedSumCall(problem, rstd.dtype, differentiated=True)
+        # (sum, rstd, input, gate, dy, dsum, weight, bias, mean) as the call takes them.
+        return self.kept_gradients(args, call, wanted, itemgetter(4, 2, 3, 6, 7, 0, 8, 1, 5))
 
     def fake(self, *args: Any) -> Results:
         problem, (x, *parameters), (dx, dresidual, *others) = self._asked(args)
@@ -217,14 +210,10 @@ def _check(op: str, problem: GatedSum, x: Tensor, residual: Tensor, *parameters:
     torch._check_not_implemented(known, lambda: f"trinorm::{op}: a dtype other than {road.KERNEL_DTYPES}")
 
 
-# The manner of a registered op's calls, which no caller of functional can name.
-_REGISTERED = object()
-
-
 def _register(spec: RowNorm) -> None:
     backward = _Backward(spec)
-    register(_Forward(spec, backward))
-    register(backward)
+    register(_Forward(spec, backward), CALLS)
+    register(backward, CALLS)
 
 
 for _spec in ROW_NORMS:

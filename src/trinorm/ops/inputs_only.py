@@ -145,7 +145,7 @@ class _OfInputsOnly(Op):
 
     def __init__(self, prototype: InputsOnly) -> None:
         self._prototype = prototype
-        self._tensors = 1 + len(prototype.tensors)
+        self._count = 1 + len(prototype.tensors)
 
     @property
     def _schema_of_tensors(self) -> str:
@@ -157,7 +157,7 @@ class _OfInputsOnly(Op):
 
     def _problem(self, args: Sequence[Any], first: int = 0) -> tuple[InputsOnly, tuple[Any, ...]]:
         """What is computed, and of which tensors, that begin with the ``first`` of these arguments; checked."""
-        middle = first + self._tensors
+        middle = first + self._count
         inputs, options = tuple(args[first:middle]), args[middle : middle + len(self._prototype.options)]
         problem = self._prototype.of(*options)
         misfit = problem.misfit(*inputs)
@@ -182,11 +182,11 @@ class _Forward(_OfInputsOnly):
         self.schema = f"({self._schema_of_tensors}{self._schema_of_options}) -> Tensor"
 
     def save(self, ctx: Any, results: Any, *args: Any) -> None:
-        ctx.save_for_backward(*args[: self._tensors])
-        ctx.options = args[self._tensors :]
+        ctx.save_for_backward(*args[: self._count])
+        ctx.options = args[self._count :]
 
     def differentiate(self, ctx: Any, *gradients: Tensor | None) -> Results:
-        wanted = ctx.needs_input_grad[3 : 3 + self._tensors]
+        wanted = ctx.needs_input_grad[3 : 3 + self._count]
         found = self._backward(gradients[0], *ctx.saved_tensors, *ctx.options, *wanted)
         return *found, *(None,) * len(ctx.options)
 
@@ -194,12 +194,13 @@ class _Forward(_OfInputsOnly):
         problem, inputs = self._problem(args)
         return problem.composite(*inputs)
 
-    def compute(self, *args: Any) -> Any:
+    def anew(self, *args: Any) -> Any:
         problem, inputs = self._problem(args)
         if not self._kernels_serve(problem, inputs):
             return problem.composite(*inputs)
-        read = problem.read(*inputs)
-        return _recalled(self.name, problem, read).results(*read)[0]
+        call = InputsOnlyCall(problem, differentiated=True)
+        again: Any = lambda *inputs: call.results(*inputs)[0]  # noqa: E731
+        return self.kept(args, again, problem.read)
 
     def fake(self, *args: Any) -> Any:
         x = self._problem(args)[1][0]
@@ -217,19 +218,18 @@ class _Backward(_OfInputsOnly):
         self.name = f"{prototype.name}_backward"
         self._names = [f"d{name}" for name in ("input", *prototype.tensors)]
         wanted = "".join(f", bool {name}" for name in self._names)
-        results = ", ".join(["Tensor"] * self._tensors)
+        results = ", ".join(["Tensor"] * self._count)
         self.schema = f"(Tensor dy, {self._schema_of_tensors}{self._schema_of_options}{wanted}) -> ({results})"
 
     def composite(self, *args: Any) -> Results:
         problem, inputs, wanted = self._asked(args)
         return problem.wanted_gradients(wanted, args[0], *inputs)
 
-    def compute(self, *args: Any) -> Results:
+    def anew(self, *args: Any) -> Results:
         problem, inputs, wanted = self._asked(args)
         if not self._kernels_serve(problem, inputs):
             return self.composite(*args)
-        with torch.no_grad():
-            return _recalled(self.name, problem, inputs).backward(wanted, args[0], *inputs)
+        return self.kept_gradients(args, InputsOnlyCall(problem, differentiated=True), wanted)
 
     def fake(self, *args: Any) -> Results:
         _, inputs, wanted = self._asked(args)
@@ -237,29 +237,15 @@ class _Backward(_OfInputsOnly):
 
     def _asked(self, args: Sequence[Any]) -> tuple[InputsOnly, tuple[Any, ...], tuple[bool, ...]]:
         problem, inputs = self._problem(args, 1)
-        wanted = tuple(args[-self._tensors :])
+        wanted = tuple(args[-self._count :])
         torch._check(args[0].shape == inputs[0].shape, lambda: f"trinorm::{self.name}: dy is not of the input's shape")
         known = all(not want or t is not None for want, t in zip(wanted, inputs, strict=True))
         torch._check(known, lambda: f"trinorm::{self.name}: a gradient is asked for of what is not there")
         return problem, inputs, wanted
 
 
-# The manner of a registered op's calls, which no caller of functional can name.
-_REGISTERED = object()
-
-
-def _recalled(op: str, problem: InputsOnly, inputs: tuple[Any, ...]) -> InputsOnlyCall:
-    """The call of tensors as the kernels read them."""
-    manner = _REGISTERED, op, problem
-    call = CALLS.recall(manner, *inputs)
-    if call is None:
-        call = InputsOnlyCall(problem, differentiated=True)
-        CALLS.keep(manner, call, *inputs)
-    return call
-
-
 def register_norm(prototype: InputsOnly) -> None:
     """Make its op, and that of its backward, torch.ops.trinorm's."""
     backward = _Backward(prototype)
-    register(_Forward(prototype, backward))
-    register(backward)
+    register(_Forward(prototype, backward), CALLS)
+    register(backward, CALLS)

@@ -75,21 +75,13 @@ class _Forward(Op):
         rstds = (reference.statistics(spec, x, 1, eps)[1].detach().to(stats) for x in tensors[:2])
         return *found, *rstds
 
-    def compute(self, *args: Any) -> Results:
+    def anew(self, *args: Any) -> Results:
         *tensors, eps, interleaved, _, cast = args
-        manner = _REGISTERED, *args[6:]
-        inputs: Any = tensors
-        call = CALLS.recall(manner, *tensors)
-        if call is None:
-            _check(NAME, cast, *tensors)
-            if lacking(tensors[0]) or are_empty(*tensors[:2]) or not road.has_kernels(tensors[0]):
-                return self.composite(*args)
-            inputs = read(*tensors)
-            problem = QKProblem(RMS_NORM.with_cast(cast), eps, interleaved)
-            call = QKCall(problem, _statistics(*tensors), differentiated=True)
-            if all(now is before for now, before in zip(inputs, tensors, strict=True)):
-                CALLS.keep(manner, call, *inputs)
-        return call.results(*inputs)
+        _check(NAME, cast, *tensors)
+        if lacking(tensors[0]) or are_empty(*tensors[:2]) or not road.has_kernels(tensors[0]):
+            return self.composite(*args)
+        problem = QKProblem(RMS_NORM.with_cast(cast), eps, interleaved)
+        return self.kept(args, QKCall(problem, _statistics(*tensors), differentiated=True).results, read)
 
     def fake(self, *args: Any) -> Results:
         *tensors, _, _, _, cast = args
@@ -118,7 +110,7 @@ class _Backward(Op):
         found = composite_gradients(problem, tuple(wanted), query_dy, key_dy, *inputs)
         return tuple(None if t is None else t.contiguous() for t in found)
 
-    def compute(self, *args: Any) -> Results:
+    def anew(self, *args: Any) -> Results:
         *inputs, query_rstd, key_rstd, query_dy, key_dy = args[:10]
         eps, interleaved, *wanted, _, cast = args[10:]
         query, key, *weights = inputs[:4]
@@ -135,14 +127,8 @@ class _Backward(Op):
         torch._check(known, lambda: f"trinorm::{self.name}: a gradient is asked for of what is not there")
         if lacking(query) or are_empty(query, key) or not road.has_kernels(query):
             return self.composite(*args)
-        manner = _REGISTERED, self.name, *args[10:], query_rstd.dtype
-        call = CALLS.recall(manner, *inputs)
-        if call is None:
-            problem = QKProblem(RMS_NORM.with_cast(cast), eps, interleaved)
-            call = QKCall(problem, query_rstd.dtype, differentiated=True)
-            CALLS.keep(manner, call, *inputs)
-        with torch.no_grad():
-            return call.backward(tuple(wanted), query_dy, key_dy, *inputs, query_rstd, key_rstd)
+        call = QKCall(QKProblem(RMS_NORM.with_cast(cast), eps, interleaved), query_rstd.dtype, differentiated=True)
+        return self.kept_gradients(args, call, tuple(wanted))
 
     def fake(self, *args: Any) -> Results:
         wanted, inputs = args[12:16], args[:4]
@@ -184,9 +170,6 @@ def _check(
     torch._check_not_implemented(known, lambda: f"trinorm::{op}: a dtype other than {road.KERNEL_DTYPES}")
 
 
-# The manner of a registered op's calls, which no caller of functional can name.
-_REGISTERED = object()
-
 _backward = _Backward()
-register(_Forward(_backward))
-register(_backward)
+register(_Forward(_backward), CALLS)
+register(_backward, CALLS)

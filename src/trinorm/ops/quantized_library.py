@@ -82,19 +82,14 @@ class _Forward(Op):
         _check(self.name, problem, given)
         return composite(problem, given, traced=True)
 
-    def compute(self, *args: Any) -> Results:
-        manner = _REGISTERED, self.name, *args[6:]
-        call = CALLS.recall(manner, *args[:6])
-        if call is not None:
-            return *call(*args[:6]), straight(call.problem, Given(*args[:6]))
+    def anew(self, *args: Any) -> Results:
         problem, given = self._problem(args)
         _check(self.name, problem, given)
         if not given.x.numel() or lacking(problem, given) or not road.has_kernels(given.x):
             return composite(problem, given)
-        inputs, call = read(problem, given), QuantizedCall(problem)
-        if all(now is before for now, before in zip(inputs, given, strict=True)):
-            CALLS.keep(manner, call, *inputs)
-        return *call(*inputs), straight(problem, given)
+        call = QuantizedCall(problem)
+        again = lambda *given: (*call(*given), straight(problem, Given(*given)))  # noqa: E731
+        return self.kept(args, again, lambda *given: read(problem, Given(*given)))
 
     def fake(self, *args: Any) -> Results:
         problem, given = self._problem(args)
@@ -149,8 +144,5 @@ def _check(op: str, problem: Quantizing, given: Given) -> None:
     torch._check_not_implemented(known, lambda: f"trinorm::{op}: a dtype other than {road.KERNEL_DTYPES}")
 
 
-# The manner of a registered op's calls, which no caller of functional can name.
-_REGISTERED = object()
-
 for _spec in ROW_NORMS:
-    register(_Forward(_spec))
+    register(_Forward(_spec), CALLS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,15 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from ..ops import road
+from .calls import Calls, Known
+from .node import apply_of
 
 if TYPE_CHECKING:
     from ..replay import Results
+
+
+# Of a call's tensors, as the op's arguments have them, these in another order.
+Order = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 class Op:
@@ -33,6 +40,19 @@ class Op:
 
     # Whether there is ``differentiate``. Otherwise the composite is differentiated.
     differentiable: bool = False
+
+    def belong_to(self, calls: Calls[Any] | Known[Any]) -> None:
+        """Do calls as their like were done before, until the family's ``calls`` are forgotten."""
+        self._known: Known[Callable[..., Results]] = Known(256)
+        calls.others.append(self._known)
+        kinds = [argument.split()[0] for argument in self.schema[1 : self.schema.index(")")].split(", ")]
+        self._tensors = itemgetter(*(i for i, kind in enumerate(kinds) if kind in ("Tensor", "Tensor?")))
+        self._others = itemgetter(*(i for i, kind in enumerate(kinds) if kind not in ("Tensor", "Tensor?", "SymInt[]")))
+        self._list = kinds.index("SymInt[]") if "SymInt[]" in kinds else None
+
+    def _told(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """All that tells calls apart besides tensors."""
+        return self._others(args) if self._list is None else (*self._others(args), *args[self._list])
 
     def __call__(self, *args: Any) -> Results:
         return self.overload(*args)
@@ -68,7 +88,47 @@ class Op:
         return getattr(torch.ops.trinorm, self.name).default
 
     def compute(self, *args: Any) -> Results:
+        """As a call like this one was done, by which these arguments were found good; else looked at first."""
+        tensors = self._tensors(args)
+        if (again := self._known.recall(self._told(args), *tensors)) is not None:
+            return again(*tensors)
+        return self.anew(*args)
+
+    def anew(self, *args: Any) -> Results:
+        """``compute``, of arguments to be looked at."""
         raise NotImplementedError
+
+    def keep(self, args: Sequence[Any], again: Callable[..., Results]) -> None:
+        """Do calls like this one as ``again`` of their tensors."""
+        self._known.keep(self._told(args), again, *self._tensors(args))
+
+    def kept(
+        self, args: Sequence[Any], again: Callable[..., Results], read: Callable[..., Sequence[Any]], order: Order = tuple
+    ) -> Results:
+        """The same, this one too. order: in which ``again`` takes the tensors; read: as what, which may be themselves."""
+        tensors = order(self._tensors(args))
+        inputs = read(*tensors)
+        if any(now is not before for now, before in zip(inputs, tensors, strict=True)):
+            self.keep(args, lambda *tensors: again(*read(*order(tensors))))
+        else:
+            self.keep(args, again if order is tuple else lambda *tensors: again(*order(tensors)))
+        return again(*inputs)
+
+    def kept_gradients(
+        self,
+        args: Sequence[Any],
+        call: Any,
+        wanted: tuple[bool, ...],
+        order: Order = tuple,
+        after: Callable[..., Results] | None = None,
+    ) -> Results:
+        """The same of a backward: ``call.gradients``, recorded if it can be; and ``after`` of those."""
+        inputs = order(self._tensors(args))
+        found = call.gradients(wanted, *inputs)
+        gradients = call.recorded(wanted, *inputs) or functools.partial(call.gradients, wanted)
+        again = gradients if order is tuple else lambda *tensors: gradients(*order(tensors))
+        self.keep(args, again if after is None else lambda *tensors: after(*again(*tensors)))
+        return found if after is None else after(*found)
 
     def composite(self, *args: Any) -> Results:
         raise NotImplementedError
@@ -103,8 +163,8 @@ class _Kernel(torch.autograd.Function):
         return None, None, None, *ctx.op.differentiate(ctx, *gradients)
 
 
-# Function.apply less its Python part, which would hand the whole to torch.func once more.
-_apply = super(torch.autograd.Function, _Kernel).apply
+# As torch's own would hand the whole to torch.func once more.
+_apply = apply_of(_Kernel)
 
 
 def know_distributed(*args: Any) -> None:
@@ -177,8 +237,9 @@ def out_of_autocast(key: str) -> contextlib.AbstractContextManager[Any]:
 _LIBRARY = torch.library.Library("trinorm", "DEF")
 
 
-def register(op: Op) -> None:
-    """Make it ``torch.ops.trinorm.<name>``."""
+def register(op: Op, calls: Calls[Any] | Known[Any]) -> None:
+    """Make it ``torch.ops.trinorm.<name>``. calls: those of its family."""
+    op.belong_to(calls)
     strides = torch.Tag.needs_exact_strides if op.strided else torch.Tag.flexible_layout
     _LIBRARY.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag, strides))
     _LIBRARY.impl(op.name, op.compute, "CompositeExplicitAutograd")
