@@ -7,10 +7,7 @@ there are two GPUs. Everything is float64, and close as torch.testing says.
 from __future__ import annotations
 
 import copy
-import datetime
-import faulthandler
 import itertools
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -22,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
@@ -49,30 +46,16 @@ from trinorm.spec import (
     ChannelNorm,
     RowNorm,
 )
-from two_ranks import SHAPE, Spec, assert_same, by_kernels, lay, lay_all, module, norm, results, tensors
+from two_ranks import SHAPE, Spec, assert_same, by_kernels, lay, lay_all, module, norm, on_two_ranks, results, tensors
 
 
 @pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="two ranks over NCCL need two GPUs")
 def test_two_ranks(tmp_path: Path) -> None:
-    try:
-        torch.multiprocessing.spawn(run, (tmp_path / "rendezvous",), nprocs=2)
-    except torch.multiprocessing.ProcessExitedException as died:
-        # gloo's threads drop the tensors of a collective when it is done, and with the last hold on one its Python object
-        # (torch 2.13): a race that ended a rank once in some hundred runs, in which there is no machine code of trinorm's.
-        if ON_GPU or died.signal_name not in ("SIGSEGV", "SIGABRT"):
-            raise
-        torch.multiprocessing.spawn(run, (tmp_path / "again",), nprocs=2)
+    on_two_ranks(run, tmp_path)
 
 
-def run(rank: int, rendezvous: Path) -> None:
-    faulthandler.enable()
+def run(mesh: DeviceMesh) -> None:
     warnings.filterwarnings("error", "trinorm")  # which says that torch's operator runs, not a kernel
-    device = "cuda" if ON_GPU else "cpu"
-    if ON_GPU:
-        torch.cuda.set_device(rank)
-    options = dict(rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
-    dist.init_process_group("nccl" if ON_GPU else "gloo", init_method=f"file://{rendezvous}", **options)
-    mesh = init_device_mesh(device, (2,))
     rules_come_with_the_first_distributed_tensor(mesh)
     for kernels in (True,) if ON_GPU else (True, False):
         road.INTERPRETED = road.INTERPRETED and kernels
@@ -81,10 +64,6 @@ def run(rank: int, rendezvous: Path) -> None:
             for spec in specs if ON_GPU else interpreted if kernels else specs[:1]:
                 torch.manual_seed(0)
                 check(spec, mesh)
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    # Not by Python's own end, which those threads, if they come for its lock then, do not survive.
-    os._exit(0)
 
 
 # DTensors, and what else torch.distributed wraps.

@@ -1,14 +1,20 @@
-"""What the tests on two ranks (test_distributed.py) share: norms, modules, tensors on a mesh, whether kernels ran."""
+"""What the tests on two ranks (test_distributed.py) share: ranks, norms, modules, tensors on a mesh, who has computed."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import faulthandler
+import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, distribute_tensor
 
 from machine import ON_GPU
@@ -48,6 +54,32 @@ from trinorm.spec import (
 )
 
 Spec = RowNorm | ChannelNorm
+
+
+def on_two_ranks(run: Callable[[DeviceMesh], None], folder: Path) -> None:
+    """``run`` in two processes, over NCCL on two GPUs, over gloo on a CPU. It has to be a module's."""
+    try:
+        torch.multiprocessing.spawn(_as_a_rank, (run, folder / "rendezvous"), nprocs=2)
+    except torch.multiprocessing.ProcessExitedException as died:
+        # gloo's threads drop the tensors of a collective when it is done, and with the last hold on one its Python object
+        # (torch 2.13): a race that ended a rank once in some hundred runs, in which there is no machine code of trinorm's.
+        if ON_GPU or died.signal_name not in ("SIGSEGV", "SIGABRT"):
+            raise
+        torch.multiprocessing.spawn(_as_a_rank, (run, folder / "again"), nprocs=2)
+
+
+def _as_a_rank(rank: int, run: Callable[[DeviceMesh], None], rendezvous: Path) -> None:
+    faulthandler.enable()
+    if ON_GPU:
+        torch.cuda.set_device(rank)
+    options = dict(rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("nccl" if ON_GPU else "gloo", init_method=f"file://{rendezvous}", **options)
+    run(init_device_mesh("cuda" if ON_GPU else "cpu", (2,)))
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    # Not by Python's own end, which those threads, if they come for its lock then, do not survive.
+    os._exit(0)
+
 
 SHAPE = 4, 4, 8
 
