@@ -47,6 +47,7 @@ FLOW = (
     "checks",
     "functional",
     "shown",
+    "held",
     "channel_calls",
     "nn",
     "models",

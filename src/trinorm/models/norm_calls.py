@@ -9,10 +9,11 @@ import torch
 import torch.nn.modules.module as hooks
 from torch import Tensor
 
+from ..held import parameter
 from ..nn.row import LayerNorm, RMSNorm
 from ..spec import LAYER_NORM, RMS_NORM, RowNorm
 from .forms import Form
-from .recognize import Recognized, form_in_force, parameter
+from .recognize import Recognized, form_in_force
 
 # What a call of a norm is, besides its input: normalized_shape, weight, bias, eps, batch_invariant.
 Row = tuple[RowNorm, tuple[int, ...], Tensor | None, Tensor | None, float | None, bool | None]
@@ -24,12 +25,13 @@ def row_of(norm: Any, x: Tensor) -> Row | None:
     if kind is LayerNorm or kind is RMSNorm:
         if norm.save != "input" or is_replaced(norm):
             return None
-        spec, bias = (RMS_NORM, None) if kind is RMSNorm else (LAYER_NORM, norm.bias)
-        return spec.with_cast(norm.cast), norm.normalized_shape, norm.weight, bias, norm.eps, norm.batch_invariant
+        spec, bias = (RMS_NORM, None) if kind is RMSNorm else (LAYER_NORM, "bias")
+        parameters = parameter(norm, "weight"), parameter(norm, bias)
+        return spec.with_cast(norm.cast), norm.normalized_shape, *parameters, norm.eps, norm.batch_invariant
     form = form_in_force(norm) if isinstance(norm, Recognized) else None
     if type(form) is not Form or is_replaced(norm):
         return None
-    weight, bias = (None if name is None else getattr(norm, name) for name in (form.weight, form.bias))
+    weight, bias = parameter(norm, form.weight), parameter(norm, form.bias)
     return (form.norm, x.shape[-1:], weight, bias, form.eps, None) if form.serves((weight, bias), x) else None
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..compare import compare
+from ..held import parameter
 from ..spec import CASTS, GATE_ACTIVATIONS, LAYER_NORM, ROW_NORMS
 from .forms import ChannelForm, Dtypes, Form, GatedForm, Parameters
 from .made import MARK, Made
@@ -86,14 +87,6 @@ def extended(
     named: dict[str, Any] = {"__module__": of.__module__, "__qualname__": of.__qualname__, "forward": forward}
     named.update(made_by=(made_by, (of,)), was=staticmethod(of.forward))
     return type(of.__name__, (Recognized, of), named)
-
-
-def parameter(module: torch.nn.Module, name: str | None) -> Tensor | None:
-    """An attribute, without Module's search for it where it is a parameter."""
-    if name is None:
-        return None
-    found = module._parameters.get(name)
-    return getattr(module, name) if found is None else found
 
 
 def form_in_force(module: torch.nn.Module) -> Form | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import functional
 from ..channel_calls import of_batches, of_instances
+from ..held import parameter
 from ..shown import shown
 from ..spec import Activation
 from .conditioned import (
@@ -99,8 +100,8 @@ class AddLayerNorm(torch.nn.LayerNorm):
         return functional.add_layer_norm(
             input,
             residual,
-            self.weight,
-            self.bias,
+            parameter(self, "weight"),
+            parameter(self, "bias"),
             self.eps,
             normalized_shape=self.normalized_shape,
             alpha=self.alpha,
@@ -136,7 +137,7 @@ class AddRMSNorm(torch.nn.RMSNorm):
         return functional.add_rms_norm(
             x,
             residual,
-            self.weight,
+            parameter(self, "weight"),
             self.eps,
             normalized_shape=self.normalized_shape,
             alpha=self.alpha,
@@ -172,8 +173,8 @@ class GroupNorm(torch.nn.GroupNorm):
         return functional.group_norm(
             input,
             self.num_groups,
-            self.weight,
-            self.bias,
+            parameter(self, "weight"),
+            parameter(self, "bias"),
             self.eps,
             activation=self.activation,
             scale=scale,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..held import parameter
 from ..shown import shown
 
 
@@ -28,8 +29,8 @@ class LayerNorm(torch.nn.LayerNorm):
         return functional.layer_norm(
             input,
             self.normalized_shape,
-            self.weight,
-            self.bias,
+            parameter(self, "weight"),
+            parameter(self, "bias"),
             self.eps,
             save=self.save,
             cast=self.cast,
@@ -59,7 +60,7 @@ class RMSNorm(torch.nn.RMSNorm):
         return functional.rms_norm(
             x,
             self.normalized_shape,
-            self.weight,
+            parameter(self, "weight"),
             self.eps,
             save=self.save,
             cast=self.cast,
