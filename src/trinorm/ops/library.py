@@ -96,18 +96,20 @@ class _Forward(Op):
         stats = road.accumulator_dtype(x, weight, bias)
         return self._results(y, mean.detach().to(stats), rstd.detach().to(stats))
 
-    def compute(self, *args: Any) -> Results:
+    def recalled(self, *args: Any) -> Results | None:
+        """Known to the family by one guard, as functional's, for any number of rows."""
+        x, shape, weight, bias, eps, *how = self._named(*args)
+        call = CALLS.recall(self.name, (_REGISTERED, *how), x, shape, weight, bias, eps)
+        return None if call is None else self._results(*call.results(x, weight, bias))
+
+    def anew(self, *args: Any) -> Results:
         x, shape, weight, bias, eps, batch_invariant, cast = self._named(*args)
-        inputs, manner = (x, weight, bias), (_REGISTERED, batch_invariant, cast)
-        # Known to the family by one guard, as functional's: asked as other ops are it would be no sooner.
-        call = CALLS.recall(self.name, manner, x, shape, weight, bias, eps)
-        if call is None:
-            check(self.name, cast, x, shape, weight, bias)
-            if not road.has_kernels(x) or not x.numel():
-                return self.composite(*args)
-            how: dict[str, Any] = dict(batch_invariant=batch_invariant, differentiated=True)
-            spec = self._spec.with_cast(cast)
-            call, inputs = prepared(spec, len(shape), inputs, eps, (shape, eps, manner), **how)
+        check(self.name, cast, x, shape, weight, bias)
+        if not road.has_kernels(x) or not x.numel():
+            return self.composite(*args)
+        asked = shape, eps, (_REGISTERED, batch_invariant, cast)
+        how: dict[str, Any] = dict(batch_invariant=batch_invariant, differentiated=True)
+        call, inputs = prepared(self._spec.with_cast(cast), len(shape), (x, weight, bias), eps, asked, **how)
         return self._results(*call.results(*inputs))
 
     def fake(self, *args: Any) -> Results:
