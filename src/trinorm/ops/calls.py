@@ -66,8 +66,9 @@ class Calls(Generic[T]):
     ) -> T | None:
         """What was kept for a call like this one, None where nothing was."""
         # Of what road.observer looks for, the guard does not see forward-mode AD, nor (2.13) the modes of selective
-        # checkpointing, which ask compilers not to look at them. To ask for any mode costs 38 ns.
-        if _is_compiling() or forward_ad._current_level >= 0 or _modes():
+        # checkpointing, which ask compilers not to look at them (to ask for any mode costs 38 ns). torch.func it sees, but
+        # asks the strides first, which ends the process for a nested tensor that vmap maps over.
+        if _is_compiling() or forward_ad._current_level >= 0 or _modes() or _is_transformed():
             return None
         if type(x) not in road.PLAIN or type(eps) not in _NUMBERS:
             return None
@@ -147,7 +148,9 @@ class Known(Generic[T]):
         """What was kept for a call like this one, None where nothing was. manner: all that tells calls apart besides
         tensors, and no tensor. tensors: at least one, the first not None.
         """
-        if _is_compiling() or forward_ad._current_level >= 0 or _modes() or type(tensors[0]) not in road.PLAIN:
+        if _is_compiling() or forward_ad._current_level >= 0 or _modes() or _is_transformed():  # as Calls'
+            return None
+        if type(tensors[0]) not in road.PLAIN:
             return None
         given, present, with_grad = 1, [], _grad_is_on()
         try:
@@ -270,4 +273,5 @@ _SHAPES = (tuple, list)
 _STRIDED = torch.strided
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
+_is_transformed = torch._C._are_functorch_transforms_active
 _grad_is_on = torch.is_grad_enabled
