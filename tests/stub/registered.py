@@ -125,6 +125,17 @@ def test_a_repeated_call_passes_what_the_first_passed(case: Callable[[], Case], 
     assert ordinary == []
 
 
+def test_a_call_of_one_tensor_twice_is_repeated(stub: Stub, ordinary: list[str]) -> None:
+    """As y and the sum have one gradient where a graph adds them."""
+    for again in range(4):
+        name, (total, dy, _, *others) = of_a_sum_backward()
+        ordinary.clear()
+        op(name)(total, dy, dy, *others)
+        assert bool(ordinary) == (again == 0)
+        (launch,) = stub.launches()
+        assert launch.parameters.count(dy.data_ptr()) == 2
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_bad_tensors_are_refused_after_good_ones(case: Callable[[], Case], stub: Stub) -> None:
     """Of each tensor in its turn: half of it, and of another dtype."""
