@@ -17,6 +17,8 @@ T = TypeVar("T")
 class Bounded(dict[Hashable, T]):
     """A dict of at most ``limit`` keys. It starts anew when it is full: what still comes is soon back."""
 
+    __slots__ = ("_limit",)
+
     def __init__(self, limit: int) -> None:
         self._limit = limit
 
@@ -127,6 +129,8 @@ class Calls(Generic[T]):
 
 class Known(Generic[T]):
     """The same of norms whose calls are each of their own shape. others: as Calls'."""
+
+    __slots__ = ("_by_key", "_kept", "_latest", "others")
 
     def __init__(self, limit: int) -> None:
         self.others: list[Known[Any]] = []
