@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import Tensor
 from trinorm.launch import describe
 from trinorm.ops import (
     added,
+    channel,
+    channels,
     conditioned,
     conditioned_rows,
     dynamic_rows,
@@ -21,15 +25,17 @@ from trinorm.ops import (
     gated_sum_rows,
     heads,
     inputs_only,
+    poly_rows,
     qk,
     quantized,
     quantized_rows,
     repeated,
     row,
+    weight_rows,
 )
 
-HOSTS = conditioned_rows, dynamic_rows, gated_sum_rows, heads, quantized_rows
-FAMILIES = added, conditioned, gated_sum, inputs_only, qk, quantized, row
+HOSTS = channels, conditioned_rows, dynamic_rows, gated_sum_rows, heads, poly_rows, quantized_rows, weight_rows
+FAMILIES = added, channel, conditioned, gated_sum, inputs_only, qk, quantized, row
 
 Case = tuple[str, list[Any]]
 
@@ -99,7 +105,41 @@ def dynamic() -> Case:
     return "dynamic_tanh_backward", [*tensors, 1, True, True, False, True, True]
 
 
-CASES = of_rows, of_a_sum, of_a_sum_backward, gated, of_a_gated_sum, of_heads, with_codes, dynamic
+def of_groups() -> Case:
+    tensors = [
+        draw(2, 8, 4, 4),
+        draw(2, 8, 4, 4),
+        2,
+        draw(8),
+        draw(8),
+        draw(2, 8, 4, 4),
+        statistics(2, 2),
+        statistics(2, 2),
+    ]
+    return "group_norm_backward", [*tensors, 1e-5, "silu", False, True, True, torch.bfloat16, True]
+
+
+def of_powers() -> Case:
+    return "poly_norm_backward", [draw(M, N), draw(M, N), draw(3), draw(1), 1e-6, True, True, True]
+
+
+def of_a_weight() -> Case:
+    return "weight_norm_backward", [draw(M, N), draw(M, N), draw(M, 1), 0, True, True]
+
+
+CASES = (
+    of_rows,
+    of_a_sum,
+    of_a_sum_backward,
+    gated,
+    of_a_gated_sum,
+    of_heads,
+    with_codes,
+    dynamic,
+    of_groups,
+    of_powers,
+    of_a_weight,
+)
 
 
 def op(name: str) -> Any:
@@ -123,6 +163,29 @@ def test_a_repeated_call_passes_what_the_first_passed(case: Callable[[], Case], 
             assert len(held) == len(tensors)
             assert_same(first[0], launches, first[1], roles)
     assert ordinary == []
+
+
+def test_a_call_of_one_tensor_twice_is_repeated(stub: Stub, ordinary: list[str]) -> None:
+    """As y and the sum have one gradient where a graph adds them."""
+    for again in range(4):
+        name, (total, dy, _, *others) = of_a_sum_backward()
+        ordinary.clear()
+        op(name)(total, dy, dy, *others)
+        assert bool(ordinary) == (again == 0)
+        (launch,) = stub.launches()
+        assert launch.parameters.count(dy.data_ptr()) == 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_tensor_is_held(case: Callable[[], Case], stub: Stub) -> None:
+    for _ in range(3):
+        name, args = case()
+        results = op(name)(*args)
+        results = results if isinstance(results, tuple) else (results,)
+        held = [weakref.ref(kept) for t in (*args, *results) if isinstance(t, Tensor) for kept in (t, t.untyped_storage())]
+        del args, results
+        gc.collect()
+        assert [ref() for ref in held] == [None] * len(held)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -115,6 +115,18 @@ def test_tracers_and_modes_see_the_composite(stub: Stub) -> None:
     assert len(stub.launches()) == 1
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_mapped_nested_tensor_is_refused(stub: Stub) -> None:
+    """After good calls too. It does not say that it is nested, and torch's guard would ask its strides."""
+    x, residual, weight = torch.randn(8, 64), torch.randn(8, 64), torch.randn(64)
+    nested = torch.nested.nested_tensor([torch.randn(3, 64), torch.randn(2, 64)])
+    for norm in (lambda x: functional.rms_norm(x, (64,), weight), lambda x: functional.add_rms_norm(x, residual)[0]):
+        for _ in range(2):
+            norm(x)
+        with pytest.raises(RuntimeError, match="nested"):
+            torch.func.vmap(norm)(nested)
+
+
 def test_autocast_is_told_apart(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where its policy is fp32, a call under it is cast though its like was seen outside, and the next outside is not."""
     monkeypatch.setattr(reference, "autocast_to_fp32", lambda spec, device: torch.is_autocast_enabled(device))

@@ -136,7 +136,7 @@ class _Forward(Op):
         def again(*inputs: Tensor | None) -> Results:
             return self._results(*call.results(*inputs, None))
 
-        return self.kept(args, again, read)
+        return self.do_and_keep(args, again, read)
 
     def fake(self, *args: Any) -> Results:
         x, residual, shape, weight, bias, seed, row_scale, _, _, _, dtype, _, cast = args
@@ -206,7 +206,7 @@ class _Backward(Op):
         call = AddedCall(problem, dtypes, differentiated=True)
         asked = dx is not None, dresidual is not None, dw, db is not None
 
-        return self.kept_gradients(args, call, asked, after=_apart)
+        return self.do_and_keep_gradients(args, call, asked, after=_apart)
 
     def fake(self, *args: Any) -> Results:
         total, dy, _, shape, weight, *_, dx, dresidual, dw, db, _, _ = args

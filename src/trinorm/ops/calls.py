@@ -17,6 +17,8 @@ T = TypeVar("T")
 class Bounded(dict[Hashable, T]):
     """A dict of at most ``limit`` keys. It starts anew when it is full: what still comes is soon back."""
 
+    __slots__ = ("_limit",)
+
     def __init__(self, limit: int) -> None:
         self._limit = limit
 
@@ -66,8 +68,9 @@ class Calls(Generic[T]):
     ) -> T | None:
         """What was kept for a call like this one, None where nothing was."""
         # Of what road.observer looks for, the guard does not see forward-mode AD, nor (2.13) the modes of selective
-        # checkpointing, which ask compilers not to look at them. To ask for any mode costs 38 ns.
-        if _is_compiling() or forward_ad._current_level >= 0 or _modes():
+        # checkpointing, which ask compilers not to look at them (to ask for any mode costs 38 ns). torch.func it sees, but
+        # asks the strides first, which ends the process for a nested tensor that vmap maps over.
+        if _is_compiling() or forward_ad._current_level >= 0 or _modes() or _is_transformed():
             return None
         if type(x) not in road.PLAIN or type(eps) not in _NUMBERS:
             return None
@@ -127,6 +130,8 @@ class Calls(Generic[T]):
 class Known(Generic[T]):
     """The same of norms whose calls are each of their own shape. others: as Calls'."""
 
+    __slots__ = ("_by_key", "_kept", "_latest", "others")
+
     def __init__(self, limit: int) -> None:
         self.others: list[Known[Any]] = []
         self._kept: Bounded[tuple[tuple[Callable[..., bool], T], ...]] = Bounded(limit)
@@ -147,7 +152,9 @@ class Known(Generic[T]):
         """What was kept for a call like this one, None where nothing was. manner: all that tells calls apart besides
         tensors, and no tensor. tensors: at least one, the first not None.
         """
-        if _is_compiling() or forward_ad._current_level >= 0 or _modes() or type(tensors[0]) not in road.PLAIN:
+        if _is_compiling() or forward_ad._current_level >= 0 or _modes() or _is_transformed():  # as Calls'
+            return None
+        if type(tensors[0]) not in road.PLAIN:
             return None
         given, present, with_grad = 1, [], _grad_is_on()
         try:
@@ -270,4 +277,5 @@ _SHAPES = (tuple, list)
 _STRIDED = torch.strided
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
+_is_transformed = torch._C._are_functorch_transforms_active
 _grad_is_on = torch.is_grad_enabled

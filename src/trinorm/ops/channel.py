@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -169,6 +168,5 @@ class _ChannelNorm(torch.autograd.Function):
 
 _apply = apply_of(_ChannelNorm)
 
-# By what functional is told a ChannelCall, by what an op is told the results of one.
-CALLS: Known[Callable[..., Any]] = Known(1024)
+CALLS: Known[ChannelCall] = Known(1024)
 when_set(CALLS.clear)

@@ -214,7 +214,7 @@ class _Forward(_ChannelOp):
             x = channels_readable(x)
             return x, *(None if t is None else dense(t) for t in statistics), beside(x, residual)
 
-        return self.kept(args, lambda *inputs: call.results(*inputs)[: self.results], read, self._ordered)
+        return self.do_and_keep(args, lambda *inputs: call.results(*inputs)[: self.results], read, self._ordered)
 
     def fake(self, *args: Any) -> Results:
         x, num_groups, weight, bias, residual, _, activation, _ = self._named(*args)
@@ -265,7 +265,7 @@ class _Backward(_ChannelOp):
             x = channels_readable(x)
             return in_order_of(x, dy), x, *(None if t is None else dense(t) for t in saved), beside(x, residual)
 
-        return self.kept(args, lambda *inputs: gradients(*inputs)[: self.results], read, self._ordered)
+        return self.do_and_keep(args, lambda *inputs: gradients(*inputs)[: self.results], read, self._ordered)
 
     def fake(self, *args: Any) -> Results:
         _, x, _, weight, bias, *_, dx, dw, db, dr = self._named(*args)

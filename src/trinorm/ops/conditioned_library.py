@@ -107,7 +107,7 @@ class _Forward(Op):
             return self.composite(*args)
         call = ConditionedCall(problem, road.accumulator_dtype(*tensors), differentiated=True)
         again = lambda *inputs: self._results(*call.results(*inputs))  # noqa: E731
-        return self.kept(args, again, functools.partial(read, problem))
+        return self.do_and_keep(args, again, functools.partial(read, problem))
 
     def fake(self, *args: Any) -> Results:
         problem, inputs = _problem(self._spec, args)
@@ -153,7 +153,7 @@ class _Backward(Op):
         torch._check(known, lambda: f"trinorm::{self.name}: a gradient is asked for of what is not there")
         if not x.numel() or lacking(problem, *inputs) or not road.has_kernels(x):
             return self.composite(*args)
-        return self.kept_gradients(args, ConditionedCall(problem, rstd.dtype, differentiated=True), wanted)
+        return self.do_and_keep_gradients(args, ConditionedCall(problem, rstd.dtype, differentiated=True), wanted)
 
     def fake(self, *args: Any) -> Results:
         _, inputs, wanted = self._asked(args)

@@ -115,7 +115,7 @@ class _Forward(Op):
             return self.composite(*args)
         call = GatedSumCall(problem, road.accumulator_dtype(*tensors), differentiated=True)
         again = lambda *inputs: self._results(*call.results(*inputs))  # noqa: E731
-        return self.kept(args, again, functools.partial(read, problem))
+        return self.do_and_keep(args, again, functools.partial(read, problem))
 
     def fake(self, *args: Any) -> Results:
         problem, inputs = _problem(self._spec, args)
@@ -165,7 +165,7 @@ class _Backward(Op):
             return self.composite(*args)
         call = GatedSumCall(problem, rstd.dtype, differentiated=True)
         # (sum, rstd, input, gate, dy, dsum, weight, bias, mean) as the call takes them.
-        return self.kept_gradients(args, call, wanted, itemgetter(4, 2, 3, 6, 7, 0, 8, 1, 5))
+        return self.do_and_keep_gradients(args, call, wanted, itemgetter(4, 2, 3, 6, 7, 0, 8, 1, 5))
 
     def fake(self, *args: Any) -> Results:
         problem, (x, *parameters), (dx, dresidual, *others) = self._asked(args)

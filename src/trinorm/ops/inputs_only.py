@@ -200,7 +200,7 @@ class _Forward(_OfInputsOnly):
             return problem.composite(*inputs)
         call = InputsOnlyCall(problem, differentiated=True)
         again: Any = lambda *inputs: call.results(*inputs)[0]  # noqa: E731
-        return self.kept(args, again, problem.read)
+        return self.do_and_keep(args, again, problem.read)
 
     def fake(self, *args: Any) -> Any:
         x = self._problem(args)[1][0]
@@ -229,7 +229,7 @@ class _Backward(_OfInputsOnly):
         problem, inputs, wanted = self._asked(args)
         if not self._kernels_serve(problem, inputs):
             return self.composite(*args)
-        return self.kept_gradients(args, InputsOnlyCall(problem, differentiated=True), wanted)
+        return self.do_and_keep_gradients(args, InputsOnlyCall(problem, differentiated=True), wanted)
 
     def fake(self, *args: Any) -> Results:
         _, inputs, wanted = self._asked(args)

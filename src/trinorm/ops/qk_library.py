@@ -81,7 +81,7 @@ class _Forward(Op):
         if lacking(tensors[0]) or are_empty(*tensors[:2]) or not road.has_kernels(tensors[0]):
             return self.composite(*args)
         problem = QKProblem(RMS_NORM.with_cast(cast), eps, interleaved)
-        return self.kept(args, QKCall(problem, _statistics(*tensors), differentiated=True).results, read)
+        return self.do_and_keep(args, QKCall(problem, _statistics(*tensors), differentiated=True).results, read)
 
     def fake(self, *args: Any) -> Results:
         *tensors, _, _, _, cast = args
@@ -128,7 +128,7 @@ class _Backward(Op):
         if lacking(query) or are_empty(query, key) or not road.has_kernels(query):
             return self.composite(*args)
         call = QKCall(QKProblem(RMS_NORM.with_cast(cast), eps, interleaved), query_rstd.dtype, differentiated=True)
-        return self.kept_gradients(args, call, tuple(wanted))
+        return self.do_and_keep_gradients(args, call, tuple(wanted))
 
     def fake(self, *args: Any) -> Results:
         wanted, inputs = args[12:16], args[:4]

@@ -89,7 +89,7 @@ class _Forward(Op):
             return composite(problem, given)
         call = QuantizedCall(problem)
         again = lambda *given: (*call(*given), straight(problem, Given(*given)))  # noqa: E731
-        return self.kept(args, again, lambda *given: read(problem, Given(*given)))
+        return self.do_and_keep(args, again, lambda *given: read(problem, Given(*given)))
 
     def fake(self, *args: Any) -> Results:
         problem, given = self._problem(args)

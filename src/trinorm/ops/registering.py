@@ -43,7 +43,7 @@ class Op:
 
     def belong_to(self, calls: Calls[Any] | Known[Any]) -> None:
         """Do calls as their like were done before, until the family's ``calls`` are forgotten."""
-        self._known: Known[Callable[..., Results]] = Known(256)
+        self._known: Known[Callable[..., Results]] = Known(1024)
         calls.others.append(self._known)
         kinds = [argument.split()[0] for argument in self.schema[1 : self.schema.index(")")].split(", ")]
         self._tensors = itemgetter(*(i for i, kind in enumerate(kinds) if kind in ("Tensor", "Tensor?")))
@@ -96,8 +96,12 @@ class Op:
 
     def compute(self, *args: Any) -> Results:
         """As a call like this one was done, by which these arguments were found good; else looked at first."""
-        found = self.recalled(*args)
-        return self.anew(*args) if found is None else found
+        if (found := self.recalled(*args)) is not None:
+            return found
+        given = [id(t) for t in self._tensors(args) if t is not None]
+        if len(set(given)) < len(given):  # torch's guard knows no tensor again that is passed twice
+            return self.compute(*_each_its_own(args))
+        return self.anew(*args)
 
     def recalled(self, *args: Any) -> Results | None:
         """As a call like this one was done; None where there was none."""
@@ -113,7 +117,7 @@ class Op:
         """Do calls like this one as ``again`` of their tensors."""
         self._known.keep(self._told(args), again, *self._tensors(args))
 
-    def kept(
+    def do_and_keep(
         self, args: Sequence[Any], again: Callable[..., Results], read: Callable[..., Sequence[Any]], order: Order = tuple
     ) -> Results:
         """The same, this one too. order: in which ``again`` takes the tensors; read: as what, which may be themselves."""
@@ -125,7 +129,7 @@ class Op:
             self.keep(args, again if order is tuple else lambda *tensors: again(*order(tensors)))
         return again(*inputs)
 
-    def kept_gradients(
+    def do_and_keep_gradients(
         self,
         args: Sequence[Any],
         call: Any,
@@ -223,6 +227,15 @@ def _is_transformed(*args: Any) -> bool:
 
 def any_requires_grad(*args: Any) -> bool:
     return any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def _each_its_own(args: Sequence[Any]) -> list[Any]:
+    """The same arguments, where a tensor comes again another object for it."""
+    found: list[Any] = []
+    for a in args:
+        again = isinstance(a, Tensor) and any(a is before for before in found)
+        found.append(a.detach() if again else a)
+    return found
 
 
 def batched(results: Results) -> tuple[Results, Sequence[int | None]]:
