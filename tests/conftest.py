@@ -76,7 +76,7 @@ def every_sum(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The kernels that a test has launched, one by one."""
-    from trinorm.ops import (
+    from trinorm.ops.hosts import (
         channel_layers,
         channels,
         conditioned_rows,

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from trinorm.forced import forced
 from trinorm.formats import FORMATS
-from trinorm.ops import (
+from trinorm.ops import gated_sum
+from trinorm.ops.hosts import (
     channel_layers,
     channels,
     conditioned_rows,
     dynamic_rows,
-    gated_sum,
     gated_sum_rows,
     heads,
     poly_rows,
@@ -20,8 +20,9 @@ from trinorm.ops import (
     rows,
     weight_rows,
 )
-from trinorm.ops.conditioned import Conditioned
 from trinorm.ops.poly import MOST_OF_ROW
+from trinorm.ops.problems.conditioned import Conditioned
+from trinorm.ops.problems.gated_sum import problem_of
 from trinorm.ops.quantized import Given, Quantizing
 from trinorm.spec import (
     BATCH_NORM,
@@ -198,7 +199,7 @@ def gated_sums() -> None:
         residual[..., ::3, :] *= 1e30
         gate, weight, bias = torch.randn(3, *own, size, device="cuda").bfloat16()
         for spec in (ConditionedNorm(LAYER_NORM, modulated=True), ConditionedNorm(RMS_NORM)):
-            problem = gated_sum.problem_of(Conditioned(spec, 1, size, 1e-6, x.dtype), x, residual)
+            problem = problem_of(Conditioned(spec, 1, size, 1e-6, x.dtype), x, residual)
             inputs: tuple[Any, ...] = (gate, weight, bias if spec.modulated else None)
             _, total, mean, rstd = gated_sum_rows.forward(problem, x, residual, *inputs, save=True)
             assert total is not None and rstd is not None

@@ -1,4 +1,4 @@
-"""The norms of a sum: functional/added.py, ops/added.py, ops/added_library.py and kernels/added.py."""
+"""The norms of a sum: functional/added.py, ops/added.py, ops/library/added.py and kernels/added.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from paths import PATHS, SPECS, SPLIT, WIDE
 from trinorm import functional, reference
 from trinorm.compare import assert_no_worse
 from trinorm.forced import forced
-from trinorm.ops import added, rows
+from trinorm.ops import added
+from trinorm.ops.hosts import rows
 from trinorm.reference import added as added_reference
 from trinorm.spec import CASTS, LAYER_NORM, RowNorm
 

@@ -17,7 +17,8 @@ from machine import JACOBIAN, ON_GPU
 from paths import PATHS, SPLIT, WIDE
 from trinorm import functional, nn, reference
 from trinorm.compare import assert_no_worse
-from trinorm.ops import road, rows
+from trinorm.ops import road
+from trinorm.ops.hosts import rows
 from trinorm.spec import CASTS, LAYER_NORM, RMS_NORM, Cast, RowNorm
 
 HALVES = [torch.float16, torch.bfloat16]

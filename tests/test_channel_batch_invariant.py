@@ -17,7 +17,8 @@ from test_channel_layer import forget_choices
 from test_channels import groups_of, norm
 from trinorm import functional, nn
 from trinorm.launch import describe
-from trinorm.ops import channel, channel_layers, channels, rows
+from trinorm.ops import channel
+from trinorm.ops.hosts import channel_layers, channels, rows
 from trinorm.reference.channel import Given
 from trinorm.spec import BATCH_NORM, CHANNEL_LAYER_NORM, GROUP_NORM, INSTANCE_NORM, ChannelNorm
 from trinorm.tuning import channel as tuning

@@ -15,7 +15,8 @@ from trinorm import functional, nn, reference
 from trinorm.compare import assert_no_worse
 from trinorm.functional import channel_layer_norm
 from trinorm.launch import describe
-from trinorm.ops import channel_layers, road, rows
+from trinorm.ops import road
+from trinorm.ops.hosts import channel_layers, rows
 from trinorm.spec import LAYER_NORM
 from trinorm.tuning import channel as tuning
 

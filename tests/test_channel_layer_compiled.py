@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trinorm.inspection import Compiled, compile_call, read
-from trinorm.ops import channel_layers, rows
+from trinorm.ops.hosts import channel_layers, rows
 from trinorm.targets import TARGETS
 
 

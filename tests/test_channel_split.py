@@ -20,7 +20,7 @@ from trinorm import functional
 from trinorm.compare import assert_no_worse
 from trinorm.kernels import channel_split
 from trinorm.launch import describe
-from trinorm.ops import channels
+from trinorm.ops.hosts import channels
 from trinorm.reference import channel as reference
 from trinorm.spec import BATCH_NORM, CHANNEL_NORMS, GROUP_NORM, ChannelNorm
 from trinorm.tuning import ChannelSplit

@@ -16,7 +16,7 @@ from trinorm import functional
 from trinorm.compare import assert_no_worse
 from trinorm.kernels.channel_tiles import lanes_there, walk_of_program, walked_count
 from trinorm.launch import describe
-from trinorm.ops import channels
+from trinorm.ops.hosts import channels
 from trinorm.reference import channel as reference
 from trinorm.spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, ChannelNorm
 from trinorm.tuning import channel as tuning

@@ -15,7 +15,7 @@ from paths import forget_channel_choices
 from trinorm import functional
 from trinorm.compare import assert_no_worse
 from trinorm.launch import describe
-from trinorm.ops import channels
+from trinorm.ops.hosts import channels
 from trinorm.reference import channel as reference
 from trinorm.reference.channel import Given
 from trinorm.spec import BATCH_NORM, CHANNEL_NORMS, GROUP_NORM, INSTANCE_NORM, Activation, ChannelNorm

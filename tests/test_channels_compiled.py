@@ -11,8 +11,8 @@ import torch
 
 from paths import forget_channel_choices
 from trinorm.inspection import Compiled, compile_call, read, recorded
-from trinorm.ops import channels
-from trinorm.ops.channels import Problem
+from trinorm.ops.hosts import channels
+from trinorm.ops.hosts.channels import Problem
 from trinorm.spec import BATCH_NORM, GROUP_NORM, INSTANCE_NORM
 from trinorm.tuning import channel as tuning
 

@@ -17,7 +17,8 @@ import trinorm
 from machine import ON_GPU
 from trinorm.cases import DTYPES, NASTY, NORMAL, Case, Inputs, Values
 from trinorm.cli import check, main
-from trinorm.ops import CALLS, road, rows
+from trinorm.ops import CALLS, road
+from trinorm.ops.hosts import rows
 
 CASE = Case((8, 17))
 NORMS = ("layer_norm", "rms_norm")

@@ -12,7 +12,8 @@ import torch
 from trinorm.cases import DTYPES, GPU, INTERPRETED, NASTY, Case, layouts
 from trinorm.cli import check
 from trinorm.norms import NORMS, VARIANTS, Arguments, num_groups
-from trinorm.ops import CALLS, channel, channel_layers, channels
+from trinorm.ops import CALLS, channel
+from trinorm.ops.hosts import channel_layers, channels
 
 CHANNELS = [name for name, norm in NORMS.items() if norm.family == "channels"]
 ROWS = {"group_norm": (4, 45), "instance_norm": (12, 15), "batch_norm": (6, 30), "channel_layer_norm": (30, 6)}

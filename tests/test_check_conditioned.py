@@ -11,7 +11,8 @@ from torch import Tensor
 from trinorm.cases import DTYPES, GPU, INTERPRETED, NASTY, NORMAL, QUICK, Case, Inputs, Values
 from trinorm.cli import check
 from trinorm.norms import CONDITIONED_OPS, OfConditioned
-from trinorm.ops import conditioned, conditioned_rows
+from trinorm.ops import conditioned
+from trinorm.ops.hosts import conditioned_rows
 from trinorm.spec import CASTS, GATE_ACTIVATIONS
 
 OPS = [op for op in check.OPS if check.OPS[op].family == "conditioned"]

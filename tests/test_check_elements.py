@@ -12,7 +12,8 @@ from torch import Tensor
 from trinorm.cases import DTYPES, GPU, INTERPRETED, NASTY, QUICK, Case, Inputs
 from trinorm.cli import check
 from trinorm.norms import ELEMENT_OPS
-from trinorm.ops import dynamic_rows, inputs_only, poly_rows, weight_rows
+from trinorm.ops import inputs_only
+from trinorm.ops.hosts import dynamic_rows, poly_rows, weight_rows
 
 CASE = Case((9, 24))
 EVERYTHING = {

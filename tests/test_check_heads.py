@@ -12,7 +12,8 @@ from torch import Tensor
 from trinorm.cases import DTYPES, GPU, INTERPRETED, NASTY, NORMAL, QUICK, Case, Inputs, Values
 from trinorm.cli import check
 from trinorm.norms import OfHeads
-from trinorm.ops import heads, qk
+from trinorm.ops import qk
+from trinorm.ops.hosts import heads
 
 OPS = [op for op in check.OPS if isinstance(check.OPS[op], OfHeads)]
 SHAPE = (5, 4, 2, 12)

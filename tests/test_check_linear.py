@@ -13,7 +13,8 @@ from trinorm.cases import NASTY, NORMAL, Case, Inputs, Values
 from trinorm.cli import check
 from trinorm.norms import Arguments, OfLinear, as_tuple
 from trinorm.norms.norm import Gradients
-from trinorm.ops import CALLS, linear, rows
+from trinorm.ops import CALLS, linear
+from trinorm.ops.hosts import rows
 
 OPS = [op for op in check.OPS if isinstance(check.OPS[op], OfLinear)]
 EVERYTHING = {

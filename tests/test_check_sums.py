@@ -11,7 +11,8 @@ import torch
 from trinorm.cases import DTYPES, NASTY, NORMAL, Case, Inputs, Values
 from trinorm.cli import check
 from trinorm.norms import SUM_OPS
-from trinorm.ops import added, rows
+from trinorm.ops import added
+from trinorm.ops.hosts import rows
 
 OPS = [op for op in check.OPS if check.OPS[op].of_sum and not check.OPS[op].of_gated_sum]
 CASE = Case((8, 17))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from trinorm.inspection import Compiled, compile_call, read, recorded
-from trinorm.ops import conditioned_rows
-from trinorm.ops.conditioned import Conditioned
+from trinorm.ops.hosts import conditioned_rows
+from trinorm.ops.problems.conditioned import Conditioned
 from trinorm.spec import LAYER_NORM, RMS_NORM, ConditionedNorm
 from trinorm.targets import TARGETS, occupancy
 from trinorm.tuning import choose_conditioned_backward, choose_conditioned_forward, programs_of_a_set

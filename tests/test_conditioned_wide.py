@@ -1,5 +1,5 @@
 """Conditioned norms of rows that no program holds: kernels/conditioned_wide.py, kernels/conditioned_backward_wide.py and
-what ops/conditioned_rows.py asks of them. What they share with shorter rows is test_modulated.py's and its neighbours'.
+what ops/hosts/conditioned_rows.py asks of them. What they share with shorter rows is test_modulated.py's and others'.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from machine import ON_GPU
 from trinorm import functional
 from trinorm.compare import assert_no_worse
 from trinorm.forced import forced
-from trinorm.ops import conditioned_rows
 from trinorm.ops.conditioned import MOST_OF_ROW
+from trinorm.ops.hosts import conditioned_rows
 from trinorm.reference import conditioned as conditioned_reference
 from trinorm.spec import CASTS, LAYER_NORM, RMS_NORM, Cast, RowNorm
 from trinorm.tuning import (

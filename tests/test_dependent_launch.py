@@ -13,12 +13,11 @@ import every_kernel
 from trinorm import inspection
 from trinorm.forced import forced
 from trinorm.formats import FORMATS
-from trinorm.ops import (
+from trinorm.ops.hosts import (
     channel_layers,
     channels,
     conditioned_rows,
     dynamic_rows,
-    gated_sum,
     gated_sum_rows,
     heads,
     poly_rows,
@@ -26,7 +25,8 @@ from trinorm.ops import (
     rows,
     weight_rows,
 )
-from trinorm.ops.conditioned import Conditioned
+from trinorm.ops.problems.conditioned import Conditioned
+from trinorm.ops.problems.gated_sum import problem_of
 from trinorm.ops.quantized import Given, Quantizing
 from trinorm.spec import DYNAMIC_TANH, LAYER_NORM, RMS_NORM, ConditionedNorm
 
@@ -124,7 +124,7 @@ def conditioned_calls() -> list[inspection.Call]:
             assert y is not None and rstd is not None
             conditioned_rows.backward(problem, inputs, y, mean, rstd, (True, spec.gate is not None, True, True))
         x, w = meta(4, 700, 128), meta(4, 1, 128)
-        of_sum = gated_sum.problem_of(Conditioned(ConditionedNorm(LAYER_NORM, modulated=True), 1, 128, 1e-6, x.dtype), x, x)
+        of_sum = problem_of(Conditioned(ConditionedNorm(LAYER_NORM, modulated=True), 1, 128, 1e-6, x.dtype), x, x)
         _, total, mean, rstd = gated_sum_rows.forward(of_sum, x, x, w, w, w, save=True)
         assert total is not None and rstd is not None
         gated_sum_rows.backward(of_sum, (True,) * 5, x, x, w, w, w, total, mean, rstd, x)

@@ -1,4 +1,4 @@
-"""ops/sharding.py, and torch.distributed over the modules: two ranks, beside one process that has it all.
+"""ops/library/sharding.py, and torch.distributed over the modules: two ranks, beside one process that has it all.
 
 Over gloo on a CPU, where the kernels run through the interpreter, and once more as if there were none; over NCCL where
 there are two GPUs. Everything is float64, and close as torch.testing says.
@@ -71,7 +71,7 @@ def run(mesh: DeviceMesh) -> None:
 
 def rules_come_with_the_first_distributed_tensor(mesh: DeviceMesh) -> None:
     x = DTensor.from_local(torch.ones(2, 8, device=mesh.device_type), mesh, [Shard(0)])
-    assert "trinorm.ops.sharding" not in sys.modules
+    assert "trinorm.ops.library.sharding" not in sys.modules
     # As rows stay where they are, the ranks need not do the same.
     if mesh.get_rank() == 0:
         torch.ops.trinorm.rms_norm(x, (8,), None, 1e-5, False, "output")

@@ -19,7 +19,7 @@ from machine import ON_GPU
 from trinorm import functional
 from trinorm.compare import assert_no_worse
 from trinorm.kernels import index, saturating
-from trinorm.ops import dynamic_rows
+from trinorm.ops.hosts import dynamic_rows
 from trinorm.reference import dynamic as dynamic_reference
 from trinorm.spec import DYNAMIC_ERF, DYNAMIC_NORMS, DYNAMIC_TANH, DynamicNorm
 from trinorm.tuning import RowBackward, RowForward, Tile

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trinorm.inspection import Compiled, compile_call, read, recorded
-from trinorm.ops import dynamic_rows, poly_rows
+from trinorm.ops.hosts import dynamic_rows, poly_rows
 from trinorm.spec import DYNAMIC_NORMS
 from trinorm.targets import TARGETS, occupancy
 from trinorm.tuning import (

@@ -13,7 +13,7 @@ import torch
 
 import trinorm
 from trinorm.compare import assert_no_worse
-from trinorm.ops import channels, rows
+from trinorm.ops.hosts import channels, rows
 from trinorm.reference import oracle, oracle_gradients
 from trinorm.spec import RMS_NORM
 

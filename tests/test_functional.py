@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from trinorm import functional, reference
 from trinorm.compare import assert_no_worse
-from trinorm.ops import rows
+from trinorm.ops.hosts import rows
 from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
 
 SPECS = {"layer_norm": LAYER_NORM, "rms_norm": RMS_NORM}

@@ -16,7 +16,7 @@ from conditioned_norms import DTYPES, EPS, NORMS, assert_right, gated, relative
 from machine import ON_GPU
 from trinorm import functional
 from trinorm.compare import assert_no_worse
-from trinorm.ops import conditioned_rows
+from trinorm.ops.hosts import conditioned_rows
 from trinorm.reference import conditioned as conditioned_reference
 from trinorm.spec import CASTS, GATE_ACTIVATIONS, LAYER_NORM, RMS_NORM, Cast, GateActivation, RowNorm
 from trinorm.tuning import RowBackward, RowForward, Tile

@@ -1,4 +1,4 @@
-"""Norms of a gated sum: functional/gated_sum.py, reference/gated_sum.py, ops/gated_sum.py, ops/gated_sum_rows.py,
+"""Norms of a gated sum: functional/gated_sum.py, reference/gated_sum.py, ops/gated_sum.py, ops/hosts/gated_sum_rows.py,
 tuning/gated_sum.py and kernels/gated_sum.py. What is normalized is test_modulated.py's.
 """
 
@@ -15,7 +15,7 @@ from conditioned_norms import DTYPES, EPS, NORMS, modulated, sets, terms
 from machine import ON_GPU
 from trinorm import functional
 from trinorm.compare import assert_no_worse
-from trinorm.ops import gated_sum_rows
+from trinorm.ops.hosts import gated_sum_rows
 from trinorm.reference import gated_sum as gated_sum_reference
 from trinorm.reference.conditioned import summed_to
 from trinorm.spec import LAYER_NORM, RMS_NORM, ConditionedNorm, RowNorm

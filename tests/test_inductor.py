@@ -1,4 +1,4 @@
-"""ops/inductor.py: what Inductor's code calls for a registered op."""
+"""ops/library/inductor.py: what Inductor's code calls for a registered op."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.profiler import profile
 
 from machine import ON_GPU
 from trinorm import functional
-from trinorm.ops import inductor, registering
+from trinorm.ops.library import inductor, registering
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 

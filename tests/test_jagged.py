@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paths import SPECS
 from trinorm import functional, nn
-from trinorm.ops import rows
+from trinorm.ops.hosts import rows
 from trinorm.spec import RowNorm
 
 pytestmark = [

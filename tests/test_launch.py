@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trinorm import functional, inspection, replay
 from trinorm.launch import _prepare_triton, describe, launch
-from trinorm.ops import CALLS, channel, rows
+from trinorm.ops import CALLS, channel
 from trinorm.ops.calls import Bounded
+from trinorm.ops.hosts import rows
 from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
 from trinorm.targets import TARGETS
 

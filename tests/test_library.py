@@ -1,4 +1,4 @@
-"""ops/library.py: the registered ops, and what records them: torch.compile, torch.export, checkpointing."""
+"""ops/library/rows.py: the registered ops, and what records them: torch.compile, torch.export, checkpointing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from machine import ON_GPU
 from paths import SPECS
 from trinorm import functional, reference
-from trinorm.ops import library, road
+from trinorm.ops import road
+from trinorm.ops.library import rows as library
 from trinorm.spec import RowNorm
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

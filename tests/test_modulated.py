@@ -1,5 +1,5 @@
 """Modulated norms and those of heads: functional/conditioned.py, reference/conditioned.py, ops/conditioned.py,
-ops/conditioned_rows.py and kernels/conditioned.py. The gate is test_gated.py's.
+ops/hosts/conditioned_rows.py and kernels/conditioned.py. The gate is test_gated.py's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from conditioned_norms import DTYPES, EPS, NORMS, Call, assert_right, modulated,
 from machine import ON_GPU
 from trinorm import functional
 from trinorm.compare import assert_no_worse
-from trinorm.ops import conditioned, conditioned_rows
+from trinorm.ops.hosts import conditioned_rows
+from trinorm.ops.problems.conditioned import sets_of
 from trinorm.reference import conditioned as conditioned_reference
 from trinorm.spec import CASTS, LAYER_NORM, RMS_NORM, Cast, RowNorm
 from trinorm.tuning import RowBackward, RowForward, Tile, choose_conditioned_backward
@@ -308,7 +309,7 @@ def test_nothing_to_normalize(shape: tuple[int, ...], device: torch.device, laun
     ],
 )
 def test_sets(rows: tuple[int, ...], own: tuple[int, ...], found: tuple[int, int, int] | None) -> None:
-    assert conditioned.sets_of(rows, own) == found
+    assert sets_of(rows, own) == found
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter takes minutes")

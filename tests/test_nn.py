@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trinorm import nn
-from trinorm.ops import rows
+from trinorm.ops.hosts import rows
 
 PAIRS = [(nn.LayerNorm, torch.nn.LayerNorm), (nn.RMSNorm, torch.nn.RMSNorm)]
 

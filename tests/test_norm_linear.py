@@ -16,7 +16,8 @@ from paths import PATHS, SPECS, WIDE
 from trinorm import functional, reference
 from trinorm.compare import assert_no_worse
 from trinorm.forced import forced
-from trinorm.ops import linear, rows
+from trinorm.ops import linear
+from trinorm.ops.hosts import rows
 from trinorm.spec import CASTS, LAYER_NORM, RMS_NORM, RowNorm
 
 EPS = 1e-5

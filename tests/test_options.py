@@ -14,7 +14,8 @@ import trinorm
 from machine import ON_GPU
 from paths import SPECS
 from trinorm import functional, nn, reference
-from trinorm.ops import CALLS, road, rows
+from trinorm.ops import CALLS, road
+from trinorm.ops.hosts import rows
 from trinorm.spec import RowNorm
 
 # From one row to more than the launches of few rows take. On a GPU also past L2, where x and y are streamed.

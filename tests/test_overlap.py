@@ -10,7 +10,7 @@ import torch
 
 from trinorm import functional
 from trinorm.forced import forced
-from trinorm.ops import rows
+from trinorm.ops.hosts import rows
 from trinorm.spec import LAYER_NORM
 from trinorm.tuning import RowBackwardSplit, RowForwardSplit, Tile
 

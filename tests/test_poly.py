@@ -16,7 +16,7 @@ from machine import ON_GPU
 from trinorm import functional
 from trinorm.kernels import index
 from trinorm.kernels import poly as kernels
-from trinorm.ops import poly_rows
+from trinorm.ops.hosts import poly_rows
 from trinorm.tuning import RowBackward, RowForward, Tile
 
 # At the edges of tiles, and within them.

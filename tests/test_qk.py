@@ -1,4 +1,4 @@
-"""QK-norm: functional/qk.py, reference/qk.py, ops/qk.py, ops/heads.py and kernels/heads.py."""
+"""QK-norm: functional/qk.py, reference/qk.py, ops/qk.py, ops/hosts/heads.py and kernels/heads.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from machine import ON_GPU
 from trinorm import functional, reference
 from trinorm.compare import assert_no_worse
-from trinorm.ops import heads
+from trinorm.ops.hosts import heads
 from trinorm.reference import qk as qk_reference
 from trinorm.spec import CASTS, RMS_NORM, Cast, RowNorm
 from trinorm.tuning import Heads, Tile, choose_heads_forward

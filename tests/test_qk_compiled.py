@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from trinorm.inspection import Compiled, compile_call, read
-from trinorm.ops import heads, rows
+from trinorm.ops.hosts import heads, rows
 from trinorm.spec import RMS_NORM
 from trinorm.targets import TARGETS, occupancy
 from trinorm.tuning import choose_heads_backward, choose_heads_forward

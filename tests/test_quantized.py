@@ -14,7 +14,8 @@ from trinorm import functional, reference
 from trinorm.compare import assert_no_worse
 from trinorm.formats import FORMAT_NAMES, FORMATS, FormatName
 from trinorm.functional import Quantized
-from trinorm.ops import quantized, quantized_rows, road
+from trinorm.ops import quantized, road
+from trinorm.ops.hosts import quantized_rows
 from trinorm.reference import added as added_reference
 from trinorm.reference import quantized as quantized_reference
 from trinorm.spec import CASTS, RMS_NORM, ROW_NORMS, Cast, RowNorm

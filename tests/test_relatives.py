@@ -15,7 +15,8 @@ from conditioned_norms import DTYPES, EPS, Call, assert_right, relative
 from machine import ON_GPU
 from trinorm import functional
 from trinorm.compare import assert_no_worse
-from trinorm.ops import conditioned, conditioned_rows
+from trinorm.ops.hosts import conditioned_rows
+from trinorm.ops.problems.conditioned import Conditioned
 from trinorm.reference import conditioned as conditioned_reference
 from trinorm.spec import CASTS, RMS_NORM, Cast, ConditionedNorm
 from trinorm.tuning import RowBackward, RowForward, Tile
@@ -65,7 +66,7 @@ def test_any_sum_over_anything_before_and_behind_a_gate(device: torch.device) ->
     ):
         given = None if spec.gate is None else gate
         call = Call(spec, 1, 8 if spec.gate else 24, x, given, weight[0], bias[0])
-        problem = conditioned.Conditioned(spec, 1, call.size, EPS, x.dtype)
+        problem = Conditioned(spec, 1, call.size, EPS, x.dtype)
         y, mean, rstd = conditioned_rows.forward(problem, conditioned_rows.Inputs(*call.tensors), save=True)
         assert y is not None and rstd is not None
         assert_no_worse("y", y, conditioned_reference.oracle(*call).y, conditioned_reference.composite(*call, x.dtype))

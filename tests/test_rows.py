@@ -11,7 +11,7 @@ import torch
 from paths import PATHS, SPECS, SPLIT, WIDE
 from trinorm import reference
 from trinorm.compare import assert_no_worse
-from trinorm.ops import rows
+from trinorm.ops.hosts import rows
 from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
 from trinorm.tuning import (
     RowBackward,

@@ -16,7 +16,8 @@ from paths import PATHS, SPECS, SPLIT, WIDE
 from trinorm import functional, nn, reference
 from trinorm.cli.check import SAMPLES
 from trinorm.compare import assert_no_worse, unit_in_last_place
-from trinorm.ops import road, row, rows
+from trinorm.ops import road, row
+from trinorm.ops.hosts import rows
 from trinorm.ops.undo import undoable
 from trinorm.spec import LAYER_NORM, RowNorm
 

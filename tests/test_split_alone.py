@@ -12,7 +12,7 @@ from paths import SPECS
 from trinorm import reference
 from trinorm.compare import assert_no_worse
 from trinorm.kernels import row_split
-from trinorm.ops import rows
+from trinorm.ops.hosts import rows
 from trinorm.spec import RowNorm
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs teams as they are: tests/test_rows.py")

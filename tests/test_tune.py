@@ -21,7 +21,7 @@ from trinorm.bench.sweep import Launch, Trial
 from trinorm.cli import main, tune
 from trinorm.forced import forced
 from trinorm.norms import ROW_OPS
-from trinorm.ops import rows
+from trinorm.ops.hosts import rows
 from trinorm.tuning import RowBackward, RowBackwardFew, RowForward, RowForwardWide, Tile
 
 ON_GPU = torch.cuda.is_available()

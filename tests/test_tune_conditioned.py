@@ -15,7 +15,7 @@ from trinorm.bench.cases import OPS, PASSES, Case
 from trinorm.bench.shapes import CONDITIONED_SHAPES
 from trinorm.cli.tune import SWEPT
 from trinorm.forced import forced
-from trinorm.ops import conditioned_rows, gated_sum_rows
+from trinorm.ops.hosts import conditioned_rows, gated_sum_rows
 from trinorm.tuning import RowBackward, RowBackwardWide, RowForward, RowForwardWide, Tile
 
 META = torch.device("meta")

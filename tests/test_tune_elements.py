@@ -17,7 +17,7 @@ from trinorm.bench.cases import PASSES, Case
 from trinorm.bench.shapes import ELEMENT_SHAPES
 from trinorm.cli.tune import SWEPT
 from trinorm.forced import forced
-from trinorm.ops import dynamic_rows, poly_rows
+from trinorm.ops.hosts import dynamic_rows, poly_rows
 from trinorm.tuning import RowBackward, RowForward, Tile
 
 META = torch.device("meta")

@@ -20,7 +20,7 @@ from trinorm.bench.sweep import Launch, Trial
 from trinorm.cli import main
 from trinorm.forced import forced
 from trinorm.norms import OfHeads
-from trinorm.ops import heads, rows
+from trinorm.ops.hosts import heads, rows
 from trinorm.tuning import Heads, Tile
 
 META = torch.device("meta")

@@ -17,7 +17,7 @@ from trinorm.cli.tune import SWEPT
 from trinorm.forced import forced
 from trinorm.functional.quantized import Quantized
 from trinorm.norms import QUANTIZED_OPS
-from trinorm.ops import quantized_rows
+from trinorm.ops.hosts import quantized_rows
 from trinorm.tuning import RowForward, Tile, choose_quantized
 
 META = torch.device("meta")

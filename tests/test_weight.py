@@ -18,7 +18,8 @@ from machine import ON_GPU
 from trinorm import functional
 from trinorm.kernels import index
 from trinorm.kernels import weight as kernels
-from trinorm.ops import road, weight_rows
+from trinorm.ops import road
+from trinorm.ops.hosts import weight_rows
 from trinorm.reference.weight import g_shape
 from trinorm.tuning import Tile, WeightRows
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trinorm.inspection import Compiled, compile_call, read, recorded
-from trinorm.ops import weight_rows
+from trinorm.ops.hosts import weight_rows
 from trinorm.targets import TARGETS
 from trinorm.tuning import choose_weight
 

@@ -23,22 +23,15 @@ from test_channels import norm as channel_norm
 from test_modules_in_torch import ChannelLayerNorm
 from trinorm import functional, nn
 from trinorm.norms import Results, as_tuple
-from trinorm.ops import (
-    CALLS,
-    added,
-    channel,
+from trinorm.ops import CALLS, added, channel, conditioned, gated_sum, inputs_only, qk, road
+from trinorm.ops.hosts import (
     channel_layers,
     channels,
-    conditioned,
     conditioned_rows,
     dynamic_rows,
-    gated_sum,
     gated_sum_rows,
     heads,
-    inputs_only,
     poly_rows,
-    qk,
-    road,
     rows,
     weight_rows,
 )

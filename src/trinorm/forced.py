@@ -5,23 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from .ops import (
-    CALLS,
-    added,
-    conditioned,
-    conditioned_rows,
-    dynamic_rows,
-    gated_sum,
-    gated_sum_rows,
-    heads,
-    inputs_only,
-    poly_rows,
-    qk,
-    quantized,
-    quantized_rows,
-    rows,
-    stream,
-)
+from .ops import CALLS, added, conditioned, gated_sum, inputs_only, qk, quantized, stream
+from .ops.hosts import conditioned_rows, dynamic_rows, gated_sum_rows, heads, poly_rows, quantized_rows, rows
 
 # Where tuning's choices are asked for, by how their names start.
 _FAMILIES = {

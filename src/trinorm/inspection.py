@@ -23,7 +23,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from .launch import plain
-from .ops import (
+from .ops.hosts import (
     channel_layers,
     channels,
     conditioned_rows,

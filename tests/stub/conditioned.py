@@ -12,7 +12,8 @@ from torch import Tensor
 
 from trinorm import functional
 from trinorm.launch import describe
-from trinorm.ops import conditioned, conditioned_rows, repeated, rows
+from trinorm.ops import conditioned, repeated
+from trinorm.ops.hosts import conditioned_rows, rows
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,8 @@ from stub_driver import Stub
 from triton.runtime.jit import JITFunction
 
 from trinorm.launch import describe
-from trinorm.ops import CALLS, calls, road, row, rows
+from trinorm.ops import CALLS, calls, road, row
+from trinorm.ops.hosts import rows
 
 
 @pytest.fixture(scope="session")

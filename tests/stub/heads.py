@@ -12,7 +12,8 @@ from torch import Tensor
 
 from trinorm import functional
 from trinorm.launch import describe
-from trinorm.ops import heads, qk, repeated
+from trinorm.ops import qk, repeated
+from trinorm.ops.hosts import heads
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from trinorm import functional
 from trinorm.launch import describe
-from trinorm.ops import channel, channel_layers, channels, repeated
+from trinorm.ops import channel, repeated
+from trinorm.ops.hosts import channel_layers, channels
 
 
 @pytest.fixture(autouse=True)

@@ -23,8 +23,9 @@ from trinorm import replay
 from trinorm.kernels import row
 from trinorm.launch import empty
 from trinorm.launch import launch as start
-from trinorm.ops import CALLS, calls, rows
-from trinorm.ops import start as started
+from trinorm.ops import CALLS, calls
+from trinorm.ops.hosts import rows
+from trinorm.ops.hosts import start as started
 from trinorm.spec import RMS_NORM, RowNorm
 
 PROGRAMMATIC_STREAM_SERIALIZATION = 6

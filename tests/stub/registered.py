@@ -14,23 +14,15 @@ from stub_driver import Stub
 from torch import Tensor
 
 from trinorm.launch import describe
-from trinorm.ops import (
-    added,
-    channel,
+from trinorm.ops import added, channel, conditioned, gated_sum, inputs_only, qk, quantized, repeated, row
+from trinorm.ops.hosts import (
     channels,
-    conditioned,
     conditioned_rows,
     dynamic_rows,
-    gated_sum,
     gated_sum_rows,
     heads,
-    inputs_only,
     poly_rows,
-    qk,
-    quantized,
     quantized_rows,
-    repeated,
-    row,
     weight_rows,
 )
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from trinorm import functional
 from trinorm.launch import describe
-from trinorm.ops import CALLS, channel, channel_layers, channels, repeated
+from trinorm.ops import CALLS, channel, repeated
+from trinorm.ops.hosts import channel_layers, channels
 
 THREADS, CALLS_OF_EACH = 8, 150
 

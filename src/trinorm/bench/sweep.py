@@ -18,7 +18,7 @@ from ..forced import forced
 from ..inspection import compile_call
 from ..launch import describe
 from ..norms import OfConditioned, OfDynamic, OfGatedSums, OfHeads, OfPoly, OfQuantized, OfRows, Shape
-from ..ops import dynamic_rows, gated_sum_rows, heads
+from ..ops.hosts import dynamic_rows, gated_sum_rows, heads
 from ..tuning import Heads, RowBackwardSplit, RowBackwardWide, RowForwardSplit, RowForwardWide, Tile
 from .cases import OPS, Case, Inputs
 from .measure import TimedCall, ceiling_calls, compared, expect, reason

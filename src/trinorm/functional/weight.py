@@ -7,7 +7,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import checks
 from ..ops import inputs_only
-from ..ops.weight import NAME, Weight
+from ..ops.library.names import WEIGHT_NORM
+from ..ops.weight import Weight
 from ..reference.weight import g_shape
 
 
@@ -48,20 +49,20 @@ def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0) -> Tensor:
     tensors = v, g
     if has_torch_function_variadic(*tensors):
         return handle_torch_function(weight_norm, tensors, v, g, dim=dim)
-    asked = (NAME, dim) if dim is None or type(dim) is int else None
+    asked = (WEIGHT_NORM, dim) if dim is None or type(dim) is int else None
     if asked is not None and (call := inputs_only.CALLS.recall(asked, *tensors)) is not None:
         return call(*tensors)
     for name, t in dict(v=v, g=g).items():
-        checks.tensor(NAME, name, t, required=True)
-        checks.strided(NAME, name, t)
+        checks.tensor(WEIGHT_NORM, name, t, required=True)
+        checks.strided(WEIGHT_NORM, name, t)
         if t.is_nested:
-            raise RuntimeError(f"{NAME}(): {name} is a nested tensor, which this norm does not take")
-        checks.beside(NAME, name, t, v, "v")
+            raise RuntimeError(f"{WEIGHT_NORM}(): {name} is a nested tensor, which this norm does not take")
+        checks.beside(WEIGHT_NORM, name, t, v, "v")
     along = _along(v, dim)
     wanted = g_shape(along, v.shape)
     if g.numel() != 1 if along is None else g.shape != wanted:
         of = f"{wanted}, v's with all dims but {dim} of size 1" if along is not None else "of one element"
-        raise RuntimeError(f"{NAME}(): g has shape {tuple(g.shape)}; with dim={dim} it must be {of}")
+        raise RuntimeError(f"{WEIGHT_NORM}(): g has shape {tuple(g.shape)}; with dim={dim} it must be {of}")
     return inputs_only.inputs_only_norm(Weight(along), asked, *tensors)
 
 
@@ -70,10 +71,10 @@ def _along(v: Tensor, dim: int | None) -> int | None:
     if dim is None:
         return None
     if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"{NAME}(): dim must be an int or None, not {dim!r}")
+        raise TypeError(f"{WEIGHT_NORM}(): dim must be an int or None, not {dim!r}")
     if dim == -1:
         return None
     if not -v.dim() <= dim < v.dim():
         last = f"from {-v.dim()} to {v.dim() - 1}, or None" if v.dim() else "None, as v has no dims"
-        raise IndexError(f"{NAME}(): dim is {dim}; of a v with shape {tuple(v.shape)} it must be {last}")
+        raise IndexError(f"{WEIGHT_NORM}(): dim is {dim}; of a v with shape {tuple(v.shape)} it must be {last}")
     return dim % v.dim()

@@ -136,7 +136,7 @@ class OfChannels(Norm):
         return found[1].flatten(), found[2].flatten()
 
     def forward(self, of: Arguments, *, save: bool) -> Normalized:
-        from ..ops import channels
+        from ..ops.hosts import channels
 
         x, num_groups, weight, bias, eps = self._problem(of)
         given = self._given(x)
@@ -148,7 +148,7 @@ class OfChannels(Norm):
     def backward(
         self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor, dsum: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        from ..ops import channels
+        from ..ops.hosts import channels
 
         assert mean is not None
         x, num_groups, weight, bias, eps = self._problem(of)

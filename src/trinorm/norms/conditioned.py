@@ -188,7 +188,7 @@ class OfConditioned(Norm):
         return OfRows(self.spec.norm).torch_statistics(self.rows(x), eps)
 
     def forward(self, of: Arguments, *, save: bool) -> Normalized:
-        from ..ops import conditioned_rows
+        from ..ops.hosts import conditioned_rows
 
         y, *statistics = conditioned_rows.forward(*self._as_launched(of), save=save)
         assert y is not None
@@ -197,18 +197,18 @@ class OfConditioned(Norm):
     def backward(
         self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor, dsum: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        from ..ops import conditioned_rows
+        from ..ops.hosts import conditioned_rows
 
         dx, dgate, dw, db = conditioned_rows.backward(*self._as_launched(of), dy, mean, rstd, (True,) * 4)
         return dx, dw, db, dgate
 
     def sets(self, shape: Shape) -> tuple[int, int, int]:
         """(how many rows share a weight, how many such sets there are, elements of a row), as the backward sums them."""
-        from ..ops import conditioned
+        from ..ops.problems.conditioned import Conditioned, shared_sets
 
         x, weight = (torch.empty(sizes, device="meta") for sizes in (shape, self.parameter_shape(shape)))
-        problem = conditioned.Conditioned(self.spec, 1, self._size(shape), 0.0, x.dtype)
-        found = conditioned.shared_sets(problem, x, weight)
+        problem = Conditioned(self.spec, 1, self._size(shape), 0.0, x.dtype)
+        found = shared_sets(problem, x, weight)
         assert found is not None
         return found.outer * found.repeat, found.middle, problem.size
 
@@ -225,9 +225,10 @@ class OfConditioned(Norm):
         return self.spec
 
     def _as_launched(self, of: Arguments) -> tuple[Any, Any]:
-        """The problem, and its tensors, as ops.conditioned_rows has them."""
-        from ..ops import conditioned, conditioned_rows
+        """The problem, and its tensors, as ops/hosts/conditioned_rows has them."""
+        from ..ops.hosts import conditioned_rows
+        from ..ops.problems.conditioned import Conditioned
 
         size = self._size(of.x.shape)
-        problem = conditioned.Conditioned(self._spec(size), 1, size, of.eps, of.x.dtype)
+        problem = Conditioned(self._spec(size), 1, size, of.eps, of.x.dtype)
         return problem, conditioned_rows.Inputs(of.x, of.residual, of.weight, of.bias)

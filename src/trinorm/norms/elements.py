@@ -138,14 +138,14 @@ class OfDynamic(OfElements):
         return dynamic_reference.composite(self.spec, *self._problem(of))
 
     def forward(self, of: Arguments, *, save: bool) -> Normalized:
-        from ..ops import dynamic_rows
+        from ..ops.hosts import dynamic_rows
 
         return Normalized(dynamic_rows.forward(self.spec, 1, self._as_launched(of)), None, None)
 
     def backward(
         self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor, dsum: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        from ..ops import dynamic_rows
+        from ..ops.hosts import dynamic_rows
 
         found = dynamic_rows.backward(self.spec, 1, self._as_launched(of), dy, (True,) * 5)
         return found[0], *found[3:], _joined(*found[1:3])
@@ -163,7 +163,7 @@ class OfDynamic(OfElements):
         return of.x, alpha, *(shift or (None,)), of.weight, of.bias
 
     def _as_launched(self, of: Arguments) -> Any:
-        from ..ops import dynamic_rows
+        from ..ops.hosts import dynamic_rows
 
         return dynamic_rows.Inputs(*self._problem(of))
 
@@ -246,14 +246,14 @@ class OfPoly(OfElements):
         return poly_reference.composite(of.eps, *self._problem(of))
 
     def forward(self, of: Arguments, *, save: bool) -> Normalized:
-        from ..ops import poly_rows
+        from ..ops.hosts import poly_rows
 
         return Normalized(poly_rows.forward(of.eps, *self._problem(of)), None, None)
 
     def backward(
         self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor, dsum: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        from ..ops import poly_rows
+        from ..ops.hosts import poly_rows
 
         return *poly_rows.backward(of.eps, (True,) * 3, dy, *self._problem(of)), None
 

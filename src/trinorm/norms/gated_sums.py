@@ -118,7 +118,7 @@ class OfGatedSums(OfConditioned):
         return gated_sum_reference.composite(self.spec, 1, self._size(of.x.shape), *given)
 
     def forward(self, of: Arguments, *, save: bool) -> Normalized:
-        from ..ops import gated_sum_rows
+        from ..ops.hosts import gated_sum_rows
 
         problem, *inputs = self.of_launch(of)
         y, _, mean, rstd = gated_sum_rows.forward(problem, *inputs, save=save)
@@ -128,7 +128,7 @@ class OfGatedSums(OfConditioned):
     def backward(
         self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor, dsum: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        from ..ops import gated_sum_rows
+        from ..ops.hosts import gated_sum_rows
 
         problem, x, _, *parameters = self.of_launch(of)
         saved = x, *parameters, self.normalized(of), mean, rstd, dsum
@@ -136,12 +136,12 @@ class OfGatedSums(OfConditioned):
         return dx, dw, db, dr, dg
 
     def of_launch(self, of: Arguments) -> tuple[Any, ...]:
-        """The problem, and its tensors, as ops.gated_sum_rows has them."""
-        from ..ops import gated_sum
+        """The problem, and its tensors, as ops/hosts/gated_sum_rows has them."""
+        from ..ops.problems.gated_sum import problem_of
 
         assert of.residual is not None
         norm, _ = self._as_launched(of._replace(residual=None))
-        return gated_sum.problem_of(norm, of.x, of.residual), of.x, of.residual, of.gate, of.weight, of.bias
+        return problem_of(norm, of.x, of.residual), of.x, of.residual, of.gate, of.weight, of.bias
 
     def _of_sum(self, of: Arguments) -> Arguments:
         """The norm's arguments once the sum is there."""

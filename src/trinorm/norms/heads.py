@@ -152,7 +152,7 @@ class OfHeads(Norm):
         return OfRows(RMS_NORM).torch_statistics(self.rows(x), eps)
 
     def forward(self, of: Arguments, *, save: bool) -> Normalized:
-        from ..ops import heads
+        from ..ops.hosts import heads
 
         query, key, turn = self._as_launched(of)
         *ys, query_rstd, key_rstd = heads.forward(self.spec, query, key, of.eps, turn, save=save)
@@ -161,7 +161,7 @@ class OfHeads(Norm):
     def backward(
         self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor, dsum: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        from ..ops import heads
+        from ..ops.hosts import heads
 
         query, key, turn = self._as_launched(of)
         rstds = (t.contiguous() for t in rstd.reshape(of.x.shape[:-1]).split(_heads(of), -1))
@@ -183,8 +183,8 @@ class OfHeads(Norm):
         return [(self.spec, x, weight, of.eps, *(of.angles or (None, None)), self.interleaved) for x, weight in sides]
 
     def _as_launched(self, of: Arguments) -> tuple[Any, Any, Any]:
-        """Queries, keys and their rotation as ops.heads has them."""
-        from ..ops import heads
+        """Queries, keys and their rotation as ops/hosts/heads has them."""
+        from ..ops.hosts import heads
 
         query, key = (heads.Side(x, w) for x, w in zip(of.x.split(_heads(of), -2), _weights(of), strict=True))
         cos, sin = of.angles or (None, None)

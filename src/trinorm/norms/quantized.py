@@ -124,7 +124,8 @@ class OfQuantized(OfRows):
         return value.to(of.x.dtype) + (y - y.detach())
 
     def forward(self, of: Arguments, *, save: bool) -> Normalized:
-        from ..ops import quantized, quantized_rows
+        from ..ops import quantized
+        from ..ops.hosts import quantized_rows
 
         problem = quantized.Quantizing(self.spec, 1, of.eps, self.format, False, False, save)
         given = quantized.Given(of.x, None, None, of.weight, of.bias, self.tensor_scale(of.x.device))

@@ -100,14 +100,14 @@ class OfRows(Norm):
         return None, torch.ops.aten._fused_rms_norm(x, x.shape[1:], None, eps)[1].flatten()
 
     def forward(self, of: Arguments, *, save: bool) -> Normalized:
-        from ..ops import rows
+        from ..ops.hosts import rows
 
         return Normalized(*rows.forward(self.spec, of.x, 1, *of.parameters, save=save))
 
     def backward(
         self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor, dsum: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        from ..ops import rows
+        from ..ops.hosts import rows
 
         return rows.backward(self.spec, dy, of.x, 1, of.weight, mean, rstd, **all_gradients(of))
 
@@ -159,7 +159,7 @@ class OverChannels(Norm):
         return OfRows(LAYER_NORM).torch_statistics(self.rows(x), eps)
 
     def forward(self, of: Arguments, *, save: bool) -> Normalized:
-        from ..ops import channel_layers, rows
+        from ..ops.hosts import channel_layers, rows
 
         x = of.x.movedim(1, -1)
         if x.is_contiguous():
@@ -170,7 +170,7 @@ class OverChannels(Norm):
     def backward(
         self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor, dsum: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        from ..ops import channel_layers, rows
+        from ..ops.hosts import channel_layers, rows
 
         assert mean is not None
         x = of.x.movedim(1, -1)

@@ -94,7 +94,7 @@ class OfSums(OfRows):
         return added_reference.composite(self.spec, of.x, of.residual, *how)
 
     def forward(self, of: Arguments, *, save: bool) -> Normalized:
-        from ..ops import rows
+        from ..ops.hosts import rows
 
         assert of.residual is not None
         total = torch.empty_like(of.x, dtype=torch.promote_types(of.x.dtype, of.residual.dtype))
@@ -104,7 +104,7 @@ class OfSums(OfRows):
     def backward(
         self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor, dsum: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        from ..ops import rows
+        from ..ops.hosts import rows
 
         added = rows.AddedBackward(dsum, None, of.x.dtype, self.alpha)
         how = all_gradients(of) | dict(added=added)

@@ -68,14 +68,14 @@ class OfWeight(OfElements):
         return torch._weight_norm(v, g, 0) if v.dtype == g.dtype else weight_reference.composite(0, v, g)
 
     def forward(self, of: Arguments, *, save: bool) -> Normalized:
-        from ..ops import weight_rows
+        from ..ops.hosts import weight_rows
 
         return Normalized(weight_rows.forward(0, *self._problem(of)), None, None)
 
     def backward(
         self, dy: Tensor, of: Arguments, mean: Tensor | None, rstd: Tensor, dsum: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        from ..ops import weight_rows
+        from ..ops.hosts import weight_rows
 
         return *weight_rows.backward(0, (True, True), dy, *self._problem(of)), None, None
 

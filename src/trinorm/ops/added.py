@@ -138,7 +138,7 @@ class AddedCall:
 
         def by_launches(*inputs: Any) -> Results:
             from ..launch import empty
-            from ..ops import rows
+            from .hosts import rows
 
             total, dy, dsum, weight, mean, rstd, *branch = inputs
             dresidual = empty(total, of_residual, total.device) if apart else None
@@ -157,7 +157,7 @@ class AddedCall:
 def _forward(problem: AddedProblem, differentiated: bool, *inputs: Any) -> Results:
     """The results of an AddedCall."""
     from ..launch import empty
-    from ..ops import rows
+    from .hosts import rows
 
     spec, dims, eps, alpha, y_dtype, batch_invariant, drop = problem
     x, residual, weight, bias, *branch, out = inputs
@@ -170,7 +170,7 @@ def _forward(problem: AddedProblem, differentiated: bool, *inputs: Any) -> Resul
 
 def _is_watched() -> bool:
     from .. import launch
-    from ..ops import rows
+    from .hosts import rows
 
     return rows.launch is not launch.launch
 

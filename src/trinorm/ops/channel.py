@@ -22,7 +22,7 @@ from .row import are_plain
 
 if TYPE_CHECKING:
     from ..replay import Function, Results
-    from .channel_problem import Problem
+    from .problems.channel import Problem
 
 
 class ChannelCall:
@@ -105,7 +105,7 @@ class ChannelCall:
         problem, (dx, dw, db, dr), db_dtype = self._problem, wanted, self._bias_dtype
 
         def gradients(*inputs: Tensor | None) -> Results:
-            from ..ops import channels
+            from .hosts import channels
 
             weight = inputs[2]
             dtypes: Any = dict(dw=weight.dtype if dw and weight is not None else None, db=db_dtype if db else None)
@@ -117,7 +117,7 @@ class ChannelCall:
 def _forward(problem: Problem, momentum: float | None, differentiated: bool, variance: bool, *inputs: Any) -> Results:
     """The results of a ChannelCall."""
     from .. import launch
-    from ..ops import channels
+    from .hosts import channels
 
     x, weight, bias, mean, var, residual = inputs
     if problem.given:
@@ -132,10 +132,10 @@ def _is_watched(spec: ChannelNorm) -> bool:
     from .. import launch
 
     if spec.of_positions:
-        from ..ops import channel_layers, rows
+        from .hosts import channel_layers, rows
 
         return not (channel_layers.launch is rows.launch is launch.launch)
-    from ..ops import channels
+    from .hosts import channels
 
     return channels.launch is not launch.launch
 

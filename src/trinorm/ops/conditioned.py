@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..ops import road
 from ..reference import conditioned as conditioned_reference
-from ..spec import ConditionedNorm
 from ..switches import when_set
 from .calls import Known
 from .layout import readable
 from .norm_call import NormCall, launches_are_watched
+from .problems.conditioned import Conditioned, sets_of, shared_sets
 from .row import _as_saved
 
 if TYPE_CHECKING:
@@ -21,65 +21,6 @@ if TYPE_CHECKING:
 
 # Of how many elements a row has kernels, at the most.
 MOST_OF_ROW = 1 << 20
-
-
-class Conditioned(NamedTuple):
-    """What is computed of the tensors: the norm of rows of ``size`` elements, of which the last ``dims`` dims hold one or,
-    of one dim, several; in y's dtype.
-    """
-
-    spec: ConditionedNorm
-    dims: int
-    size: int
-    eps: float
-    y: torch.dtype
-    batch_invariant: bool = False
-
-    def rows(self, t: Tensor) -> tuple[int, ...]:
-        """The sizes of t's rows: of its leading dims, and of how many rows the others hold."""
-        return *t.shape[: -self.dims], t.shape[-self.dims :].numel() // self.size
-
-    def steps(self, t: Tensor) -> tuple[int, ...]:
-        """Their strides."""
-        return *t.stride()[: -self.dims], self.size
-
-
-class Sets(NamedTuple):
-    """The rows as ``[outer, middle, repeat]``: those of one middle index have one weight and one bias."""
-
-    outer: int
-    middle: int
-    repeat: int
-
-
-def sets_of(rows: tuple[int, ...], own: tuple[int, ...]) -> Sets | None:
-    """How rows of these sizes share parameters of sizes that are broadcast to them; None where they are no such sets.
-
-    >>> sets_of((8, 64), (8, 1))  # a weight for each sample
-    Sets(outer=1, middle=8, repeat=64)
-    """
-    parts, part = [1, 1, 1], 0
-    for size, mine in zip(rows, (1,) * (len(rows) - len(own)) + own, strict=True):
-        if size == 1:
-            continue
-        if mine == size:
-            if part == 2:
-                return None
-            part = 1
-        elif part == 1:
-            part = 2
-        parts[part] *= size
-    return Sets(1, 1, parts[0]) if part == 0 else Sets(*parts)
-
-
-def shared_sets(problem: Conditioned, x: Tensor, *parameters: Tensor | None) -> Sets | None:
-    """How x's rows share parameters, each there or not; None where there are no such sets, or others for each."""
-    given = [t for t in parameters if t is not None]
-    rows = problem.rows(x)
-    found = [sets_of(rows, problem.rows(t)) for t in given] or [sets_of(rows, ())]
-    # Shapes first: of two equal sets torch 2.11's Dynamo would hold the sizes fast.
-    alike = all(t.shape == given[0].shape or of_t == found[0] for t, of_t in zip(given[1:], found[1:], strict=False))
-    return found[0] if alike else None
 
 
 def lacking(problem: Conditioned, x: Tensor, *others: Tensor | None) -> str | None:
@@ -150,13 +91,13 @@ class ConditionedCall(NormCall[Conditioned]):
 
     @staticmethod
     def launch_forward(problem: Conditioned, differentiated: bool, *inputs: Any) -> Results:
-        from ..ops import conditioned_rows
+        from .hosts import conditioned_rows
 
         return conditioned_rows.forward(problem, conditioned_rows.Inputs(*inputs), save=differentiated)
 
     @staticmethod
     def launch_backward(problem: Conditioned, wanted: tuple[bool, ...], *tensors: Any) -> Results:
-        from ..ops import conditioned_rows
+        from .hosts import conditioned_rows
 
         dy, *inputs, mean, rstd = tensors
         return conditioned_rows.backward(problem, conditioned_rows.Inputs(*inputs), dy, mean, rstd, wanted)
@@ -167,7 +108,7 @@ class ConditionedCall(NormCall[Conditioned]):
 
     @staticmethod
     def is_watched(problem: Conditioned) -> bool:
-        from ..ops import conditioned_rows
+        from .hosts import conditioned_rows
 
         return launches_are_watched(conditioned_rows)
 

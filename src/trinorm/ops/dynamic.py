@@ -60,17 +60,17 @@ class Dynamic(InputsOnly):
         return dynamic_reference.composite_gradients(self.spec, dy, *inputs)
 
     def launch_forward(self, *inputs: Any) -> Tensor:
-        from ..ops import dynamic_rows
+        from .hosts import dynamic_rows
 
         return dynamic_rows.forward(self.spec, self.dims, dynamic_rows.Inputs(*inputs))
 
     def launch_backward(self, wanted: tuple[bool, ...], dy: Tensor, *inputs: Any) -> Results:
-        from ..ops import dynamic_rows
+        from .hosts import dynamic_rows
 
         return dynamic_rows.backward(self.spec, self.dims, dynamic_rows.Inputs(*inputs), dy, wanted)
 
     def is_watched(self) -> bool:
-        from ..ops import dynamic_rows
+        from .hosts import dynamic_rows
 
         return launches_are_watched(dynamic_rows)
 

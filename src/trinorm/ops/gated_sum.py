@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,11 @@ from ..ops import road
 from ..reference import gated_sum as gated_sum_reference
 from ..switches import when_set
 from .calls import Known
-from .conditioned import Conditioned
 from .layout import dense, readable
 from .node import apply_of
 from .norm_call import NormCall, launches_are_watched
+from .problems.conditioned import Conditioned
+from .problems.gated_sum import GatedSum
 from .row import _as_saved, are_plain
 
 if TYPE_CHECKING:
@@ -23,18 +24,6 @@ if TYPE_CHECKING:
 
 # Of how many elements a row has kernels, at the most; and of float64. Longer ones are added first, and normalized then.
 MOST_OF_ROW, MOST_OF_FP64 = 8192, 2048
-
-
-class GatedSum(NamedTuple):
-    """The norm of residual + gate·x, which has no gate of its own; and the dtypes of the residual and of the sum."""
-
-    norm: Conditioned
-    residual: torch.dtype
-    sum: torch.dtype
-
-
-def problem_of(norm: Conditioned, x: Tensor, residual: Tensor) -> GatedSum:
-    return GatedSum(norm, residual.dtype, torch.promote_types(x.dtype, residual.dtype))
 
 
 def are_held(norm: Conditioned, *tensors: Tensor | None) -> bool:
@@ -97,13 +86,13 @@ class GatedSumCall(NormCall[GatedSum]):
 
     @staticmethod
     def launch_forward(problem: GatedSum, differentiated: bool, *inputs: Any) -> Results:
-        from ..ops import gated_sum_rows
+        from .hosts import gated_sum_rows
 
         return gated_sum_rows.forward(problem, *inputs, save=differentiated)
 
     @staticmethod
     def launch_backward(problem: GatedSum, wanted: tuple[bool, ...], *tensors: Any) -> Results:
-        from ..ops import gated_sum_rows
+        from .hosts import gated_sum_rows
 
         return gated_sum_rows.backward(problem, wanted, *tensors)
 
@@ -113,7 +102,7 @@ class GatedSumCall(NormCall[GatedSum]):
 
     @staticmethod
     def is_watched(problem: GatedSum) -> bool:
-        from ..ops import gated_sum_rows
+        from .hosts import gated_sum_rows
 
         return launches_are_watched(gated_sum_rows)
 

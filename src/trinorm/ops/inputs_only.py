@@ -20,8 +20,8 @@ from torch import Tensor
 from ..ops import road
 from ..switches import when_set
 from .calls import Known
+from .library.registering import Op, one_by_one, register
 from .norm_call import NormCall
-from .registering import Op, one_by_one, register
 
 if TYPE_CHECKING:
     from ..replay import Results

@@ -102,3 +102,8 @@ def in_order_of(x: Tensor, t: Tensor) -> Tensor:
 def beside(x: Tensor, residual: Tensor | None) -> Tensor | None:
     """A residual, where there is one, in x's order."""
     return None if residual is None else in_order_of(x, residual)
+
+
+def row_dims(dim: int | None, v: Tensor) -> int:
+    """How many of v's last dims a row has where ``dim``, the first, has a length for each, or all have one."""
+    return v.dim() if dim is None else v.dim() - 1

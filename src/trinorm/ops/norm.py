@@ -10,21 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import reference
-from ..ops import (
-    added,
-    added_library,
-    channel_library,
-    conditioned,
-    conditioned_library,
-    gated_sum,
-    gated_sum_library,
-    library,
-    qk,
-    qk_library,
-    quantized,
-    quantized_library,
-    road,
-)
+from ..ops import added, conditioned, gated_sum, qk, quantized, road
 from ..reference import added as added_reference
 from ..reference import autocasts_to_fp32, in_fp32
 from ..reference import channel as channel_reference
@@ -33,14 +19,24 @@ from ..reference.channel import Averages, Given
 from ..spec import Activation, ChannelNorm, ConditionedNorm, RowNorm
 from .added import AddedCall, AddedProblem
 from .channel import CALLS, ChannelCall
-from .channel_problem import Problem
-from .conditioned import Conditioned, ConditionedCall
+from .conditioned import ConditionedCall
 from .gated_sum import GatedSumCall
 from .layout import beside, channels_readable, dense, readable
+from .library import added as added_library
+from .library import channels as channel_library
+from .library import conditioned as conditioned_library
+from .library import gated_sums as gated_sum_library
+from .library import qk as qk_library
+from .library import quantized as quantized_library
+from .library import rows as library
+from .library.names import GATED_SUMS, QK_NORM, QUANTIZED_NORMS, SUMS
+from .library.registering import any_requires_grad
+from .problems.channel import Problem
+from .problems.conditioned import Conditioned
+from .problems.gated_sum import problem_of as problem_of_sum
 from .qk import QKCall, QKProblem
 from .quantized import Given as Quantizable
 from .quantized import QuantizedCall, Quantizing
-from .registering import any_requires_grad
 from .row import RowCall, prepared
 
 
@@ -110,7 +106,7 @@ def added_norm(
     """(y, sum) of checked arguments. out: where the sum goes. asked: as channel_norm's. seed, row_scale, drop: of what is
     made of x first (kernels/added.py).
     """
-    op, dims = added_library.NAMES[spec.name], len(normalized_shape)
+    op, dims = SUMS[spec.name], len(normalized_shape)
     tensors, branch = (x, residual, weight, bias), (seed, row_scale)
     to_fp32 = x.dtype != torch.float64 and reference.autocast_to_fp32(spec, x.device.type)
     dtype = torch.float32 if to_fp32 else x.dtype
@@ -147,9 +143,9 @@ def qk_norm(
     problem, query, key = QKProblem(spec, eps, interleaved), tensors[0], tensors[1]
     assert query is not None and key is not None
     lacking = qk.lacking(query, tensors[4:])
-    if lacking is None and road.takes_op(qk.NAME, *tensors, whole=spec.rounded or batch_invariant):
+    if lacking is None and road.takes_op(QK_NORM, *tensors, whole=spec.rounded or batch_invariant):
         return qk_library.norm(problem, *tensors, batch_invariant=batch_invariant)
-    if qk.are_empty(query, key) or not road.kernels_serve(qk.NAME, query, *tensors[1:], lacking=lacking):
+    if qk.are_empty(query, key) or not road.kernels_serve(QK_NORM, query, *tensors[1:], lacking=lacking):
         return qk.composite(problem, *tensors)
     inputs = qk.read(*tensors)
     call = None
@@ -217,11 +213,11 @@ def gated_sum_norm(
     """(y, sum) of checked arguments. parameters: gate, weight and bias. asked: as channel_norm's. Of rows that the kernels
     do not hold the sum is torch's, and its norm a conditioned one.
     """
-    op = gated_sum_library.NAMES[spec.norm.name]
+    op = GATED_SUMS[spec.norm.name]
     to_fp32 = x.dtype != torch.float64 and reference.autocast_to_fp32(spec.norm, x.device.type)
     dtype = torch.float32 if to_fp32 else x.dtype
     norm = Conditioned(spec, dims, x.shape[-dims:].numel(), eps, dtype, batch_invariant)
-    problem, given = gated_sum.problem_of(norm, x, residual), (x, residual, *parameters)
+    problem, given = problem_of_sum(norm, x, residual), (x, residual, *parameters)
     if not x.numel():
         return gated_sum.composite(problem, *given)
     if not gated_sum.are_held(norm, *given):
@@ -297,7 +293,7 @@ def channel_norm(
 
 def quantized_norm(problem: Quantizing, given: Quantizable, asked: Hashable) -> tuple[Any, ...]:
     """(data, scale, sum, straight) of checked arguments. asked: as channel_norm's."""
-    op, of = quantized_library.NAMES[problem.spec.name], (given.x, given.residual, given.weight, given.bias)
+    op, of = QUANTIZED_NORMS[problem.spec.name], (given.x, given.residual, given.weight, given.bias)
     wanted = torch.is_grad_enabled() and (road.within_transform() or any_requires_grad(*of))
     # Of inference mode Dynamo may not be asked.
     differentiated = wanted and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())

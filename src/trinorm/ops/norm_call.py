@@ -100,7 +100,7 @@ class NormCall(ABC, Generic[P]):
 def launches_are_watched(host: ModuleType) -> bool:
     """Whether the launches of this host side, or of the sums that it shares with the row norms', are not launch.py's."""
     from .. import launch
-    from ..ops import rows
+    from .hosts import rows
 
     return not (host.launch is rows.launch is launch.launch)
 

@@ -12,12 +12,11 @@ from ..ops import road
 from ..reference import poly as poly_reference
 from .inputs_only import InputsOnly, register_norm
 from .layout import readable
+from .library.names import POLY_NORM
 from .norm_call import launches_are_watched
 
 if TYPE_CHECKING:
     from ..replay import Results
-
-NAME = "poly_norm"
 
 # Of how many elements a row has kernels, at the most; and of float64.
 MOST_OF_ROW, MOST_OF_FP64 = 8192, 2048
@@ -34,7 +33,7 @@ class Poly(InputsOnly):
 
     @property
     def name(self) -> str:
-        return NAME
+        return POLY_NORM
 
     def of(self, *options: Any) -> Poly:
         return Poly(*options)
@@ -64,17 +63,17 @@ class Poly(InputsOnly):
         return poly_reference.composite_gradients(self.eps, dy, *inputs)
 
     def launch_forward(self, *inputs: Any) -> Tensor:
-        from ..ops import poly_rows
+        from .hosts import poly_rows
 
         return poly_rows.forward(self.eps, *inputs)
 
     def launch_backward(self, wanted: tuple[bool, ...], dy: Tensor, *inputs: Any) -> Results:
-        from ..ops import poly_rows
+        from .hosts import poly_rows
 
         return poly_rows.backward(self.eps, wanted, dy, *inputs)
 
     def is_watched(self) -> bool:
-        from ..ops import poly_rows
+        from .hosts import poly_rows
 
         return launches_are_watched(poly_rows)
 

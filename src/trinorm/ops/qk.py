@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 # Of how many elements a head has kernels, at the most.
 MOST_OF_HEAD = 1024
 
-NAME = "qk_norm"
-
 
 class QKProblem(NamedTuple):
     """What is computed of the tensors; interleaved: the rotary embedding's pairs are neighbours."""
@@ -143,7 +141,7 @@ class QKCall:
 
 
 def _forward(problem: QKProblem, differentiated: bool, *inputs: Any) -> Results:
-    from ..ops import heads
+    from .hosts import heads
 
     query, key, query_weight, key_weight, cos, sin = inputs
     sides = heads.Side(query, query_weight), heads.Side(key, key_weight)
@@ -152,7 +150,7 @@ def _forward(problem: QKProblem, differentiated: bool, *inputs: Any) -> Results:
 
 
 def _backward(problem: QKProblem, wanted: tuple[bool, ...], *tensors: Any) -> Results:
-    from ..ops import heads
+    from .hosts import heads
 
     query, key, query_weight, key_weight, cos, sin, query_rstd, key_rstd, query_dy, key_dy = tensors
     of_query = heads.Wanted(query_dy, query_rstd, wanted[0], wanted[2])
@@ -163,7 +161,7 @@ def _backward(problem: QKProblem, wanted: tuple[bool, ...], *tensors: Any) -> Re
 
 def _is_watched() -> bool:
     from .. import launch
-    from ..ops import heads, rows
+    from .hosts import heads, rows
 
     return not (heads.launch is rows.launch is launch.launch)
 

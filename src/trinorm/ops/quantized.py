@@ -172,14 +172,14 @@ def read(problem: Quantizing, given: Given) -> Given:
 
 
 def _forward(problem: Quantizing, *given: Any) -> Results:
-    from ..ops import quantized_rows
+    from .hosts import quantized_rows
 
     return quantized_rows.forward(problem, Given(*given))
 
 
 def _is_watched() -> bool:
     from .. import launch
-    from ..ops import quantized_rows
+    from .hosts import quantized_rows
 
     return quantized_rows.launch is not launch.launch
 

@@ -84,7 +84,7 @@ class Turns(NamedTuple):
     def of(x: Tensor, dims: int, stats: torch.dtype, batch_invariant: bool) -> Turns:
         from ..launch import describe
         from ..tuning import backward_turns, forward_turns
-        from .start import widest
+        from .hosts.start import widest
 
         n = x.shape[-dims:].numel()
         problem = n, widest(x.dtype, stats), describe(x.device)
@@ -156,7 +156,7 @@ class RowCall:
         return (self._replay or self._forward)(x, weight, bias)
 
     def _forward(self, *inputs: Tensor | None) -> Results:
-        from ..ops import rows
+        from .hosts import rows
 
         def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Results:
             problem = self._spec, x, self._dims, weight, bias, self._eps
@@ -236,7 +236,7 @@ class RowCall:
         return self._recalled.recall((wanted, False), *inputs, None)
 
     def _backward(self, key: tuple[Any, ...], *inputs: Tensor | None) -> Results:
-        from ..ops import rows
+        from .hosts import rows
 
         (dx, dw, db, *_), from_output, _, orders, *_ = key
 
@@ -275,7 +275,7 @@ class RowCall:
         Nothing is repeated past someone who put a launch of his own in rows' place, to see them all.
         """
         from .. import launch, replay
-        from ..ops import rows
+        from .hosts import rows
 
         self._met[what] = met = self._met.get(what, 0) + 1
         if met < RECORDED_FROM or rows.launch is not launch.launch:

@@ -9,14 +9,12 @@ from torch import Tensor
 
 from ..reference import weight as weight_reference
 from .inputs_only import InputsOnly, register_norm
-from .layout import readable
+from .layout import readable, row_dims
+from .library.names import WEIGHT_NORM
 from .norm_call import launches_are_watched
 
 if TYPE_CHECKING:
     from ..replay import Results
-
-
-NAME = "weight_norm"
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Weight(InputsOnly):
 
     @property
     def name(self) -> str:
-        return NAME
+        return WEIGHT_NORM
 
     def of(self, *options: Any) -> Weight:
         return Weight(*options)
@@ -61,24 +59,19 @@ class Weight(InputsOnly):
         return weight_reference.composite_gradients(self.dim, dy, *inputs)
 
     def launch_forward(self, *inputs: Any) -> Tensor:
-        from ..ops import weight_rows
+        from .hosts import weight_rows
 
         return weight_rows.forward(self.dim, *inputs)
 
     def launch_backward(self, wanted: tuple[bool, ...], dy: Tensor, *inputs: Any) -> Results:
-        from ..ops import weight_rows
+        from .hosts import weight_rows
 
         return weight_rows.backward(self.dim, wanted, dy, *inputs)
 
     def is_watched(self) -> bool:
-        from ..ops import weight_rows
+        from .hosts import weight_rows
 
         return launches_are_watched(weight_rows)
-
-
-def row_dims(dim: int | None, v: Tensor) -> int:
-    """How many of v's last dims a row has, of those that kernels serve."""
-    return v.dim() if dim is None else v.dim() - 1
 
 
 register_norm(Weight(0))

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.channel_layer import (
+from ...kernels.channel_layer import (
     channel_layer_apply,
     channel_layer_backward,
     channel_layer_forward,
     channel_layer_forward_streamed,
     channel_layer_moments,
 )
-from ..launch import describe, empty, empty_like, launch
-from ..tuning import ChannelLayer, choose_layer_backward, choose_layer_forward
-from .layout import dense
-from .road import accumulator_dtype
+from ...launch import describe, empty, empty_like, launch
+from ...tuning import ChannelLayer, choose_layer_backward, choose_layer_forward
+from ..layout import dense
+from ..road import accumulator_dtype
 from .rows import Normalized, add_up
 from .start import ACCUMULATOR, started_by, widest
 

@@ -1,4 +1,4 @@
-"""The channel norms as registered ops, as library.py has the row norms::
+"""The channel norms as registered ops, as rows.py has the row norms::
 
     group_norm(input, num_groups, weight?, bias?, residual?, eps, activation?, batch_invariant) -> (y, mean, rstd)
     batch_norm(input, weight?, bias?, residual?, eps, activation?) -> (y, mean, rstd, var)
@@ -25,19 +25,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..ops import road
-from ..reference import autocasts_to_fp32, in_fp32, keeping_dtype
-from ..reference import channel as reference
-from ..spec import ACTIVATIONS, BATCH_NORM, CHANNEL_LAYER_NORM, GROUP_NORM, INSTANCE_NORM, ChannelNorm
-from .channel import CALLS, ChannelCall
-from .channel_problem import Problem, statistics_shape
-from .layout import beside, channels_readable, dense, in_order_of
+from ...ops import road
+from ...reference import autocasts_to_fp32, in_fp32, keeping_dtype
+from ...reference import channel as reference
+from ...spec import ACTIVATIONS, BATCH_NORM, CHANNEL_LAYER_NORM, GROUP_NORM, INSTANCE_NORM, ChannelNorm
+from ..channel import CALLS, ChannelCall
+from ..layout import beside, channels_readable, dense, in_order_of
+from ..problems.channel import Problem, statistics_shape
 from .registering import Op, know_distributed, out_of_autocast, register
 
 if TYPE_CHECKING:
-    from ..reference.channel import Averages
-    from ..replay import Results
-    from ..spec import Activation
+    from ...reference.channel import Averages
+    from ...replay import Results
+    from ...spec import Activation
 
 
 def norm(

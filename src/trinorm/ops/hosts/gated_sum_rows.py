@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.gated_sum import gated_sum_backward, gated_sum_forward
-from ..launch import describe, empty, launch
-from ..tuning import choose_conditioned_total, choose_gated_sum_backward, choose_gated_sum_forward, programs_of_a_set
-from .conditioned import Conditioned, shared_sets
+from ...kernels.gated_sum import gated_sum_backward, gated_sum_forward
+from ...launch import describe, empty, launch
+from ...tuning import choose_conditioned_total, choose_gated_sum_backward, choose_gated_sum_forward, programs_of_a_set
+from ..layout import collapse
+from ..problems.conditioned import Conditioned, shared_sets
+from ..problems.gated_sum import GatedSum
+from ..road import accumulator_dtype
 from .conditioned_rows import rows_of_input, rows_of_sets
-from .gated_sum import GatedSum
-from .layout import collapse
-from .road import accumulator_dtype
 from .rows import add_up
 from .start import ACCUMULATOR, started_by, widest
 

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.conditioned import conditioned_forward
-from ..kernels.conditioned_backward import conditioned_backward
-from ..kernels.conditioned_backward_wide import conditioned_inputs_backward_wide, conditioned_parameters_backward_wide
-from ..kernels.conditioned_wide import conditioned_forward_wide
-from ..launch import describe, empty, launch
-from ..tuning import (
+from ...kernels.conditioned import conditioned_forward
+from ...kernels.conditioned_backward import conditioned_backward
+from ...kernels.conditioned_backward_wide import conditioned_inputs_backward_wide, conditioned_parameters_backward_wide
+from ...kernels.conditioned_wide import conditioned_forward_wide
+from ...launch import describe, empty, launch
+from ...tuning import (
     RowBackward,
     RowForward,
     choose_conditioned_backward,
@@ -22,9 +22,9 @@ from ..tuning import (
     choose_conditioned_total,
     programs_of_a_set,
 )
-from .conditioned import Conditioned, shared_sets
-from .layout import Rows, collapse
-from .road import accumulator_dtype
+from ..layout import Rows, collapse
+from ..problems.conditioned import Conditioned, shared_sets
+from ..road import accumulator_dtype
 from .rows import add_up
 from .start import ACCUMULATOR, started_by, widest
 

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.weight import weight_backward, weight_forward, weight_sums
-from ..launch import describe, empty, launch
-from ..tuning import WeightRows, choose_weight
-from .layout import Rows, rows_of
-from .road import accumulator_dtype
+from ...kernels.weight import weight_backward, weight_forward, weight_sums
+from ...launch import describe, empty, launch
+from ...tuning import WeightRows, choose_weight
+from ..layout import Rows, row_dims, rows_of
+from ..road import accumulator_dtype
 from .start import ACCUMULATOR, started_by, widest
-from .weight import row_dims
 
 
 def forward(dim: int | None, v: Tensor, g: Tensor) -> Tensor:

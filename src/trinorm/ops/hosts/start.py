@@ -9,9 +9,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels.team import forget_words
-from ..launch import Device, describe, empty, of_rows
-from ..tuning import FORGET, ChannelCombine, Tile
+from ...kernels.team import forget_words
+from ...launch import Device, describe, empty, of_rows
+from ...tuning import FORGET, ChannelCombine, Tile
 
 # ACC: what a kernel computes in, by the dtype of its statistics.
 ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}

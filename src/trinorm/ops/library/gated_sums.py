@@ -10,7 +10,7 @@
     ) -> (dinput, dresidual, dgate, dweight, dbias)
 
 The last ``dims`` dims hold a row of ``size`` elements; gate, weight and bias are broadcast to the input. dtype is y's. The
-statistics are as library.py's. The sum has a gradient of its own, dsum.
+statistics are as rows.py's. The sum has a gradient of its own, dsum.
 """
 
 from __future__ import annotations
@@ -22,36 +22,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..ops import road
-from ..reference import conditioned as conditioned_reference
-from ..spec import ROW_NORMS, ConditionedNorm, RowNorm
-from .conditioned import Conditioned, broadcasts, shared_sets
-from .gated_sum import (
-    CALLS,
-    GatedSum,
-    GatedSumCall,
-    are_held,
-    composite,
-    composite_gradients,
-    problem_of,
-    read,
-    unused,
-)
+from ... import reference
+from ...ops import road
+from ...reference import conditioned as conditioned_reference
+from ...spec import ROW_NORMS, ConditionedNorm, RowNorm
+from ..conditioned import broadcasts
+from ..gated_sum import CALLS, GatedSumCall, are_held, composite, composite_gradients, read, unused
+from ..problems.conditioned import Conditioned, shared_sets
+from ..problems.gated_sum import GatedSum, problem_of
+from .names import GATED_SUMS
 from .registering import Op, know_distributed, out_of_autocast, register
 
 if TYPE_CHECKING:
-    from ..replay import Results
-
-# The registered ops' names, by the norms'.
-NAMES = {spec.name: f"add_modulated_{spec.name}" for spec in ROW_NORMS}
+    from ...replay import Results
 
 
 def norm(problem: GatedSum, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
     """(y, sum) of (x, residual, gate, weight, bias), by the registered op."""
     spec, dims, size, eps, dtype, batch_invariant = problem.norm
     know_distributed(*tensors)
-    op, x = getattr(torch.ops.trinorm, NAMES[spec.norm.name]), tensors[0]
+    op, x = getattr(torch.ops.trinorm, GATED_SUMS[spec.norm.name]), tensors[0]
     assert x is not None
     with reference.keeping_dtype(x.device.type):
         y, total, *_ = op(*tensors, dims, size, eps, spec.modulated, dtype, batch_invariant)
@@ -64,7 +54,7 @@ class _Forward(Op):
     def __init__(self, spec: RowNorm, backward: _Backward) -> None:
         self._spec = spec
         mean = "Tensor, " if spec.center else ""
-        self.name = NAMES[spec.name]
+        self.name = GATED_SUMS[spec.name]
         self.schema = (
             "(Tensor input, Tensor residual, Tensor gate, Tensor? weight, Tensor? bias, int dims, SymInt size, float eps, "
             f"bool modulated, ScalarType dtype, bool batch_invariant) -> (Tensor, Tensor, {mean}Tensor)"
@@ -138,7 +128,7 @@ class _Backward(Op):
 
     def __init__(self, spec: RowNorm) -> None:
         self._spec = spec
-        self.name = f"{NAMES[spec.name]}_backward"
+        self.name = f"{GATED_SUMS[spec.name]}_backward"
 
     def composite(self, *args: Any) -> Results:
         problem, inputs, wanted = self._asked(args)

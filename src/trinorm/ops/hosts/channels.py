@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.channel import channel_apply, channel_moments
-from ..kernels.channel_backward import channel_apply_backward, channel_combine_backward, channel_sums
-from ..kernels.channel_combine import channel_combine
-from ..kernels.channel_held import held_backward, held_forward
-from ..kernels.channel_split import EXCHANGES, split_backward, split_forward
-from ..kernels.channel_whole import channel_backward, channel_forward
-from ..launch import Device, describe, empty, empty_like, launch
-from ..reference.channel import Averages, ChannelGradients, keep_up
-from ..tuning import (
+from ...kernels.channel import channel_apply, channel_moments
+from ...kernels.channel_backward import channel_apply_backward, channel_combine_backward, channel_sums
+from ...kernels.channel_combine import channel_combine
+from ...kernels.channel_held import held_backward, held_forward
+from ...kernels.channel_split import EXCHANGES, split_backward, split_forward
+from ...kernels.channel_whole import channel_backward, channel_forward
+from ...launch import Device, describe, empty, empty_like, launch
+from ...reference.channel import Averages, ChannelGradients, keep_up
+from ...tuning import (
     ChannelCombine,
     ChannelHeld,
     ChannelSplit,
@@ -28,9 +28,9 @@ from ..tuning import (
     choose_whole,
     streams,
 )
-from .channel_problem import Problem, View, statistics_shape, view_of
-from .layout import in_order_of
-from .road import accumulator_dtype
+from ..layout import in_order_of
+from ..problems.channel import Problem, View, statistics_shape, view_of
+from ..road import accumulator_dtype
 from .start import ACCUMULATOR, started_by, widest, words_of_teams
 
 
@@ -59,7 +59,7 @@ def forward(
     """
     spec, num_groups = problem[:2]
     if spec.of_positions:
-        from ..ops import channel_layers
+        from ..hosts import channel_layers
 
         how = dict(save=save, batch_invariant=problem.batch_invariant)
         return Normalized(*channel_layers.forward(x, weight, bias, problem.eps, **how))
@@ -171,7 +171,7 @@ def backward(
     without which a residual's gradient is dy, and not asked for here.
     """
     if problem.spec.of_positions:
-        from ..ops import channel_layers
+        from ..hosts import channel_layers
 
         wanted: dict[str, Any] = dict(dx=dx, dw=dw, db=db, batch_invariant=problem.batch_invariant)
         return ChannelGradients(*channel_layers.backward(dy, x, weight, mean, rstd, **wanted), None)

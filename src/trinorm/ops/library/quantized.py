@@ -17,24 +17,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..formats import FORMATS
-from ..ops import added_library, road
-from ..spec import CASTS, ROW_NORMS, RowNorm
-from .quantized import CALLS, CODES, Given, QuantizedCall, Quantizing, composite, lacking, read, scaled_up, straight
+from ...formats import FORMATS
+from ...ops import road
+from ...spec import CASTS, ROW_NORMS, RowNorm
+from ..quantized import CALLS, CODES, Given, QuantizedCall, Quantizing, composite, lacking, read, scaled_up, straight
+from .names import QUANTIZED_NORMS, SUMS
 from .registering import Op, know_distributed, register
 
 if TYPE_CHECKING:
-    from ..replay import Results
-
-# The registered ops' names, by the norms'.
-NAMES = {spec.name: f"quantized_{spec.name}" for spec in ROW_NORMS}
+    from ...replay import Results
 
 
 def norm(problem: Quantizing, given: Given) -> Results:
     """By the registered op."""
     know_distributed(*given)
     spec, *by, save = problem
-    return getattr(torch.ops.trinorm, NAMES[spec.name])(*given, *by, save, spec.cast)
+    return getattr(torch.ops.trinorm, QUANTIZED_NORMS[spec.name])(*given, *by, save, spec.cast)
 
 
 class _Forward(Op):
@@ -47,7 +45,7 @@ class _Forward(Op):
 
     def __init__(self, spec: RowNorm) -> None:
         self._spec = spec
-        self.name = NAMES[spec.name]
+        self.name = QUANTIZED_NORMS[spec.name]
 
     def save(self, ctx: Any, results: Results, *args: Any) -> None:
         ctx.problem, given = self._problem(args)
@@ -71,7 +69,7 @@ class _Forward(Op):
             op, dresidual = getattr(torch.ops.trinorm, f"{name}_backward"), None
             dx, dw, db = op(dy, x, shape, weight, mean, rstd, problem.eps, wants_x, wants_weight, of_bias, *how)
         else:
-            op = getattr(torch.ops.trinorm, f"{added_library.NAMES[name]}_backward")
+            op = getattr(torch.ops.trinorm, f"{SUMS[name]}_backward")
             wanted = of_x if wants_x else None, of_residual if wants_residual else None, wants_weight, of_bias
             given = x, dy, dsum, shape, weight, mean, rstd, None, None, problem.eps, 1.0, 0.0
             dx, dresidual, dw, db = op(*given, *wanted, *how)

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from ..ops import inductor, road
-from .calls import Calls, Known
-from .node import apply_of
+from ...ops import road
+from ..calls import Calls, Known
+from ..library import inductor
+from ..node import apply_of
 
 if TYPE_CHECKING:
-    from ..replay import Results
+    from ...replay import Results
 
 
 # Of a call's tensors, as the op's arguments have them, these in another order.
@@ -190,7 +191,7 @@ _apply = apply_of(_Kernel)
 def know_distributed(*args: Any) -> None:
     """Have the rules for DTensors registered where one of these is distributed: earlier, it would take DTensor's import."""
     if road.are_distributed(*args):
-        from ..ops import sharding  # noqa: F401
+        from ..library import sharding  # noqa: F401
 
 
 _unpack_dual = torch._C._VariableFunctions._unpack_dual

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.poly import poly_backward, poly_forward
-from ..launch import describe, empty, launch
-from ..tuning import OF_THREE_NUMBERS, choose_poly_backward, choose_poly_forward, registers_of
+from ...kernels.poly import poly_backward, poly_forward
+from ...launch import describe, empty, launch
+from ...tuning import OF_THREE_NUMBERS, choose_poly_backward, choose_poly_forward, registers_of
+from ..layout import rows_of
+from ..road import accumulator_dtype
 from .dynamic_rows import add_up_with_numbers
-from .layout import rows_of
-from .road import accumulator_dtype
 from .start import ACCUMULATOR, started_by, widest
 
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.dynamic import dynamic_backward, dynamic_forward
-from ..kernels.partials import sum_columns_and_numbers
-from ..launch import describe, empty, launch
-from ..spec import DynamicNorm
-from ..tuning import (
+from ...kernels.dynamic import dynamic_backward, dynamic_forward
+from ...kernels.partials import sum_columns_and_numbers
+from ...launch import describe, empty, launch
+from ...spec import DynamicNorm
+from ...tuning import (
     OF_ONE_NUMBER,
     Tile,
     choose_dynamic_backward,
@@ -19,8 +19,8 @@ from ..tuning import (
     choose_total,
     programs_of_a_chunk,
 )
-from .layout import rows_of
-from .road import accumulator_dtype
+from ..layout import rows_of
+from ..road import accumulator_dtype
 from .start import ACCUMULATOR, started_by, widest
 
 

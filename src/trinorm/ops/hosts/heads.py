@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.heads import heads_forward
-from ..kernels.heads_backward import heads_backward
-from ..launch import describe, empty, launch
-from ..spec import RowNorm
-from ..tuning import choose_heads_backward, choose_heads_forward
-from .layout import Rows, collapse
-from .road import accumulator_dtype
+from ...kernels.heads import heads_forward
+from ...kernels.heads_backward import heads_backward
+from ...launch import describe, empty, launch
+from ...spec import RowNorm
+from ...tuning import choose_heads_backward, choose_heads_forward
+from ..layout import Rows, collapse
+from ..road import accumulator_dtype
 from .rows import add_up
 from .start import ACCUMULATOR, started_by, widest
 

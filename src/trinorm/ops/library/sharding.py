@@ -25,14 +25,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 
-from ..formats import FORMATS
-from ..spec import BATCH_NORM, CHANNEL_LAYER_NORM, DYNAMIC_NORMS, GROUP_NORM, LAYER_NORM, ROW_NORMS
-from .conditioned_library import NAMES as CONDITIONED_NORMS
-from .gated_sum_library import NAMES as GATED_SUM_NORMS
-from .poly import NAME as POLY_NORM
-from .qk import NAME as QK_NORM
-from .quantized_library import NAMES as QUANTIZED_NORMS
-from .weight import NAME as WEIGHT_NORM
+from ...formats import FORMATS
+from ...spec import BATCH_NORM, CHANNEL_LAYER_NORM, DYNAMIC_NORMS, GROUP_NORM, LAYER_NORM, ROW_NORMS
+from .names import CONDITIONED_NORMS, GATED_SUMS, POLY_NORM, QK_NORM, QUANTIZED_NORMS, WEIGHT_NORM
 
 
 class _Way(NamedTuple):
@@ -218,7 +213,7 @@ _RULES: dict[str, Callable[..., list[tuple[Placements, Placements]]]] = {
 _RULES[QK_NORM] = _rule_of_heads
 _RULES |= dict.fromkeys(CONDITIONED_NORMS.values(), _rule_of_conditions)
 _OF_GATED_SUMS = functools.partial(_rule_of_conditions, parameters=("gate", "weight", "bias"))
-_RULES |= dict.fromkeys(GATED_SUM_NORMS.values(), _OF_GATED_SUMS)
+_RULES |= dict.fromkeys(GATED_SUMS.values(), _OF_GATED_SUMS)
 _RULES |= dict.fromkeys(QUANTIZED_NORMS.values(), _rule_of_quantized)
 _RULES |= dict.fromkeys((*(spec.name for spec in DYNAMIC_NORMS), POLY_NORM), _rule_of_inputs_only)
 _RULES[WEIGHT_NORM] = _rule_of_weights

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..ops import road
-from ..spec import CASTS, ROW_NORMS, Cast, RowNorm
+from ... import reference
+from ...ops import road
+from ...spec import CASTS, ROW_NORMS, Cast, RowNorm
+from ..row import CALLS, RowCall, Turns, prepared
 from .registering import Op, batched, know_distributed, one_by_one, out_of_autocast, register
-from .row import CALLS, RowCall, Turns, prepared
 
 if TYPE_CHECKING:
-    from ..replay import Results
+    from ...replay import Results
 
 
 def norm(

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..spec import Activation, ChannelNorm
-from .layout import is_channels_last
+from ...spec import Activation, ChannelNorm
+from ..layout import is_channels_last
 
 
 class Problem(NamedTuple):

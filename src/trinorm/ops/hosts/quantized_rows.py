@@ -8,11 +8,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels.quantized import quantized_forward
-from ..launch import describe, empty, launch
-from ..tuning import choose_quantized
-from .layout import rows_of
-from .quantized import Given, Quantizing, held_bytes
+from ...kernels.quantized import quantized_forward
+from ...launch import describe, empty, launch
+from ...tuning import choose_quantized
+from ..layout import rows_of
+from ..quantized import Given, Quantizing, held_bytes
 from .start import ACCUMULATOR, started_by
 
 _STORED = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}

@@ -8,7 +8,7 @@
         interleaved, whether dquery, dkey, dquery_weight and dkey_weight are wanted, batch_invariant, cast
     ) -> (dquery, dkey, dquery_weight, dkey_weight)
 
-The statistics are as library.py's. A tensor that is always there comes first: DTensor looks for its mesh at the first
+The statistics are as rows.py's. A tensor that is always there comes first: DTensor looks for its mesh at the first
 argument alone (torch 2.11). Where cos or sin requires a gradient, the composite is differentiated.
 """
 
@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..ops import road
-from ..spec import CASTS, RMS_NORM
-from .qk import CALLS, NAME, QKCall, QKProblem, are_empty, broadcasts, composite, composite_gradients, lacking, read
+from ... import reference
+from ...ops import road
+from ...spec import CASTS, RMS_NORM
+from ..qk import CALLS, QKCall, QKProblem, are_empty, broadcasts, composite, composite_gradients, lacking, read
+from .names import QK_NORM
 from .registering import Op, know_distributed, register
 
 if TYPE_CHECKING:
-    from ..replay import Results
+    from ...replay import Results
 
 
 def norm(problem: QKProblem, *tensors: Tensor | None, batch_invariant: bool) -> tuple[Tensor, Tensor]:
@@ -38,7 +39,7 @@ def norm(problem: QKProblem, *tensors: Tensor | None, batch_invariant: bool) -> 
 
 
 class _Forward(Op):
-    name = NAME
+    name = QK_NORM
     schema = (
         "(Tensor query, Tensor key, Tensor? query_weight, Tensor? key_weight, Tensor? cos, Tensor? sin, float eps, "
         "bool interleaved, bool batch_invariant, str cast) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -69,7 +70,7 @@ class _Forward(Op):
 
     def composite(self, *args: Any) -> Results:
         *tensors, eps, interleaved, _, cast = args
-        _check(NAME, cast, *tensors)
+        _check(QK_NORM, cast, *tensors)
         spec, stats = RMS_NORM.with_cast(cast), _statistics(*tensors)
         found = composite(QKProblem(spec, eps, interleaved), *tensors)
         rstds = (reference.statistics(spec, x, 1, eps)[1].detach().to(stats) for x in tensors[:2])
@@ -77,7 +78,7 @@ class _Forward(Op):
 
     def anew(self, *args: Any) -> Results:
         *tensors, eps, interleaved, _, cast = args
-        _check(NAME, cast, *tensors)
+        _check(QK_NORM, cast, *tensors)
         if lacking(tensors[0]) or are_empty(*tensors[:2]) or not road.has_kernels(tensors[0]):
             return self.composite(*args)
         problem = QKProblem(RMS_NORM.with_cast(cast), eps, interleaved)
@@ -85,7 +86,7 @@ class _Forward(Op):
 
     def fake(self, *args: Any) -> Results:
         *tensors, _, _, _, cast = args
-        _check(NAME, cast, *tensors)
+        _check(QK_NORM, cast, *tensors)
         stats = _statistics(*tensors)
         query, key = tensors[:2]
         return (
@@ -95,7 +96,7 @@ class _Forward(Op):
 
 
 class _Backward(Op):
-    name = f"{NAME}_backward"
+    name = f"{QK_NORM}_backward"
     schema = (
         "(Tensor query, Tensor key, Tensor? query_weight, Tensor? key_weight, Tensor? cos, Tensor? sin, "
         "Tensor query_rstd, Tensor key_rstd, Tensor? query_dy, Tensor? key_dy, float eps, bool interleaved, bool dquery, "

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.partials import sum_partials
-from ..kernels.row import row_forward, row_forward_streamed
-from ..kernels.row_backward import row_backward, row_backward_few
-from ..kernels.row_backward_wide import row_backward_apply, row_backward_moments
-from ..kernels.row_split import row_backward_split, row_forward_split
-from ..launch import Count, Leading, describe, empty, launch, of_rows
-from ..spec import RowNorm
-from ..tuning import (
+from ...kernels.partials import sum_partials
+from ...kernels.row import row_forward, row_forward_streamed
+from ...kernels.row_backward import row_backward, row_backward_few
+from ...kernels.row_backward_wide import row_backward_apply, row_backward_moments
+from ...kernels.row_split import row_backward_split, row_forward_split
+from ...launch import Count, Leading, describe, empty, launch, of_rows
+from ...spec import RowNorm
+from ...tuning import (
     RowBackward,
     RowBackwardFew,
     RowBackwardSplit,
@@ -25,8 +25,8 @@ from ..tuning import (
     choose_forward,
     choose_total,
 )
-from .layout import rows_of
-from .road import accumulator_dtype
+from ..layout import rows_of
+from ..road import accumulator_dtype
 from .start import ACCUMULATOR, started_by, widest, words_of_teams
 
 

@@ -10,7 +10,7 @@
     ) -> (dinput, dgate, dweight, dbias)
 
 The last ``dims`` dims hold rows of ``size`` elements; gate has the input's shape, to which weight and bias are broadcast.
-dtype is y's. The statistics are as library.py's, of every row.
+dtype is y's. The statistics are as rows.py's, of every row.
 """
 
 from __future__ import annotations
@@ -21,33 +21,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..ops import road
-from ..reference import conditioned as conditioned_reference
-from ..spec import CASTS, GATE_ACTIVATIONS, ROW_NORMS, ConditionedNorm, RowNorm
-from .conditioned import (
-    CALLS,
-    Conditioned,
-    ConditionedCall,
-    broadcasts,
-    composite,
-    composite_gradients,
-    lacking,
-    read,
-)
+from ... import reference
+from ...ops import road
+from ...reference import conditioned as conditioned_reference
+from ...spec import CASTS, GATE_ACTIVATIONS, ROW_NORMS, ConditionedNorm, RowNorm
+from ..conditioned import CALLS, ConditionedCall, broadcasts, composite, composite_gradients, lacking, read
+from ..problems.conditioned import Conditioned
+from .names import CONDITIONED_NORMS
 from .registering import Op, out_of_autocast, register
 
 if TYPE_CHECKING:
-    from ..replay import Results
-
-# The registered ops' names, by the norms'.
-NAMES = {spec.name: f"conditioned_{spec.name}" for spec in ROW_NORMS}
+    from ...replay import Results
 
 
 def norm(problem: Conditioned, *tensors: Tensor | None) -> Tensor:
     """y of (x, gate, weight, bias), by the registered op."""
     spec, dims, size, eps, dtype, batch_invariant = problem
-    op = getattr(torch.ops.trinorm, NAMES[spec.norm.name])
+    op = getattr(torch.ops.trinorm, CONDITIONED_NORMS[spec.norm.name])
     x = tensors[0]
     assert x is not None
     with reference.keeping_dtype(x.device.type):
@@ -61,7 +51,7 @@ class _Forward(Op):
     def __init__(self, spec: RowNorm, backward: _Backward) -> None:
         self._spec = spec
         mean = "Tensor, " if spec.center else ""
-        self.name = NAMES[spec.name]
+        self.name = CONDITIONED_NORMS[spec.name]
         self.schema = (
             "(Tensor input, Tensor? gate, Tensor? weight, Tensor? bias, int dims, SymInt size, SymInt? count, "
             "SymInt? divisor, float eps, str? activation, bool gate_first, bool modulated, ScalarType dtype, "
@@ -130,7 +120,7 @@ class _Backward(Op):
 
     def __init__(self, spec: RowNorm) -> None:
         self._spec = spec
-        self.name = f"{NAMES[spec.name]}_backward"
+        self.name = f"{CONDITIONED_NORMS[spec.name]}_backward"
 
     def composite(self, *args: Any) -> Results:
         problem, inputs, wanted = self._asked(args)
@@ -170,7 +160,9 @@ def _problem(spec: RowNorm, args: Any) -> tuple[Conditioned, Any]:
     """What the forward computes, and of which tensors."""
     *inputs, dims, size, count, divisor, eps, activation, gate_first, modulated, dtype, batch_invariant, cast = args
     known = cast in CASTS and activation in (None, *GATE_ACTIVATIONS)
-    torch._check(known, lambda: f"trinorm::{NAMES[spec.name]}: cast is {cast!r} and activation is {activation!r}")
+    torch._check(
+        known, lambda: f"trinorm::{CONDITIONED_NORMS[spec.name]}: cast is {cast!r} and activation is {activation!r}"
+    )
     of = ConditionedNorm(spec.with_cast(cast), activation, gate_first, modulated, count, divisor)
     return Conditioned(of, dims, size, eps, dtype, batch_invariant), inputs
 

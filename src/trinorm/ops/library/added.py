@@ -9,8 +9,8 @@
         dtypes of dx and dresidual or None, dw, db?, batch_invariant, cast
     ) -> (dx, dresidual, dw, db)
 
-dtype is y's. The statistics are as library.py's. The sum has a gradient of its own, dsum. What is always there comes
-first, as in qk_library.py.
+dtype is y's. The statistics are as rows.py's. The sum has a gradient of its own, dsum. What is always there comes
+first, as in qk.py.
 """
 
 from __future__ import annotations
@@ -21,20 +21,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..ops import road
-from ..reference import added as added_reference
-from ..spec import ROW_NORMS, RowNorm
-from .added import CALLS, AddedCall, AddedProblem, dtypes_of
-from .layout import dense, readable
-from .library import check
+from ... import reference
+from ...ops import road
+from ...reference import added as added_reference
+from ...spec import ROW_NORMS, RowNorm
+from ..added import CALLS, AddedCall, AddedProblem, dtypes_of
+from ..layout import dense, readable
+from .names import SUMS
 from .registering import Op, batched, know_distributed, one_by_one, out_of_autocast, register
+from .rows import check
 
 if TYPE_CHECKING:
-    from ..replay import Results
-
-# The registered ops' names, by the norms'.
-NAMES = {spec.name: f"add_{spec.name}" for spec in ROW_NORMS}
+    from ...replay import Results
 
 
 def norm(
@@ -54,7 +52,7 @@ def norm(
 ) -> tuple[Tensor, Tensor]:
     """(y, sum), by the registered op."""
     know_distributed(x, residual, weight, bias)
-    op = getattr(torch.ops.trinorm, NAMES[spec.name])
+    op = getattr(torch.ops.trinorm, SUMS[spec.name])
     with reference.keeping_dtype(x.device.type):
         tensors = x, residual, normalized_shape, weight, bias, seed, row_scale
         y, total, *_ = op(*tensors, eps, alpha, drop, dtype, batch_invariant, spec.cast)
@@ -67,7 +65,7 @@ class _Forward(Op):
     def __init__(self, spec: RowNorm, backward: _Backward) -> None:
         self._spec = spec
         mean = "Tensor, " if spec.center else ""
-        self.name = NAMES[spec.name]
+        self.name = SUMS[spec.name]
         self.schema = (
             "(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, Tensor? seed, "
             "Tensor? row_scale, float eps, float alpha, float drop, ScalarType dtype, bool batch_invariant, str cast) "
@@ -159,7 +157,7 @@ class _Backward(Op):
 
     def __init__(self, spec: RowNorm) -> None:
         self._spec = spec
-        self.name = f"{NAMES[spec.name]}_backward"
+        self.name = f"{SUMS[spec.name]}_backward"
 
     def vmap(self, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Results, Sequence[int | None]]:
         total, dy, dsum, shape, weight, mean, rstd, *rest = args
