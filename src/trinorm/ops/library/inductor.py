@@ -28,7 +28,7 @@ def write_call(node: Any, write: Callable[[str], None]) -> None:
     from torch._inductor.virtualized import V
 
     top = wrapper = V.graph.wrapper_code
-    if V.graph.fx_wrapper:  # which writes no text
+    if V.graph.fx_wrapper or V.graph.cpp_wrapper:  # who write no Python
         wrapper.writeline(ExternKernelAllocLine(wrapper, node))
         return
     while (parent := getattr(top, "parent_wrapper", None)) is not None:  # of a graph within a graph
