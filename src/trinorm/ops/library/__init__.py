@@ -1,1 +1,1 @@
-"""The registered ops, ``torch.ops.trinorm.*``: what torch.compile, torch.export and DTensor see of the norms."""
+"""The registered ops: what torch.compile, torch.export and DTensor see of the norms."""

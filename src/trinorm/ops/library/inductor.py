@@ -10,16 +10,17 @@ from typing import Any
 _WRITERS = "torch._inductor.codegen.custom_extern_kernel_codegen"
 
 
-def tell(op: str) -> None:
-    """Have Inductor, if it is there, write calls of ``torch.ops.trinorm.<op>`` as below."""
+def tell(overload: Any) -> None:
+    """Have Inductor, if it is there, write calls of a registered op as below."""
     module = sys.modules.get(_WRITERS)
     written = getattr(module, "CUSTOM_EXTERN_KERNEL_CODEGEN", None)
-    if written is not None and (name := f"torch.ops.trinorm.{op}.default") not in written:
+    name = f"{overload.__module__.replace('._ops.', '.ops.')}.{overload.__name__}"  # by which Inductor asks
+    if written is not None and name not in written:
         written[name] = module.CustomCodegen(python=write_call)  # type: ignore[union-attr]
 
 
 def write_call(node: Any, write: Callable[[str], None]) -> None:
-    """``buf = called(...)`` for ``buf = torch.ops.trinorm.<op>.default(...)``, with registering.Op's ``called`` on top.
+    """``buf = called(...)`` where the overload's own call would stand, with registering.Op's ``called`` on top.
 
     Such code is kept on disk, and found by another version of trinorm's: so the overload itself stands there for one that
     has no ``called``.

@@ -151,7 +151,7 @@ class Op:
 
     def traced(self, *args: Any) -> Results:
         """What a tracer sees, who may hand it to Inductor."""
-        inductor.tell(self.name)
+        inductor.tell(self.overload)
         return self.fake(*args)
 
     def fake(self, *args: Any) -> Results:
