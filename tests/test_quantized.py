@@ -161,15 +161,6 @@ def test_shapes_of_several_dims_and_strides(device: torch.device) -> None:
     assert one.data.shape == (16,) and one.scale.shape == (1,)
 
 
-@pytest.mark.parametrize("name", ["fp8_token", "fp8_block", "mxfp8", "nvfp4"])
-def test_scales_by_columns(name: FormatName, device: torch.device) -> None:
-    x, scale = torch.randn(3, 5, 264, device=device), whole(name, device)
-    rows = functional.quantized_rms_norm(x, (264,), format=name, scale=scale)
-    columns = functional.quantized_rms_norm(x, (264,), format=name, scale=scale, column_major=True)
-    assert_same(columns, rows.data, rows.scale)
-    assert columns.scale.stride() == (5, 1, 15) and torch.equal(columns.dequantize(), rows.dequantize())
-
-
 @NORMS
 @EVERY_FORMAT
 @pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32], ids=str)
