@@ -25,6 +25,9 @@ SCALE_LAYOUTS: tuple[ScaleLayout, ...] = get_args(ScaleLayout)
 # Rows, and scales of each, of a tile of swizzled scales.
 TILE = 128, 4
 
+# Of how many fp32 scales the rows of one block have a multiple: TMA asks for strides of 16 bytes.
+_COLUMN = 4
+
 
 def rounded_up(n: int, multiple: int) -> int:
     """The least multiple that is >= n."""
@@ -75,7 +78,7 @@ class Format(NamedTuple):
 
     def column(self, rows: int) -> int:
         """How far it is, column-major, from one block's scales to the next's."""
-        return rows
+        return rounded_up(rows, _COLUMN) if self.block and self.scale_dtype == torch.float32 else rows
 
     def column_strides(self, leading: tuple[int, ...]) -> tuple[int, ...]:
         """Of scales that lie column-major."""

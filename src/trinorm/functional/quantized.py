@@ -121,7 +121,8 @@ def quantized_layer_norm(
             residual's, where x is of fp8) and returned, as by :func:`add_layer_norm`.
         input_scale: what the input's elements are times, fp32, of one element or ``(*, 1)``: of an input of fp8.
         scale_layout: how the scales lie in memory. "row_major": contiguous. "column_major": of the same shape, block by
-            block, all rows of one beside each other, as some matrix products ask. "swizzled", of
+            block, all rows of one beside each other; of blocks with scales in fp32 it is a multiple of 4 rows, 16 bytes,
+            from one block's to the next's, as TMA asks (DeepGEMM), and what lies between is not written. "swizzled", of
             "mxfp8" and "nvfp4": in the tiles that cuBLAS's block-scaled products read, ``SWIZZLE_32_4_4`` of
             torch.nn.functional.scaled_mm, which takes it as it is: two dims, all rows by the scales of one, padded with
             zeros to multiples of 128 and 4; byte (r % 32)·16 + (r // 32)·4 + c of a tile of 512 is that of its row r and
