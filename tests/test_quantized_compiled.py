@@ -1,4 +1,4 @@
-"""What the layouts of quantized results' scales compile to, with no GPU: without a spill."""
+"""What the layouts of quantized results' scales compile to, and a format's own rounding, with no GPU: without a spill."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def compiled(target: str, name: FormatName, layout: ScaleLayout, n: int) -> list
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("mxfp8", "swizzled"), ("nvfp4", "swizzled"), ("fp8_block", "column_major")],
+    [("mxfp8", "swizzled"), ("nvfp4", "swizzled"), ("fp8_block", "column_major"), ("fp8_block_pow2", "row_major")],
 )
 def test_every_target_compiles_it(target: str, name: FormatName, layout: ScaleLayout, compiling: Executor) -> None:
     """One launch is all that there is: padding is no other kernel's."""

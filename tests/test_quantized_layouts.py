@@ -159,7 +159,7 @@ def test_torchs_products_take_it_as_it_is(name: FormatName, rows: int, device: t
 # --- by columns ---
 
 
-@pytest.mark.parametrize("name", ["fp8_token", "fp8_block", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("name", ["fp8_token", "fp8_block", "fp8_block_pow2", "mxfp8", "nvfp4"])
 @pytest.mark.parametrize("leading", [(1,), (3, 5), (127,), (128,), (129,), ()], ids=str)
 def test_by_columns(name: FormatName, leading: tuple[int, ...], device: torch.device) -> None:
     """Of the same shape; from a block's to the next's it is a multiple of 4 rows where scales of blocks are in fp32."""

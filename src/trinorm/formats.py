@@ -10,11 +10,11 @@ import torch
 # What an element is stored as: a float of 4 bits of exponent and 3 of mantissa, of 2 and 1, or an integer.
 Element = Literal["e4m3", "e2m1", "int8"]
 
-# What scales its elements: a number of the whole tensor that is given; one that is taken of each row or block, in fp32, as
-# a power of two of 8 bits, or, over a given one of the whole tensor, as an e4m3.
-Scaling = Literal["tensor", "fp32", "e8m0", "e4m3"]
+# What scales its elements: a number of the whole tensor that is given; one that is taken of each row or block, in fp32, in
+# fp32 up to the next power of two, as a power of two of 8 bits, or, over a given one of the whole tensor, as an e4m3.
+Scaling = Literal["tensor", "fp32", "pow2", "e8m0", "e4m3"]
 
-FormatName = Literal["fp8", "fp8_token", "fp8_block", "int8_token", "mxfp8", "nvfp4"]
+FormatName = Literal["fp8", "fp8_token", "fp8_block", "fp8_block_pow2", "int8_token", "mxfp8", "nvfp4"]
 FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
 
 # How the scales that are taken of rows or blocks lie in memory: a row's beside each other; all rows' of one block; or in
@@ -86,12 +86,14 @@ class Format(NamedTuple):
 
 
 _DATA = {"e4m3": torch.float8_e4m3fn, "e2m1": torch.float4_e2m1fn_x2, "int8": torch.int8}
-_SCALE = {"tensor": torch.float32, "fp32": torch.float32, "e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
+_SCALE: dict[Scaling, torch.dtype] = dict.fromkeys(("tensor", "fp32", "pow2"), torch.float32)
+_SCALE |= {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
 
 FORMATS: dict[FormatName, Format] = {
     "fp8": Format("e4m3", "tensor", 0, 448.0),
     "fp8_token": Format("e4m3", "fp32", 0, 448.0),
     "fp8_block": Format("e4m3", "fp32", 128, 448.0),
+    "fp8_block_pow2": Format("e4m3", "pow2", 128, 448.0),
     "int8_token": Format("int8", "fp32", 0, 127.0),
     "mxfp8": Format("e4m3", "e8m0", 32, 448.0),
     "nvfp4": Format("e2m1", "e4m3", 16, 6.0),

@@ -99,6 +99,7 @@ def quantized_layer_norm(
     "fp8"            e4m3        the whole tensor             ``scale``, given, fp32
     "fp8_token"      e4m3        a row                        max|y| / 448, fp32
     "fp8_block"      e4m3        128 elements                 max|y| / 448, fp32
+    "fp8_block_pow2" e4m3        128 elements                 :math:`2^{\lceil\log_2(\max|y| / 448)\rceil}`, fp32
     "int8_token"     int8        a row                        max|y| / 127, fp32
     "mxfp8"          e4m3        32 elements                  :math:`2^{\lfloor\log_2\max|y|\rfloor - 8}`, e8m0
     "nvfp4"          e2m1        16 elements, times ``scale`` max|y| / 6 / ``scale``, e4m3
@@ -113,7 +114,7 @@ def quantized_layer_norm(
         normalized_shape: the sizes of the dims that share statistics. Blocks run over their elements in order.
         weight, bias: as :func:`layer_norm`.
         eps: as :func:`layer_norm`.
-        format: one of the six.
+        format: one of the seven.
         scale: a tensor of one element, fp32, on the input's device: of "fp8" and "nvfp4", and of these alone. What an
             element of 1 stands for: of "nvfp4" the largest |y| that is expected over 448·6 (the reciprocal of what vLLM
             calls the global scale).

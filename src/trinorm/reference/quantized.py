@@ -123,6 +123,11 @@ def _scale(form: Format, largest: Tensor, tensor_scale: Tensor | None) -> tuple[
     if form.scaling == "fp32":
         scale = over.clamp(min=LEAST_SCALE)
         return scale, 1 / scale
+    if form.scaling == "pow2":
+        # Any bit of the mantissa carries into the exponent.
+        bits = (over.clamp(min=LEAST_SCALE).view(torch.int32) + 0x7FFFFF) & 0x7F800000
+        scale = bits.view(torch.float32)
+        return scale, 1 / scale
     if form.scaling == "e8m0":
         # The largest power of two that is not over the largest element, over that of the format's own largest number.
         code = ((largest.view(torch.int32) >> 23) - _exponent(form.largest)).clamp(min=0)
