@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trinorm.forced import forced
-from trinorm.formats import FORMATS
+from trinorm.formats import FORMATS, SCALE_LAYOUTS
 from trinorm.ops import gated_sum
 from trinorm.ops.hosts import (
     channel_layers,
@@ -226,9 +226,10 @@ def quantized_norms() -> None:
         for name, form in FORMATS.items():
             for spec in (LAYER_NORM, RMS_NORM.with_cast("llama")):
                 given = torch.full((1,), 0.02, device="cuda") if form.given else None
-                problem = Quantizing(spec, 1, 1e-5, name, spec.center, False, True)
-                quantized_rows.forward(problem, Given(x, None, residual, weight, None, given))
-                quantized_rows.forward(problem, Given(codes, each, None, weight, weight, given))
+                for layout in SCALE_LAYOUTS if form.swizzles else SCALE_LAYOUTS[:2]:
+                    problem = Quantizing(spec, 1, 1e-5, name, layout, False, True)
+                    quantized_rows.forward(problem, Given(x, None, residual, weight, None, given))
+                    quantized_rows.forward(problem, Given(codes, each, None, weight, weight, given))
             torch.cuda.synchronize()
             print("quantized", m, n, name, flush=True)
 

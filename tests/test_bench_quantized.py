@@ -41,6 +41,7 @@ def of_format(op: str) -> OfQuantized:
 def test_every_format_is_measured_and_named() -> None:
     assert {of_format(op).format for op in QUANTIZED_OPS if op.startswith("quantized_rms_norm")} == {*FORMAT_NAMES}
     assert OPS["quantized_rms_norm/nvfp4"].title == "RMSNorm to nvfp4"
+    assert OPS["quantized_rms_norm/nvfp4_swizzled"].title == "RMSNorm to nvfp4, swizzled"
     assert [OPS[op].eps for op in ("quantized_layer_norm", "quantized_rms_norm/fp8")] == [1e-5, 1e-6]
 
 
@@ -76,7 +77,7 @@ def test_there_is_a_forward_alone(pass_: str, capsys: pytest.CaptureFixture[str]
 def test_a_number_of_the_whole_tensor_comes_last() -> None:
     shapes = {op: [tuple(t.shape) for t in case(op).draw(CPU).arguments] for op in QUANTIZED_OPS}
     for op, found in shapes.items():
-        whole = [(1,)] * op.endswith(("/fp8", "/nvfp4"))
+        whole = [(1,)] * of_format(op).form.given
         assert found == [(6, 256), *[(256,)] * (1 + OPS[op].norm.biased), *whole]
 
 

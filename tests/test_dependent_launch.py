@@ -135,7 +135,7 @@ def quantized_calls() -> list[inspection.Call]:
     x, w, one = meta(700, 1000), meta(1000), torch.empty(1, device="meta")
     with inspection.recorded() as calls:
         for name in ("fp8", "int8_token", "nvfp4"):
-            problem = Quantizing(RMS_NORM, 1, 1e-6, name, False, False, True)
+            problem = Quantizing(RMS_NORM, 1, 1e-6, name, "row_major", False, True)
             quantized_rows.forward(problem, Given(x, None, x, w, None, one if FORMATS[name].given else None))
     return calls
 

@@ -84,6 +84,20 @@ def test_every_number_of_16_bits(name: FormatName, device: torch.device) -> None
         assert_same(found, data, None if name == "fp8" else taken)
 
 
+@pytest.mark.parametrize("name", [name for name in FORMAT_NAMES if FORMATS[name].block])
+def test_beside_every_power_of_two(name: FormatName, device: torch.device) -> None:
+    """Largest elements by which a scale passes from one power to the next, and those of fp32 beside them."""
+    form = FORMATS[name]
+    exponents = torch.arange(-149, 128, device=device, dtype=torch.float64)[:, None]
+    powers = torch.ldexp(torch.tensor([1.0, form.largest / 256, 1.5], device=device), exponents).float()
+    beside = powers[..., None].view(torch.int32) + torch.arange(-2, 3, device=device, dtype=torch.int32)
+    for largest in beside.clamp(0, 0x7F7FFFFF).view(torch.float32).flatten().split(8192 // form.block):
+        weight = largest.repeat_interleave(form.block)
+        x, scale = ones(1, weight.numel(), device=device), whole(name, device, 1.0)
+        found = functional.quantized_rms_norm(x, (weight.numel(),), weight, 0.0, format=name, scale=scale)
+        assert_same(found, *quantized_reference.quantize(form, x * weight, scale))
+
+
 @EVERY_FORMAT
 @pytest.mark.parametrize("n", [1024, 1000, 96, 16, 2])
 def test_numbers_of_every_size(name: FormatName, n: int, device: torch.device) -> None:
@@ -130,6 +144,17 @@ def test_the_formats_themselves() -> None:
     block = torch.tensor([1.0, 1.9, 448.0, 500.0] + [0.0] * 28)
     data, scale = quantized_reference.quantize(FORMATS["mxfp8"], block)
     assert scale.float().tolist() == [1.0] and data.float()[:4].tolist() == [1.0, 1.875, 448.0, 448.0]
+    # The least power of two by which nothing is beyond 448, where max|y| / 448 may be rounded.
+    for largest, power in (
+        (448.0, 1.0),
+        (448 * (1 + 2.0**-23), 2.0),
+        (447.9, 1.0),
+        (224.0, 0.5),
+        (225.0, 1.0),
+        (0.0, 2.0**-126),
+    ):
+        _, scale = quantized_reference.quantize(FORMATS["fp8_block_pow2"], torch.tensor([largest, -largest / 3]))
+        assert scale.dtype == torch.float32 and scale.tolist() == [power]
     data, scale = quantized_reference.quantize(FORMATS["int8_token"], torch.tensor([[127.0, 0.5, 1.5, -2.5]]))
     assert scale.tolist() == [[1.0]] and data.tolist() == [[127, 0, 2, -2]]
 
@@ -160,15 +185,6 @@ def test_shapes_of_several_dims_and_strides(device: torch.device) -> None:
             assert_right(RMS_NORM, name, view, dims, None, None)
     one = functional.quantized_rms_norm(x[0, 0, 0], (16,), format="mxfp8")
     assert one.data.shape == (16,) and one.scale.shape == (1,)
-
-
-@pytest.mark.parametrize("name", ["fp8_token", "fp8_block", "mxfp8", "nvfp4"])
-def test_scales_by_columns(name: FormatName, device: torch.device) -> None:
-    x, scale = torch.randn(3, 5, 264, device=device), whole(name, device)
-    rows = functional.quantized_rms_norm(x, (264,), format=name, scale=scale)
-    columns = functional.quantized_rms_norm(x, (264,), format=name, scale=scale, column_major=True)
-    assert_same(columns, rows.data, rows.scale)
-    assert columns.scale.stride() == (5, 1, 15) and torch.equal(columns.dequantize(), rows.dequantize())
 
 
 @NORMS

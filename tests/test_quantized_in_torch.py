@@ -32,8 +32,8 @@ def draw(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) 
 def test_registered(norm: RowNorm, name: FormatName, device: torch.device) -> None:
     op = getattr(torch.ops.trinorm, f"quantized_{norm.name}").default
     x, residual, weight = draw(2, 3, 32, device=device)
-    for column_major, save, beside in ((False, False, None), (True, True, residual)):
-        opcheck(op, (x, None, beside, weight, None, whole(name, device), 1, EPS, name, column_major, False, save, "output"))
+    for layout, save, beside in (("row_major", False, None), ("column_major", True, residual)):
+        opcheck(op, (x, None, beside, weight, None, whole(name, device), 1, EPS, name, layout, False, save, "output"))
 
 
 @pytest.mark.parametrize("name", ["fp8_token", "nvfp4"])
@@ -256,8 +256,8 @@ def test_nothing_to_normalize(name: FormatName, device: torch.device) -> None:
 def test_without_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """ATen's ops make the same, but for y's last bit."""
     x, residual, weight = draw(4, 256, device=device, dtype=torch.bfloat16)
-    for name, column_major in itertools.product(FORMAT_NAMES, (False, True)):
-        how: dict[str, Any] = dict(format=name, scale=whole(name, device), residual=residual, column_major=column_major)
+    for name, layout in itertools.product(FORMAT_NAMES, ("row_major", "column_major")):
+        how: dict[str, Any] = dict(format=name, scale=whole(name, device), residual=residual, scale_layout=layout)
         by_kernels = quantized_rms_norm(x, (256,), weight, EPS, **how)
         with monkeypatch.context() as patch:
             patch.setattr(road, "kernels_serve", lambda *_, **__: False)
@@ -312,8 +312,8 @@ def test_modules(norm: RowNorm, name: FormatName, device: torch.device) -> None:
         assert module.scale.tolist() == expected_scale
         module.reset_parameters()
         assert module.scale.tolist() == [1.0]
-    module.column_major = True
-    assert "column_major=True" in repr(module)
+    module.scale_layout = "column_major"
+    assert "scale_layout='column_major'" in repr(module)
     module(x).dequantize().sum().backward()
     assert module.weight.grad is not None
     with torch.device("meta"):
@@ -342,7 +342,7 @@ def test_bad_input(norm: RowNorm, device: torch.device) -> None:
         (RuntimeError, "residual has shape", x, dict(format="fp8_token", residual=residual[:2])),
         (TypeError, "residual must be a Tensor", x, dict(format="fp8_token", residual=1)),
         (TypeError, "scale must be a Tensor", x, dict(format="fp8", scale=0.5)),
-        (TypeError, "column_major must be a bool", x, dict(format="fp8_token", column_major=1)),
+        (ValueError, "scale_layout is 1", x, dict(format="fp8_token", scale_layout=1)),
         (ValueError, "cast is", x, dict(format="fp8_token", cast="wide")),
         (ValueError, "eps is", x, dict(format="fp8_token", eps=-1.0)),
         (NotImplementedError, "input has dtype", x.int(), dict(format="fp8_token")),
@@ -363,7 +363,7 @@ def test_a_registered_op_reads_nothing_that_is_not_there(norm: RowNorm, device: 
     op = getattr(torch.ops.trinorm, f"quantized_{norm.name}")
     x, residual, weight = draw(3, 32, device=device)
     one = torch.ones(1, device=device)
-    how = (1, EPS, "fp8_token", False, False, False, "output")
+    how = (1, EPS, "fp8_token", "row_major", False, False, "output")
     for given, rest in (
         ((x, None, residual[:2], weight, None, None), how),
         ((x, None, None, weight[:3], None, None), how),
@@ -378,7 +378,7 @@ def test_a_registered_op_reads_nothing_that_is_not_there(norm: RowNorm, device: 
 
 
 def test_shapes_without_elements(device: torch.device) -> None:
-    for name in FORMAT_NAMES[1:5]:
+    for name in FORMAT_NAMES[1:6]:
         assert quantized_rms_norm(torch.empty(2, 0, device=device), (0,), format=name).data.shape == (2, 0)
 
 

@@ -10,7 +10,7 @@ _NAMES = (
     "dropout_p",
     "interleaved",
     "norm_before_gate",
-    "column_major",
+    "scale_layout",
     "cast",
     "batch_invariant",
     "activation",

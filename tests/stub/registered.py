@@ -87,9 +87,17 @@ def of_heads() -> Case:
     return "qk_norm_backward", [*saved, draw(2, 24, 4, 64), draw(2, 24, 2, 64), 1e-6, False, *[True] * 4, False, "output"]
 
 
-def with_codes() -> Case:
-    how = [1, 1e-6, "fp8_token", False, False, False, "output"]
+def with_codes(format: str = "fp8_token", scale_layout: str = "row_major") -> Case:
+    how = [1, 1e-6, format, scale_layout, False, False, "output"]
     return "quantized_rms_norm", [draw(M, N), None, None, draw(N), None, None, *how]
+
+
+def with_scales_by_columns() -> Case:
+    return with_codes("fp8_block", "column_major")
+
+
+def with_swizzled_scales() -> Case:
+    return with_codes("mxfp8", "swizzled")
 
 
 def dynamic() -> Case:
@@ -119,6 +127,7 @@ def of_a_weight() -> Case:
     return "weight_norm_backward", [draw(M, N), draw(M, N), draw(M, 1), 0, True, True]
 
 
+OF_FORMATS = with_codes, with_scales_by_columns, with_swizzled_scales
 CASES = (
     of_rows,
     of_a_sum,
@@ -126,7 +135,7 @@ CASES = (
     gated,
     of_a_gated_sum,
     of_heads,
-    with_codes,
+    *OF_FORMATS,
     dynamic,
     of_groups,
     of_powers,

@@ -87,6 +87,13 @@ def exponent_of(largest):
     return int(largest).bit_length() - 1
 
 
+@triton.constexpr_function
+def to_next_power(largest):
+    """What, added to the bits of a number in fp32, carries from its mantissa where it is over the largest's."""
+    mantissa = int((largest / 2.0 ** exponent_of(largest) - 1.0) * 2**23)
+    return 2**23 - 1 - mantissa
+
+
 @triton.jit
 def small_float(size, M: tl.constexpr, BIAS: tl.constexpr):
     """The code of |v|, which the format can hold, rounded to the nearest, to the even one of two."""
@@ -250,6 +257,13 @@ def scale_of(largest, given, SCALING: tl.constexpr, LARGEST: tl.constexpr):
     if SCALING == "fp32":
         scale = tl.maximum(over(largest, LARGEST), LEAST_SCALE)
         return tl.where(finite, scale, float("inf")), tl.where(finite, reciprocal(scale), 0.0), finite
+    elif SCALING == "pow2":
+        # 2^ceil(log2(largest / LARGEST)) of the bits, exactly, with no division.
+        raised = (largest.to(tl.int32, bitcast=True) + to_next_power(LARGEST)) >> 23
+        exponent = tl.maximum(raised - exponent_of(LARGEST), 1)
+        scale, inverse = exponent << 23, (254 - exponent) << 23
+        scale = tl.where(finite, scale.to(tl.float32, bitcast=True), float("inf"))
+        return scale, tl.where(finite, inverse.to(tl.float32, bitcast=True), 0.0), finite
     elif SCALING == "e8m0":
         code = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - exponent_of(LARGEST), 0)
         inverse = tl.where(finite, ((254 - code) << 23).to(tl.float32, bitcast=True), 0.0)

@@ -2,7 +2,8 @@
 
 What is normalized is x; with X_SCALE an e4m3 of x's codes times the scale of its row, or of all (whose stride is 0); with
 RESIDUAL the sum, stored in SUM (added.py). A scale is that of BLOCK elements, of a whole row where BLOCK is 0, and with
-SCALING "tensor" the one GIVEN; scale_strides: from a row's scales to the next row's, and from a block's to the next.
+SCALING "tensor" the one GIVEN; scale_strides: from a row's scales to the next row's, and from a block's to the next; None:
+they are swizzled, in tiles of 128 rows by 4 scales, and programs there are for all rows of these.
 W, B, MEAN, RSTD, SUM, RESIDUAL and X_SCALE may be None. With ROUND x̂, and y, are rounded to DTYPE first (LLaMA).
 """
 
@@ -14,11 +15,13 @@ from .affine import NO_BIAS, NO_WEIGHT
 from .conditioned import held_stats, weighted
 from .index import (
     chunk_columns,
+    chunks_of,
     columns_live,
     first_program,
     is_interpreted,
     load_row,
     load_row_or,
+    rounded_up,
     row_offsets,
     rows_live,
     store_once,
@@ -114,6 +117,43 @@ def size_within(y, start: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def row_of_scales(rows, strides, SCALES: tl.constexpr):
+    """Where the scales of each row begin, SCALES of a row."""
+    if strides is None:
+        return rows // 128 * (rounded_up(SCALES, 4) * 128) + rows % 32 * 16 + rows % 128 // 32 * 4
+    else:
+        return rows * strides[0]
+
+
+@triton.jit
+def scale_of_row(blocks, strides):
+    """How far from there those of some blocks are."""
+    if strides is None:
+        return blocks // 4 * 512 + blocks % 4
+    else:
+        return blocks * strides[1]
+
+
+@triton.jit
+def store_padding(SCALE, tile, M, SCALES: tl.constexpr, ROWS: tl.constexpr):
+    """Zeros of swizzled scales: behind each row's, of which there are SCALES, up to a multiple of 4; and of the rows of the
+    last 128 that there are not.
+    """
+    rows = tile_rows(tile, ROWS)
+    begin = SCALE + row_of_scales(rows, None, SCALES)
+    END: tl.constexpr = rounded_up(SCALES, 4)
+    stored = rows < (M + 127) // 128 * 128
+    if SCALES < END:
+        behind = chunk_columns(END - 4, 4)
+        tl.store(begin + scale_of_row(behind, None), 0, mask=stored & (behind >= SCALES))
+    if (tile + 1) * ROWS > M:
+        for start in tl.static_range(0, SCALES, 128):
+            blocks = chunk_columns(start, 128)
+            absent = stored & (rows >= M) & columns_live(blocks, start + 128, SCALES)
+            tl.store(begin + scale_of_row(blocks, None), 0, mask=absent)
+
+
+@triton.jit
 def quantize_tile(
     outs,
     given,
@@ -148,6 +188,7 @@ def quantize_tile(
     # A row of one chunk that is shorter than a block has one block.
     OF_ONE: tl.constexpr = BLOCK if BLOCK > 0 and BLOCK < CHUNK else CHUNK
     EACH: tl.constexpr = CHUNK // OF_ONE
+    SCALES: tl.constexpr = chunks_of(N, OF_ONE)
     whole = given_scale(GIVEN)
     xs = scaled_up(load_row(X + of_x, live, N, CHUNK, STREAM), X_SCALE, rows, live, of_x_scale, ACC)
     if PRELOAD:
@@ -186,8 +227,9 @@ def quantize_tile(
             sizes = tl.reshape(size_within(ys[i], i * CHUNK, N), [ROWS, EACH, OF_ONE])
             scale, inverse, fit = scale_of(largest_along(sizes, 2), whole, SCALING, LARGEST)
             block = chunk_columns(i * EACH, EACH).to(tl.int64)  # times a stride that is a number of rows
-            fits = live & columns_live(block, (i + 1) * EACH, (N + OF_ONE - 1) // OF_ONE)
-            store_where_it_is(SCALE + rows * scale_strides[0] + block * scale_strides[1], scale, fits)
+            fits = live & columns_live(block, (i + 1) * EACH, SCALES)
+            begin = SCALE + row_of_scales(rows, scale_strides, SCALES)
+            store_where_it_is(begin + scale_of_row(block, scale_strides), scale, fits)
             v = tl.reshape(ys[i], [ROWS, EACH, OF_ONE]) * inverse[:, :, None]
             finite = fit[:, :, None]
         store_codes(DATA, v, finite, rows, i * CHUNK, live, N, (i + 1) * CHUNK, ELEMENT, STREAM)
@@ -238,7 +280,11 @@ def quantized_forward(
     let_next_launch(PDL)
     eps = tl.full([1, 1], eps, ACC)
     rows = tile_rows(first_program(), ROWS)
-    live = rows_live(rows, M, ROWS)
+    if scale_strides is None:
+        store_padding(SCALE, first_program(), M, chunks_of(N, BLOCK), ROWS)
+        live = rows < M
+    else:
+        live = rows_live(rows, M, ROWS)
     outs, given = (DATA, SCALE, SUM, MEAN, RSTD), (X, X_SCALE, RESIDUAL, W, B, GIVEN)
     at = row_offsets(rows, x_odd_sizes, x_strides), x_scale_stride, scale_strides
     good = quantize_tile(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..formats import FORMATS, FormatName
+from ..formats import FORMATS, FormatName, ScaleLayout
 from ..functional import Quantized
 from ..shown import shown
 
@@ -23,7 +23,7 @@ class _Quantized(torch.nn.Module):
     format: FormatName
     scale: Tensor | None
     cast: functional.Cast = "output"
-    column_major: bool = False
+    scale_layout: ScaleLayout = "row_major"
     batch_invariant: bool | None = None
 
     def _set_format(self, format: FormatName, device: torch.device | str | None) -> None:
@@ -49,7 +49,7 @@ class _Quantized(torch.nn.Module):
 
     @property
     def _how(self) -> dict[str, Any]:
-        how: dict[str, Any] = dict(format=self.format, scale=self.scale, column_major=self.column_major, cast=self.cast)
+        how: dict[str, Any] = dict(format=self.format, scale=self.scale, scale_layout=self.scale_layout, cast=self.cast)
         return how | dict(batch_invariant=self.batch_invariant)
 
     def extra_repr(self) -> str:

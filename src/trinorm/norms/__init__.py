@@ -5,7 +5,7 @@ What else a function takes is fixed here. ``trinorm check``, ``bench`` and ``ins
 
 from __future__ import annotations
 
-from ..formats import FORMAT_NAMES
+from ..formats import FORMAT_NAMES, SWIZZLED
 from ..functional.relatives import PART
 from ..spec import (
     BATCH_NORM,
@@ -95,7 +95,8 @@ ELEMENT_OPS = tuple(norm.name for norm in _ELEMENTS)
 
 # With other arguments: casting modes; a residual stream of fp32 that has a factor, a sum that goes nowhere; activations, a
 # scale and a shift of each sample, running statistics, a residual; heads that are turned otherwise; a scale and a shift of
-# each token or of all; gates that come first, as Mamba2 has them, of groups too, and other ones; other formats.
+# each token or of all; gates that come first, as Mamba2 has them, of groups too, and other ones; other formats, and their
+# scales swizzled.
 VARIANTS: dict[str, Norm] = {
     **{f"{spec.name}/{cast}": OfRows(spec.with_cast(cast)) for cast in CASTS if cast != "output" for spec in ROW_NORMS},
     "add_layer_norm/post": OfSums(LAYER_NORM, post=True),
@@ -121,6 +122,7 @@ VARIANTS: dict[str, Norm] = {
     "gated_rms_norm/llama": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("llama"), "silu")),
     "gated_rms_norm/gemma": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("gemma"), "silu")),
     **{f"quantized_rms_norm/{name}": OfQuantized(RMS_NORM, name) for name in FORMAT_NAMES if name != "fp8_token"},
+    **{f"quantized_rms_norm/{name}_swizzled": OfQuantized(RMS_NORM, name, "swizzled") for name in SWIZZLED},
     "per_head_rms_norm/llama": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("llama"))),
     "per_head_rms_norm/gemma": OfConditioned(ConditionedNorm(RMS_NORM.with_cast("gemma"))),
 }

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import FORMATS, Format, FormatName
+from ..formats import FORMATS, Format, FormatName, ScaleLayout
 from ..functional.quantized import Quantized, _result
 from ..reference import quantized as quantized_reference
 from ..reference.channel import Given
@@ -27,10 +29,16 @@ class OfQuantized(OfRows):
     """The same, rows × columns; what is compared is what the format's elements stand for, in x's dtype."""
 
     format: FormatName
+    scale_layout: ScaleLayout = "row_major"
 
     @property
     def name(self) -> str:
         return f"quantized_{self.spec.name}"
+
+    @property
+    def title(self) -> str:
+        """What is stored, in words."""
+        return self.format + ("" if self.scale_layout == "row_major" else f", {self.scale_layout}")
 
     @property
     def form(self) -> Format:
@@ -53,8 +61,8 @@ class OfQuantized(OfRows):
 
     def bytes_stored(self, shape: Shape) -> int:
         (m, n), form = shape, self.form
-        scales = 0 if form.scaling == "tensor" else form.scales(n) * form.scale_dtype.itemsize
-        return m * (n // form.packed + scales)
+        scales = 0 if form.scaling == "tensor" else math.prod(form.scale_shape((m,), n, self.scale_layout))
+        return m * (n // form.packed) + scales * form.scale_dtype.itemsize
 
     def choice(self, pass_: str) -> str:
         return "quantized"
@@ -74,17 +82,22 @@ class OfQuantized(OfRows):
     ) -> Callable[..., Results]:
         if functions is F:
             return self._as_users_write(shape[1], eps)
-        norm, over, how = getattr(functions, self.name), shape[1:], dict(format=self.format) | casting(self.spec)
+        norm, over, how = getattr(functions, self.name), shape[1:], self._how | casting(self.spec)
         if self.form.given:
             return lambda x, *given: norm(x, over, *given[:-1], eps=eps, scale=given[-1], **how)
         return lambda x, *parameters: norm(x, over, *parameters, eps=eps, **how)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return dict(format=self.format, scale_layout=self.scale_layout)
 
     def _as_users_write(self, n: int, eps: float) -> Callable[..., Quantized]:
         """torch has none: its norm, the largest of each block, a scale of that, and a cast, in fp32 between. What takes
         bits apart is the plain reference's, and what has a block that is not whole.
         """
         norm, form, format, block = getattr(F, self.spec.name), self.form, self.format, self.form.block or n
-        by_reference = form.scaling in ("e8m0", "e4m3") or n % block != 0
+        by_reference = form.scaling not in ("tensor", "fp32") or n % block != 0
+        swizzles = self.scale_layout == "swizzled"
 
         def written(x: Tensor, *given: Tensor) -> Quantized:
             whole = given[-1] if form.given else None
@@ -92,7 +105,8 @@ class OfQuantized(OfRows):
             y = norm(x.float(), (n,), *(t.float() for t in parameters), eps=eps)
             if by_reference:
                 data, scale = quantized_reference.quantize(form, y, whole)
-                return Quantized(data, scale, format, whole)
+                scale = quantized_reference.swizzled(scale) if swizzles else scale
+                return Quantized(data, scale, format, whole, scale_layout=self.scale_layout)
             blocks = y.unflatten(-1, (-1, block))
             if whole is None:
                 scale = (blocks.abs().amax(-1, keepdim=True) / form.largest).clamp(min=quantized_reference.LEAST_SCALE)
@@ -127,12 +141,13 @@ class OfQuantized(OfRows):
         from ..ops import quantized
         from ..ops.hosts import quantized_rows
 
-        problem = quantized.Quantizing(self.spec, 1, of.eps, self.format, False, False, save)
+        problem = quantized.Quantizing(self.spec, 1, of.eps, self.format, self.scale_layout, False, save)
         given = quantized.Given(of.x, None, None, of.weight, of.bias, self.tensor_scale(of.x.device))
         data, scale, _, *statistics = quantized_rows.forward(problem, given)
         assert data is not None
         scale = None if scale is None else scale.view(self.form.scale_dtype)
-        return Normalized(_result(given, self.format, data.view(self.form.data_dtype), scale, None, None), *statistics)
+        results = data.view(self.form.data_dtype), scale, None, None
+        return Normalized(_result(given, self.format, self.scale_layout, 1, *results), *statistics)
 
 
 @functools.cache

@@ -306,7 +306,7 @@ def quantized_norm(problem: Quantizing, given: Quantizable, asked: Hashable) -> 
     if not given.x.numel() or not road.kernels_serve(op, *given, lacking=why):
         return *quantized.composite(problem, given)[:3], None
     inputs = quantized.read(problem, given)
-    call = QuantizedCall(problem)
+    call = QuantizedCall(problem, given.x)
     if asked is not None and all(now is before for now, before in zip(inputs, given, strict=True)):
         quantized.CALLS.keep(asked, call, *inputs)
     return *call(*inputs)[:3], None

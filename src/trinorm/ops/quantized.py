@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..formats import FORMATS, Format, FormatName
+from ..formats import FORMATS, Format, FormatName, ScaleLayout
 from ..ops import road
 from ..reference import quantized as quantized_reference
 from ..spec import RowNorm
@@ -29,15 +29,15 @@ MOST_OF_ROW = 32 << 10
 
 
 class Quantizing(NamedTuple):
-    """What is computed of the tensors: the norm over the last ``dims`` dims, its result in a format. column_major: how the
-    scales of blocks lie; save: a backward will ask for the statistics.
+    """What is computed of the tensors: the norm over the last ``dims`` dims, its result in a format. save: a backward will
+    ask for the statistics.
     """
 
     spec: RowNorm
     dims: int
     eps: float
     name: FormatName
-    column_major: bool
+    scale_layout: ScaleLayout
     batch_invariant: bool
     save: bool
 
@@ -49,7 +49,11 @@ class Quantizing(NamedTuple):
         return *x.shape[:-1], x.shape[-1] // self.form.packed
 
     def scale_shape(self, x: Tensor) -> tuple[int, ...]:
-        return *x.shape[: -self.dims], self.form.scales(x.shape[-self.dims :].numel())
+        return self.form.scale_shape(x.shape[: -self.dims], x.shape[-self.dims :].numel(), self.scale_layout)
+
+    def column_strides(self, x: Tensor) -> tuple[int, ...] | None:
+        """Of the scales, where they lie column-major."""
+        return self.form.column_strides(x.shape[: -self.dims]) if self.scale_layout == "column_major" else None
 
 
 class Given(NamedTuple):
@@ -132,8 +136,10 @@ def composite(problem: Quantizing, given: Given, *, traced: bool = False) -> Res
     data = data.reshape(problem.data_shape(x))
     if problem.form.scaling == "tensor":
         scale = None
-    elif problem.column_major:
-        scale = scale.movedim(-1, 0).clone(memory_format=torch.contiguous_format).movedim(0, -1)
+    elif problem.scale_layout == "swizzled":
+        scale = quantized_reference.swizzled(scale)
+    elif (strides := problem.column_strides(x)) is not None:
+        scale = scale.new_empty_strided(scale.shape, strides).copy_(scale)
     mean = rstd = None
     if problem.save:
         mean, rstd = (t.detach().to(given.stats) for t in reference.statistics(spec, x, dims, eps))
@@ -144,22 +150,24 @@ def composite(problem: Quantizing, given: Given, *, traced: bool = False) -> Res
 class QuantizedCall:
     """The norm of arguments that differ from those of one call in their values alone."""
 
-    __slots__ = ("_forward", "problem")
+    __slots__ = ("_column", "_forward", "problem")
 
-    def __init__(self, problem: Quantizing) -> None:
+    def __init__(self, problem: Quantizing, x: Tensor) -> None:
         self.problem = problem
+        strides = problem.column_strides(x)
+        self._column = None if strides is None else (problem.scale_shape(x), strides)
         self._forward = Repeated(functools.partial(_forward, problem), _is_watched)
 
     def __call__(self, x: Tensor, *others: Tensor | None) -> Results:
         """(data, scale, sum, mean, rstd) of Given's tensors, as ``read`` has them. What Triton has no type for passes the
         launch as bytes.
         """
-        problem, form = self.problem, self.problem.form
+        form = self.problem.form
         data, scale, *more = self._forward(x.view(torch.uint8) if x.dtype == CODES else x, *others)
         assert data is not None
         if scale is not None:
-            scale = scale if form.scaling == "fp32" else scale.view(form.scale_dtype)
-            scale = scale.movedim(0, -1) if problem.column_major else scale
+            scale = scale if scale.dtype == torch.float32 else scale.view(form.scale_dtype)
+            scale = scale if self._column is None else scale.as_strided(*self._column)
         return data.view(form.data_dtype), scale, *more
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..formats import Format
+from ..formats import TILE, Format, ScaleLayout
 from ..spec import RowNorm
 
 # fp32's least normal number: no scale is smaller, so that its reciprocal is a number.
@@ -35,9 +35,22 @@ def quantize(form: Format, y: Tensor, tensor_scale: Tensor | None = None) -> tup
     return _codes(form, (blocks * inverse).flatten(-2)[..., : y.shape[-1]]), scale.squeeze(-1)
 
 
-def dequantize(form: Format, data: Tensor, scale: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
-    """What the data stands for, in fp32: ``(*, N)``, where the scales are ``(*, scales(N))``; N may be several dims."""
+def dequantize(
+    form: Format,
+    data: Tensor,
+    scale: Tensor,
+    tensor_scale: Tensor | None = None,
+    scale_layout: ScaleLayout = "row_major",
+    dims: int = 1,
+) -> Tensor:
+    """What the data stands for, in fp32: ``(*, N)``, where the scales are ``(*, scales(N))``; N may be several dims. Of
+    swizzled scales, whose shape does not tell them, these are ``dims``.
+    """
     shape = (*data.shape[:-1], data.shape[-1] * form.packed)
+    if scale_layout == "swizzled":
+        scales = form.scales(data.shape[-dims:].numel() * form.packed)
+        leading = data.shape[:-dims]
+        scale = unswizzled(scale, leading.numel(), scales).reshape(*leading, scales)
     if form.scaling != "tensor":
         data = data.flatten(scale.dim() - 1)
     if form.element == "e2m1":
@@ -54,6 +67,27 @@ def dequantize(form: Format, data: Tensor, scale: Tensor, tensor_scale: Tensor |
     if form.block:
         factor = factor.repeat_interleave(form.block, -1)[..., : values.shape[-1]]
     return (values * factor).reshape(shape)
+
+
+def swizzled(scale: Tensor) -> Tensor:
+    """Scales of one byte each, ``(*, scales)``, their rows padded with zeros to a multiple of 128, and each to one of 4: in
+    tiles of 128 rows by 4 scales, row-major, of 512 bytes, where that of (r, c) is byte (r % 32)·16 + (r // 32)·4 + c.
+
+    Source: NVIDIA, cuBLAS's documentation, "1D Block Scaling Factors Layout".
+    """
+    rows = scale.view(torch.uint8).reshape(scale.shape[:-1].numel(), scale.shape[-1])
+    (m, n), (of_rows, of_scales) = rows.shape, TILE
+    whole = torch.nn.functional.pad(rows, (0, -n % of_scales, 0, -m % of_rows))
+    m, n = whole.shape
+    tiles = whole.reshape(m // of_rows, 4, 32, n // of_scales, of_scales)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(m, n).view(scale.dtype)
+
+
+def unswizzled(scale: Tensor, rows: int, scales: int) -> Tensor:
+    """The same back: ``(rows, scales)``."""
+    (m, n), (of_rows, of_scales) = scale.shape, TILE
+    tiles = scale.reshape(m // of_rows, n // of_scales, 32, 4, of_scales)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(m, n)[:rows, :scales]
 
 
 def normalized(
@@ -88,6 +122,11 @@ def _scale(form: Format, largest: Tensor, tensor_scale: Tensor | None) -> tuple[
     over = largest / torch.full_like(largest, form.largest)
     if form.scaling == "fp32":
         scale = over.clamp(min=LEAST_SCALE)
+        return scale, 1 / scale
+    if form.scaling == "pow2":
+        # Any bit of the mantissa carries into the exponent.
+        bits = (over.clamp(min=LEAST_SCALE).view(torch.int32) + 0x7FFFFF) & 0x7F800000
+        scale = bits.view(torch.float32)
         return scale, 1 / scale
     if form.scaling == "e8m0":
         # The largest power of two that is not over the largest element, over that of the format's own largest number.

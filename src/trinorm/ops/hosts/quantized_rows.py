@@ -20,16 +20,24 @@ _STORED = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32
 
 def forward(problem: Quantizing, given: Given) -> tuple[Tensor | None, ...]:
     """(data, scale, sum, mean, rstd), of an x of codes as bytes. Data and scales too are bytes, but those in fp32; columns
-    of scales are the rows of what is returned. No scale where one is given.
+    of scales are the rows of what is returned (QuantizedCall). No scale where one is given.
     """
     x, device, stats, form = given.x, given.x.device, given.stats, problem.form
     leading, n = x.shape[: -problem.dims], x.shape[-problem.dims :].numel()
     m, scales, spec = math.prod(leading), form.scales(n), problem.spec
+    # Swizzled scales have rows of padding, which programs store too.
+    stored = m
+    strides: tuple[int, int] | None = (scales, 1)
     data = empty(problem.data_shape(x), torch.uint8, device)
     scale = None
     if form.scaling != "tensor":
-        dtype = torch.float32 if form.scaling == "fp32" else torch.uint8
-        scale = empty((scales, *leading) if problem.column_major else (*leading, scales), dtype, device)
+        dtype = torch.float32 if form.scale_dtype == torch.float32 else torch.uint8
+        shape = problem.scale_shape(x)
+        if problem.scale_layout == "column_major":
+            shape, strides = (scales, form.column(m)), (1, form.column(m))
+        elif problem.scale_layout == "swizzled":
+            stored, strides = shape[0], None
+        scale = empty(shape, dtype, device)
     total = None if given.residual is None else empty(tuple(x.shape), given.sum_dtype, device)
     mean = empty(leading, stats, device) if problem.save and spec.center else None
     rstd = empty(leading, stats, device) if problem.save else None
@@ -42,7 +50,7 @@ def forward(problem: Quantizing, given: Given) -> tuple[Tensor | None, ...]:
         *(data, scale, total, mean, rstd),
         *given,
         *(m, *rows, 0 if x_scale is None or x_scale.numel() == 1 else 1),
-        (1, m) if problem.column_major else (scales, 1),
+        strides,
         problem.eps,
     )
     options = dict(
@@ -63,5 +71,5 @@ def forward(problem: Quantizing, given: Given) -> tuple[Tensor | None, ...]:
         PRELOAD=plan.preload,
         **started_by(plan.tile, size, plan.early),
     )
-    launch(quantized_forward, (-(-m // plan.tile.rows),), device, args, options)
+    launch(quantized_forward, (-(-stored // plan.tile.rows),), device, args, options)
     return data, scale, total, mean, rstd

@@ -1,7 +1,7 @@
 """Norms with a quantized result as registered ops. For each spec::
 
     quantized_layer_norm(
-        input, input_scale?, residual?, weight?, bias?, scale?, dims, eps, format, column_major, batch_invariant, save, cast
+        input, input_scale?, residual?, weight?, bias?, scale?, dims, eps, format, scale_layout, batch_invariant, save, cast
     ) -> (data, scale, sum, mean, rstd, straight)
     quantized_rms_norm(the same) -> (the same, whose mean is None)
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...formats import FORMATS
+from ...formats import FORMATS, SCALE_LAYOUTS
 from ...ops import road
 from ...spec import CASTS, ROW_NORMS, RowNorm
 from ..quantized import CALLS, CODES, Given, QuantizedCall, Quantizing, composite, lacking, read, scaled_up, straight
@@ -39,7 +39,7 @@ class _Forward(Op):
     differentiable = True
     schema = (
         "(Tensor input, Tensor? input_scale, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? scale, int dims, "
-        "float eps, str format, bool column_major, bool batch_invariant, bool save, str cast) "
+        "float eps, str format, str scale_layout, bool batch_invariant, bool save, str cast) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
 
@@ -85,7 +85,7 @@ class _Forward(Op):
         _check(self.name, problem, given)
         if not given.x.numel() or lacking(problem, given) or not road.has_kernels(given.x):
             return composite(problem, given)
-        call = QuantizedCall(problem)
+        call = QuantizedCall(problem, given.x)
         again = lambda *given: (*call(*given), straight(problem, Given(*given)))  # noqa: E731
         return self.do_and_keep(args, again, lambda *given: read(problem, Given(*given)))
 
@@ -93,12 +93,11 @@ class _Forward(Op):
         problem, given = self._problem(args)
         _check(self.name, problem, given)
         x, form = given.x, problem.form
-        sizes = problem.scale_shape(x)
+        sizes, strides = problem.scale_shape(x), problem.column_strides(x)
         if form.scaling == "tensor":
             scale = None
-        elif problem.column_major:
-            # As the kernels' host lays it: rows side by side, then blocks.
-            scale = x.new_empty((sizes[-1], *sizes[:-1]), dtype=form.scale_dtype).movedim(0, -1)
+        elif strides is not None:
+            scale = x.new_empty_strided(sizes, strides, dtype=form.scale_dtype)
         else:
             scale = x.new_empty(sizes, dtype=form.scale_dtype)
         leading = x.shape[: -problem.dims]
@@ -113,8 +112,8 @@ class _Forward(Op):
         )
 
     def _problem(self, args: Any) -> tuple[Quantizing, Given]:
-        *tensors, dims, eps, form, column_major, batch_invariant, save, cast = args
-        by = dims, eps, form, column_major, batch_invariant, save
+        *tensors, dims, eps, form, scale_layout, batch_invariant, save, cast = args
+        by = dims, eps, form, scale_layout, batch_invariant, save
         return Quantizing(self._spec.with_cast(cast), *by), Given(*tensors)
 
 
@@ -125,6 +124,8 @@ def _check(op: str, problem: Quantizing, given: Given) -> None:
         problem.name in FORMATS,
         lambda: f"trinorm::{op}: format is {problem.name!r}; it must be one of {', '.join(FORMATS)}",
     )
+    fits = problem.scale_layout in SCALE_LAYOUTS and (problem.scale_layout != "swizzled" or problem.form.swizzles)
+    torch._check(fits, lambda: f"trinorm::{op}: scale_layout is {problem.scale_layout!r}, which the format does not have")
     torch._check(problem.spec.cast in CASTS, lambda: f"trinorm::{op}: cast must be one of {', '.join(CASTS)}")
     fits = 0 < problem.dims <= x.dim() and x.shape[-1] % problem.form.packed == 0
     torch._check(fits, lambda: f"trinorm::{op}: dims or format does not fit the input")

@@ -6,7 +6,8 @@ and bias are whole on every device, whose sums dw and db are, or lie as the chan
 QK-norm tokens stay, with cos and sin beside them, and heads: those of the queries and the keys, or, where keys are fewer
 than devices and so whole on each, of the queries alone. Of conditioned norms all leading dims stay, heads that have
 weights among them, and scale, shift, weight and a sum's gate lie as those do, or are whole where they are broadcast along
-them. Of a quantized result rows stay, and their scales with them; a scale of the whole tensor is whole, as parameters are.
+them. Of a quantized result rows stay, and their scales with them, swizzled ones where each device has whole tiles of them;
+a scale of the whole tensor is whole, as parameters are.
 Of DyT, Derf and PolyNorm rows stay, by any leading dim, and all parameters are whole. Of weight normalization what has a
 length of its own stays, and g with it. What lies otherwise, as by a normalized dim or as a sum not yet taken, is
 redistributed first, in the way that DTensor finds cheapest. registering.know_distributed imports this when the first
@@ -16,6 +17,7 @@ distributed tensor comes.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 
-from ...formats import FORMATS
+from ...formats import FORMATS, TILE
 from ...spec import BATCH_NORM, CHANNEL_LAYER_NORM, DYNAMIC_NORMS, GROUP_NORM, LAYER_NORM, ROW_NORMS
 from .names import CONDITIONED_NORMS, GATED_SUMS, POLY_NORM, QK_NORM, QUANTIZED_NORMS, WEIGHT_NORM
 
@@ -156,13 +158,20 @@ def _rule_of_quantized(op: OpOverload, *args: Any) -> list[tuple[Placements, Pla
     taken = FORMATS[call["format"]].scaling != "tensor"
     there = True, taken, call["residual"] is not None, call["save"] and centered, call["save"], call["save"]
     found: list[tuple[Placements, Placements]] = []
-    for dim in (None, *range(leading)):
+    for dim in (None, *range(leading)) if call["scale_layout"] != "swizzled" else (None, *_of_whole_tiles(call)):
         of_x: Placement = Replicate() if dim is None else Shard(dim)
         laid: dict[str, Placement] = dict.fromkeys(("input", "residual"), of_x)
         laid |= dict.fromkeys(("weight", "bias", "scale"), Replicate())
         laid["input_scale"] = of_x if dim is None else _beside(call["input_scale"], dim, leading + 1)
         found.append(([of_x if one else None for one in there], _of_arguments(call, laid)))
     return found
+
+
+def _of_whole_tiles(call: _Call) -> tuple[int, ...]:
+    """By which dims swizzled scales may be shared out: the first, where each device then has whole tiles of its rows."""
+    x, devices = call["input"], call["input"].mesh.size()
+    each, rest = divmod(math.prod(x.shape[: x.ndim - call["dims"]]), devices)
+    return (0,) if x.ndim > call["dims"] and not (rest or each % TILE[0] or x.shape[0] % devices) else ()
 
 
 def _rule_of_inputs_only(op: OpOverload, *args: Any) -> list[tuple[Placements, Placements]]:
