@@ -23,7 +23,7 @@ from trinorm.ops.hosts import (
 from trinorm.ops.poly import MOST_OF_ROW
 from trinorm.ops.problems.conditioned import Conditioned
 from trinorm.ops.problems.gated_sum import problem_of
-from trinorm.ops.quantized import Given, Quantizing
+from trinorm.ops.problems.quantized import Given, Quantizing
 from trinorm.spec import (
     BATCH_NORM,
     DYNAMIC_NORMS,

@@ -27,7 +27,7 @@ from trinorm.ops.hosts import (
 )
 from trinorm.ops.problems.conditioned import Conditioned
 from trinorm.ops.problems.gated_sum import problem_of
-from trinorm.ops.quantized import Given, Quantizing
+from trinorm.ops.problems.quantized import Given, Quantizing
 from trinorm.spec import DYNAMIC_TANH, LAYER_NORM, RMS_NORM, ConditionedNorm
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@\S+ )?(\S+)(?: (.*?))?\s*;", re.MULTILINE)

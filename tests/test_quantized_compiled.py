@@ -11,7 +11,7 @@ from torch import Tensor
 from trinorm.formats import FORMATS, FormatName, ScaleLayout
 from trinorm.inspection import Compiled, compile_call, read, recorded
 from trinorm.ops.hosts import quantized_rows
-from trinorm.ops.quantized import Given, Quantizing
+from trinorm.ops.problems.quantized import Given, Quantizing
 from trinorm.spec import RMS_NORM
 
 

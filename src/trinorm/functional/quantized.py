@@ -13,7 +13,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import checks
 from ..formats import FORMAT_NAMES, FORMATS, SCALE_LAYOUTS, SWIZZLED, FormatName, ScaleLayout
 from ..ops import quantized_norm
-from ..ops.quantized import CALLS, CODES, Given, Quantizing
+from ..ops.problems.quantized import Given, Quantizing
+from ..ops.quantized import CALLS, CODES
 from ..ops.road import KERNEL_DTYPES
 from ..reference import quantized as quantized_reference
 from ..spec import LAYER_NORM, RMS_NORM, Cast, RowNorm

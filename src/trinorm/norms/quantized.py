@@ -69,7 +69,7 @@ class OfQuantized(OfRows):
 
     def held_bytes(self, dtype: torch.dtype) -> int:
         """Of an element of an x of this dtype, as a program holds it."""
-        from ..ops import quantized
+        from ..ops.problems import quantized
 
         x = torch.empty((), dtype=dtype, device="meta")
         return quantized.held_bytes(quantized.Given(x, None, None, None, None, None))
@@ -138,8 +138,8 @@ class OfQuantized(OfRows):
         return value.to(of.x.dtype) + (y - y.detach())
 
     def forward(self, of: Arguments, *, save: bool) -> Normalized:
-        from ..ops import quantized
         from ..ops.hosts import quantized_rows
+        from ..ops.problems import quantized
 
         problem = quantized.Quantizing(self.spec, 1, of.eps, self.format, self.scale_layout, False, save)
         given = quantized.Given(of.x, None, None, of.weight, of.bias, self.tensor_scale(of.x.device))

@@ -34,9 +34,10 @@ from .library.registering import any_requires_grad
 from .problems.channel import Problem
 from .problems.conditioned import Conditioned
 from .problems.gated_sum import problem_of as problem_of_sum
+from .problems.quantized import Given as Quantizable
+from .problems.quantized import Quantizing
 from .qk import QKCall, QKProblem
-from .quantized import Given as Quantizable
-from .quantized import QuantizedCall, Quantizing
+from .quantized import QuantizedCall
 from .row import RowCall, prepared
 
 

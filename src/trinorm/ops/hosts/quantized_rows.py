@@ -12,7 +12,7 @@ from ...kernels.quantized import quantized_forward
 from ...launch import describe, empty, launch
 from ...tuning import choose_quantized
 from ..layout import rows_of
-from ..quantized import Given, Quantizing, held_bytes
+from ..problems.quantized import Given, Quantizing, held_bytes
 from .start import ACCUMULATOR, started_by
 
 _STORED = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}

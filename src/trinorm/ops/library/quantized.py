@@ -20,7 +20,8 @@ from torch import Tensor
 from ...formats import FORMATS, SCALE_LAYOUTS
 from ...ops import road
 from ...spec import CASTS, ROW_NORMS, RowNorm
-from ..quantized import CALLS, CODES, Given, QuantizedCall, Quantizing, composite, lacking, read, scaled_up, straight
+from ..problems.quantized import Given, Quantizing
+from ..quantized import CALLS, CODES, QuantizedCall, composite, lacking, read, scaled_up, straight
 from .names import QUANTIZED_NORMS, SUMS
 from .registering import Op, know_distributed, register
 
