@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import trinorm
+from data_parallel import ON_TWO_GPUS, data_parallel
 from trinorm.compare import compare
 from trinorm.models import activations_fused, norm_acts
 from trinorm.ops import road
@@ -323,6 +324,19 @@ def test_a_norm_that_holds_its_activation(
     assert calls == [activation]
     trinorm.restore(model)
     assert type(model) is type(by_torch)
+
+
+@pytest.mark.parametrize("make", [lambda: NormAct(nn.SiLU()), lambda: GroupNormAct(nn.SiLU())])
+def test_data_parallel(
+    make: Callable[[], nn.Module], device: torch.device, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies, whose parameters and buffers are plain tensors, are trinorm's too."""
+    model = make().to(device).eval()
+    x = torch.randn(X, device=device)
+    expected = model(x)
+    trinorm.replace(model)
+    torch.testing.assert_close(data_parallel(model, monkeypatch)(x), expected)
+    assert calls == ["silu"] * (2 if ON_TWO_GPUS else 1)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import trinorm
+from data_parallel import ON_TWO_GPUS, data_parallel
 from transformers_models import MODELS, given, made, result
 from trinorm.compare import assert_no_worse
 from trinorm.models import residuals
@@ -108,6 +109,22 @@ def test_values_and_gradients_in_bf16(name: str, device: torch.device) -> None:
         exact = of_input(x)(alone)
     for what in exact:
         assert_no_worse(what, *(flat(those[what]) for those in (found, exact, yard)))
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma3", "GPT2", "Bert"])
+def test_data_parallel(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, together: list[object]) -> None:
+    """Its copies have fused norms too."""
+    replaced, fused, _ = pair(name, device)
+    x = given(name).to(device)
+
+    def run(model: torch.nn.Module) -> Results:
+        y = result(data_parallel(model, monkeypatch), x)
+        y.square().mean().backward()
+        return {"y": [y.detach()], "gradients": [p.grad for p in model.parameters() if p.grad is not None]}
+
+    assert_as_unfused(run, fused, replaced, by_bits=name not in QK_NORMS)
+    of_a_copy = SUMS[name][1] - SUMS[name][2]  # with gradients none is handed on
+    assert len(together) == of_a_copy * (2 if ON_TWO_GPUS else 1)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import trinorm
+from data_parallel import ON_TWO_GPUS, data_parallel
 from trinorm.compare import assert_no_worse
 from trinorm.models import recognize
 from trinorm.models.forms import Form
@@ -126,6 +127,18 @@ def test_copies_pickles_and_checkpoints(device: torch.device) -> None:
     plain.load_state_dict(module.state_dict())
     module.load_state_dict(plain.state_dict())
     assert repr(module).startswith("BeforeTheWeightNorm(") and "trinorm.functional.rms_norm" in repr(module)
+
+
+@EVERY
+def test_data_parallel(kind: type[torch.nn.Module], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies with parameters that are plain tensors are trinorm's too."""
+    module, served = named_norm(kind)().to(device), []
+    trinorm.replace(module)
+    given = inputs(kind, torch.float32, device)
+    expected, actual = module(*given), type(module._trinorm_form).served
+    monkeypatch.setattr(type(module._trinorm_form), "served", lambda *of: (served.append(of), actual(*of))[1])
+    torch.testing.assert_close(data_parallel(module, monkeypatch)(*given), expected)
+    assert len(served) == (2 if ON_TWO_GPUS else 1)
 
 
 def test_compiled_in_one_graph(device: torch.device) -> None:

@@ -52,6 +52,9 @@ class Recognized(Made):
     def __setattr__(self, name: str, value: Any) -> None:
         """Whoever sets an attribute may have set its epsilon, so that its form may not hold any more."""
         super().__setattr__(name, value)
+        # DataParallel's copies are given all attributes at once, and then the parameters as such.
+        if name == "__dict__" or "_is_replica" in vars(self):
+            return
         if name not in _OF_EVERY_MODULE and name not in (FORM, MARK) and name not in self._parameters:
             vars(self).pop(FORM, None)
 

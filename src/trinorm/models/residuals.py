@@ -49,7 +49,8 @@ def _returned(module: torch.nn.Module, a: Any, b: Any) -> Any:
     That is on the tensor itself, and goes with it. Of a recorded gradient it would take a part away from the sum's own, for
     which anybody may ask; in inference mode nobody sees a tensor written to.
     """
-    following = None if is_traced() else vars(module).get(NEXT)
+    # The next block of a copy of DataParallel's is a copy too.
+    following = None if is_traced() or "_is_replica" in vars(module) else vars(module).get(NEXT)
     if following is None or torch.is_grad_enabled() or torch.is_inference_mode_enabled() or is_replaced(module):
         return a + b
     if type(a) is not Tensor or not (a.numel() >= HANDED_FROM or (a.is_cuda and torch._C._cuda_isCurrentStreamCapturing())):
