@@ -48,7 +48,8 @@ def by_trinorm(model: nn.Module) -> None:
 
 def compare_curves(train: Callable[[Callable[[nn.Module], object]], list[float]]) -> int:
     """Train three times, and print the losses. The exit status: 0 if they fall, and trinorm's are as good as torch's."""
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several GPUs Trainer makes copies, which in_float64's are not
+    # Of several GPUs Trainer makes copies, which in_float64's are not.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     ours, theirs, exact = (torch.tensor(train(prepare)) for prepare in (by_trinorm, lambda model: None, in_float64))
     for step, losses in enumerate(zip(ours.tolist(), theirs.tolist(), exact.tolist(), strict=True)):
         print("step {:2}: trinorm {:.7f}, torch {:.7f}, float64 {:.7f}".format(step, *losses))
