@@ -12,14 +12,14 @@ from ..launch import Device
 from .kinds import RowBackward, RowBackwardWide, RowForward, RowForwardWide, Tile, _sharing
 from .row import _fitted, _large_from, _narrowed
 
-# (N up to, tile of rows): 8 elements of a thread, which are one load where they have 16 bits, or chunks of 8; up to 1536 a
-# row is a warp's, as up to 1024 is best for the row norms: its masked part is small, and no sum crosses warps.
+# (N up to, tile of rows): 8 elements of a thread, which are one load where they have 16 bits, or chunks of 8; up to 1024 a
+# row is a warp's, as is best for the row norms: its masked part is small, and no sum crosses warps.
 _FORWARD = (
     (64, Tile(16, 64, 4)),
     (128, Tile(8, 128, 4)),
     (1024, Tile(4, 256, 4)),
-    (1152, Tile(1, 256, 2)),  # modulated: 1152 columns 0.89 of the copy; by Tile(4, 256, 4) 0.73, by Tile(1, 2048, 8) 0.46
-    (1536, Tile(4, 256, 4)),  # modulated: 0.86; by Tile(1, 2048, 8) 0.57
+    # modulated: 1152 columns 0.89 of the copy, 1536 0.95; by Tile(4, 256, 4) 0.73, 0.88, by Tile(1, 2048, 8) 0.46, 0.57
+    (1536, Tile(1, 256, 2)),
     (3072, Tile(1, 1024, 4)),  # modulated: 0.94 to 0.96
     (4096, Tile(1, 2048, 8)),
     (8192, Tile(1, 4096, 16)),
@@ -37,8 +37,8 @@ _BACKWARD: tuple[tuple[int, tuple[Tile, int, int], tuple[Tile, int, int]], ...] 
     (128, (Tile(16, 128, 8), 3, 2), (Tile(16, 128, 8), 3, 2)),
     (256, (Tile(8, 256, 8), 3, 2), (Tile(8, 256, 8), 3, 2)),
     (1024, (Tile(1, 1024, 4), 3, 6), (Tile(1, 1024, 4), 3, 4)),
-    # modulated: 1536 columns 0.82; by Tile(1, 2048, 8), 3, 3 0.56; of 1152 columns those below, where they fit
-    (2048, (Tile(4, 512, 8), 3, 1), (Tile(1, 2048, 8), 3, 2)),
+    # modulated: 1536 columns 0.78, with 3 stages 0.71; by Tile(1, 2048, 8), 3, 3 0.56; of 1152 columns those below
+    (2048, (Tile(4, 512, 8), 4, 1), (Tile(1, 2048, 8), 3, 2)),
     (3072, (Tile(1, 1024, 4), 3, 3), (Tile(1, 4096, 16), 3, 1)),
     (4096, (Tile(1, 2048, 8), 3, 2), (Tile(1, 4096, 16), 3, 1)),
     (8192, (Tile(1, 2048, 8), 3, 1), (Tile(1, 2048, 8), 3, 1)),

@@ -42,6 +42,15 @@ _FORWARD: tuple[tuple[int, tuple[Tile, int], tuple[Tile, int]], ...] = (
     (16384, (Tile(1, 4096, 16), 1), (Tile(1, 2048, 16), 1)),  #                0.94, 0.98
 )
 
+# Of many rows, where a program of the table above holds much of a row's last chunk for nothing, or another is better:
+# (N from, N up to, LayerNorm: tile and how many at once, RMSNorm: the same)        ratio to the copy by that above, by this
+_FORWARD_BETWEEN: tuple[tuple[int, int, tuple[Tile, int] | None, tuple[Tile, int] | None], ...] = (
+    (1025, 1280, (Tile(1, 256, 2), 2), (Tile(2, 512, 4), 1)),  #   1152: LayerNorm 0.75, 0.99; RMSNorm 0.89, 1.01
+    (2049, 2304, (Tile(1, 512, 4), 1), None),  #                   2304: 0.93, 0.97
+    (5121, 5376, (Tile(1, 2048, 4), 1), None),  #                  5376: 0.94, 0.97
+    (5377, 6144, (Tile(1, 2048, 8), 1), None),  #                  6144: 0.97, 0.99
+)
+
 # What a program can hold of a row in registers.
 _HELD_BYTES = 64 << 10
 
@@ -55,8 +64,9 @@ _STREAM_COLUMNS = 2048
 _SCARCE_ROWS = 4
 _LEAST_OF_WARP = 256
 
-# Of many programs smaller than this, those put on the device early take places from the last ones of the kernel ahead
-# (32768x1024 by programs of 2 warps: 41 µs against 35; by programs of 4 it gains, 33 against 34).
+# Of many programs with less to do than this, warps for each tile, those put on the device early take places from the last
+# ones of the kernel ahead (32768x1024 by programs of 2 warps: 41 µs against 35; by programs of 4 it gains, 33 against 34,
+# and by 2 warps that take two tiles: LayerNorm 32768x1152 37 against 40).
 _EARLY_WARPS = 4
 
 # Rows split over a team, LayerNorm's and RMSNorm's: the first that fits of those for rows up to so long. A block of wider
@@ -109,6 +119,8 @@ def _choose_forward(
     if n > _FORWARD[-1][0] or n * itemsize > _HELD_BYTES:
         return _first_split(_FORWARD_SPLIT, spec, n, itemsize, device) or _FORWARD_WIDE[_column(spec)]
     tile, tiles = next(row[1:][_column(spec)] for row in _FORWARD if n <= row[0])
+    if not scarce and itemsize < 8:  # fp64 has two registers
+        tile, tiles = _between(_FORWARD_BETWEEN, spec, n) or (tile, tiles)
     if scarce:
         tile, tiles = (None if spec.center or itemsize > 2 else _FEW_RMS.get(n)) or _of_few_rows(tile), 1
     stream = large and n >= _STREAM_COLUMNS
@@ -116,7 +128,7 @@ def _choose_forward(
     # registers then cost occupancy where that counts (8192x8192: 0.98 against 0.73), and RMSNorm's of the longest that a
     # program holds (fp32, 4096x16384: 0.96 against 0.90).
     preload = not (stream and (spec.center or n * itemsize >= _HELD_BYTES))
-    early = scarce or tile.warps >= _EARLY_WARPS
+    early = scarce or tile.warps * tiles >= _EARLY_WARPS
     pairwise = scarce and 1024 < n <= _PAIRWISE[_column(spec)] and tile.chunk == tile.warps * _PAIRWISE_OF_WARP
     many = next(rows for most, rows in _MANY if n <= most)
     return RowForward(_narrowed(tile, n), tiles, stream, preload, early, pairwise, many)
@@ -140,6 +152,15 @@ _BACKWARD: tuple[tuple[int, tuple[Tile, int, int, int] | None, tuple[Tile, int, 
     (12288, (Tile(1, 2048, 8), 1, 3, 1), (Tile(1, 2048, 8), 1, 3, 1)),  #          8192: 0.89, 0.93
     (16384, None, (Tile(1, 4096, 16), 1, 3, 1)),  #                                0.47 (so: split or wide), 0.71
 )  # 12288: 0.82, 0.84
+
+# Of 16 bits, as forward; by more bytes or with a sum's gradient 1152 columns would spill 16 to 304 bytes.
+_BACKWARD_BETWEEN: tuple[tuple[int, int, tuple[Tile, int, int, int] | None, tuple[Tile, int, int, int]], ...] = (
+    #                                                                              ratio to the add by that above, by this
+    (1025, 1280, (Tile(8, 256, 8), 1, 3, 1), (Tile(8, 256, 8), 1, 3, 1)),  #       1152: 0.75, 0.89; RMSNorm 0.78, 0.91
+    (2049, 2304, None, (Tile(2, 1024, 8), 2, 3, 1)),  #                            2304: 0.72, 0.90
+    (5121, 5376, None, (Tile(1, 8192, 8), 1, 4, 1)),  #                            5376: 0.67, 0.92
+    (5377, 6144, None, (Tile(2, 2048, 16), 1, 3, 2)),  #                           6144: 0.73, 0.85
+)
 
 # Of these rows of the table, where memory is slower than this. On an H100 (3.35 TB/s, an H200 has 4.9) by the launch above,
 # then by this one; on an H200 those of 768, 1024 and 3072 columns were 1 to 5% slower (2026-11-22).
@@ -243,6 +264,8 @@ def _choose_backward(
         return RowBackwardFew(tile, sums=Tile(_FEW_ROWS[few] // (2 if itemsize == 8 else 1), 32, tile.warps))
     if of_sums:
         held = _BACKWARD_OF_SUMS.get((n, spec.center), held)
+    elif itemsize == 2 and (between := _between(_BACKWARD_BETWEEN, spec, n)):
+        held = between
     elif device.memory < _SLOW_MEMORY:
         held = _BACKWARD_SLOW_MEMORY.get((most, spec.center), held)
     tile, tiles, stages, per_sm = _BACKWARD_FP64 if itemsize == 8 else held
@@ -308,6 +331,14 @@ def _first_split(table: tuple[tuple[int, S, S], ...], spec: RowNorm, n: int, ite
 def _column(spec: RowNorm) -> int:
     """Where a table has this spec's launches: LayerNorm's first."""
     return 0 if spec.center else 1
+
+
+H = TypeVar("H")
+
+
+def _between(table: tuple[tuple[int, int, H | None, H | None], ...], spec: RowNorm, n: int) -> H | None:
+    """What the table has for rows of n elements, where it has anything."""
+    return next((row[2:][_column(spec)] for row in table if row[0] <= n <= row[1]), None)
 
 
 def _of_few_rows(tile: Tile) -> Tile:
