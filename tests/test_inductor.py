@@ -12,7 +12,9 @@ from torch._functorch import config as functorch
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import trinorm
 from machine import ON_GPU
 from trinorm import functional
 from trinorm.ops.library import inductor, registering
@@ -62,11 +64,11 @@ def code_of(f: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], str]:
 def test_the_dispatcher_is_not_asked_again(f: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registering._Levels, "met", False)  # as where nobody has taken tangents
     compiled, code = code_of(f)
-    assert f"{CALLED}_default(" in code
-    assert f"{CALLED}_backward_default(" in code
+    assert f"{CALLED}_default_1(" in code
+    assert f"{CALLED}_backward_default_1(" in code
     inputs = drawn()
     expected = gradients(f, inputs)
-    for _ in range(6):  # until all of this shape is recorded
+    for _ in range(8):  # until all of this shape is recorded
         gradients(compiled, inputs)
 
     dispatched: list[str] = []
@@ -77,9 +79,61 @@ def test_the_dispatcher_is_not_asked_again(f: Callable[..., Tensor], monkeypatch
     assert {*dispatched} <= (set() if ON_GPU else {"layer_norm_backward"})
 
 
+def test_each_place_has_a_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two calls that differ in their sizes alone; and what was kept is forgotten with all else."""
+    monkeypatch.setattr(registering._Levels, "met", False)
+
+    def both(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return norm(x, w, b).sum() * functional.layer_norm(x[:4, :32], (32,), w[:32], b[:32])
+
+    compiled, code = code_of(both)
+    assert f"{CALLED}_default_1(" in code and f"{CALLED}_default_2(" in code
+    expected = gradients(both, drawn())
+    for _ in range(8):
+        torch.testing.assert_close(gradients(compiled, drawn()), expected, rtol=1e-4, atol=1e-4)
+
+    asked: list[str] = []
+    for kind in (registering.Op, type(torch.ops.trinorm.layer_norm.default.site.__self__)):
+        actual = kind.again
+        monkeypatch.setattr(kind, "again", lambda op, *args, _a=actual: (asked.append(op.name), _a(op, *args))[1])
+    torch.testing.assert_close(gradients(compiled, drawn()), expected, rtol=1e-4, atol=1e-4)
+    assert "layer_norm" not in asked
+    with trinorm.options(autocast_keeps_dtype=True):
+        pass
+    torch.testing.assert_close(gradients(compiled, drawn()), expected, rtol=1e-4, atol=1e-4)
+    assert asked.count("layer_norm") >= 2
+
+
+def test_sizes_that_change_are_asked_for_each_time() -> None:
+    compiled = torch.compile(norm, fullgraph=True, dynamic=True)
+    _, code = run_and_get_code(gradients, compiled, drawn())
+    assert f"{CALLED}_default(" in "\n".join(code)
+    for rows in (5, 6, 7, 5, 6, 7, 9):
+        inputs = [torch.randn(rows, 64, device=DEVICE, requires_grad=True), *drawn()[1:]]
+        assert all(map(torch.equal, gradients(compiled, inputs), gradients(norm, inputs)))
+
+
+def test_a_mode_sees_the_op() -> None:
+    x, w, b = (t.detach() for t in drawn())
+    args = x, (64,), w, b, 1e-5, False, "output"
+    site, seen = torch.ops.trinorm.layer_norm.default.site(), []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    for _ in range(8):
+        expected = site(*args)
+    with Mode():
+        found = site(*args)
+    assert torch.ops.trinorm.layer_norm.default in seen
+    assert all(map(torch.equal, found, expected))
+
+
 def test_a_profiler_sees_the_op() -> None:
     compiled, _ = code_of(norm)
-    for _ in range(6):
+    for _ in range(8):
         gradients(compiled, drawn())
     with profile(acc_events=True) as seen:
         gradients(compiled, drawn())
@@ -111,6 +165,7 @@ def test_a_torch_that_has_no_such_place(monkeypatch: pytest.MonkeyPatch) -> None
 def test_code_from_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which may stand on the disk: the overload itself is called where it has nothing better."""
     monkeypatch.delattr(torch.ops.trinorm.layer_norm.default, "called")
+    monkeypatch.delattr(torch.ops.trinorm.layer_norm.default, "site")
     compiled, code = code_of(norm)
-    assert f"{CALLED}_default(" in code
+    assert f"{CALLED}_default_1(" in code
     assert all(map(torch.equal, gradients(compiled, drawn()), gradients(norm, drawn())))

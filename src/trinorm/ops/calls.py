@@ -128,12 +128,13 @@ class Calls(Generic[T]):
 
 
 class Known(Generic[T]):
-    """The same of norms whose calls are each of their own shape. others: as Calls'."""
+    """The same of norms whose calls are each of their own shape. others: as Calls'. forgotten: how often all were."""
 
-    __slots__ = ("_by_key", "_kept", "_latest", "others")
+    __slots__ = ("_by_key", "_kept", "_latest", "forgotten", "others")
 
     def __init__(self, limit: int) -> None:
         self.others: list[Known[Any]] = []
+        self.forgotten = 0
         self._kept: Bounded[tuple[tuple[Callable[..., bool], T], ...]] = Bounded(limit)
         self._by_key: Bounded[T] = Bounded(limit)
         # What was recalled last: its manner, which of its tensors are given, whether gradients are recorded, the tensors'
@@ -145,6 +146,7 @@ class Known(Generic[T]):
         self._kept.clear()
         self._by_key.clear()
         self._latest = None
+        self.forgotten += 1
         for other in self.others:
             other.clear()
 
