@@ -47,42 +47,54 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int, embedding: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.GroupNorm(32, channels) for _ in range(2))
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.norm1, self.norm2 = (nn.GroupNorm(32, channels) for _ in range(2))
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
         self.time = nn.Linear(embedding, channels) if embedding else None
-        self.fused = False
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
-        h = x
-        for i, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
-            h = conv(norm(h) if self.fused else F.silu(norm(h)))
-            if self.time is not None and t is not None and i == 0:
-                h = h + self.time(F.silu(t))[:, :, None, None]
+        h = self.norm1(x)
+        h = F.silu(h)
+        h = self.conv1(h)
+        if self.time is not None and t is not None:
+            h = h + self.time(F.silu(t))[:, :, None, None]
+        h = self.norm2(h)
+        h = F.silu(h)
+        h = self.conv2(h)
         return x + h
 
 
 class Bottleneck(nn.Module):
-    """ResNet's, whose last norm takes the shortcut along where it is fused."""
+    """ResNet's, as torchvision writes it."""
 
     def __init__(self, entering: int, inner: int, stride: int) -> None:
         super().__init__()
-        sizes = ((entering, inner, 1, 1), (inner, inner, 3, stride), (inner, 4 * inner, 1, 1))
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, k, s, k // 2, bias=False) for a, b, k, s in sizes)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for _, b, _, _ in sizes)
+        self.conv1, self.bn1 = nn.Conv2d(entering, inner, 1, bias=False), nn.BatchNorm2d(inner)
+        self.conv2, self.bn2 = nn.Conv2d(inner, inner, 3, stride, 1, bias=False), nn.BatchNorm2d(inner)
+        self.conv3, self.bn3 = nn.Conv2d(inner, 4 * inner, 1, bias=False), nn.BatchNorm2d(4 * inner)
+        self.relu = nn.ReLU(inplace=True)
         alike = stride == 1 and entering == 4 * inner
         way = (nn.Conv2d(entering, 4 * inner, 1, stride, bias=False), nn.BatchNorm2d(4 * inner))
-        self.shortcut = nn.Identity() if alike else nn.Sequential(*way)
-        self.fused = False
+        self.downsample = None if alike else nn.Sequential(*way)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut, y = self.shortcut(x), x
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            y = conv(y)
-            if self.fused:
-                y = norm(y, residual=shortcut) if i == 2 else norm(y)
-            else:
-                y = F.relu(norm(y) + shortcut) if i == 2 else F.relu(norm(y))
-        return y
+        identity = x
+
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+
+        out = self.conv2(out)
+        out = self.bn2(out)
+        out = self.relu(out)
+
+        out = self.conv3(out)
+        out = self.bn3(out)
+
+        if self.downsample is not None:
+            identity = self.downsample(x)
+
+        out += identity
+        return self.relu(out)
 
 
 class ResNet50(nn.Module):

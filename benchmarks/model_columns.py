@@ -10,7 +10,6 @@ from importlib import import_module
 from unittest import mock
 
 import torch
-from model_cases import Bottleneck, Residual
 from torch import nn
 
 import trinorm
@@ -23,14 +22,13 @@ class LackingError(Exception):
 @dataclass(frozen=True)
 class Column:
     """compiled: for one shape. whole: as one graph, which takes a minute for a model of many layers. few: measured beside
-    what is compiled whole of few layers. usual: measured unless others are asked for.
+    what is compiled whole of few layers.
     """
 
     change: Callable[[nn.Module], nn.Module]
     compiled: bool = False
     whole: bool = False
     few: bool = False
-    usual: bool = True
 
 
 def replaced(model: nn.Module, **options: bool) -> nn.Module:
@@ -42,23 +40,10 @@ def replaced(model: nn.Module, **options: bool) -> nn.Module:
 
 
 def fused(model: nn.Module) -> nn.Module:
-    """trinorm's norms, residual sums in the launch of the norm behind them; models without such have no such column."""
+    """trinorm's norms with what stands beside them in their launches; models without such have no such column."""
     report = trinorm.fuse(replaced(model))
     if not report.fused:
         raise LackingError
-    return model
-
-
-def by_hand(model: nn.Module) -> nn.Module:
-    """trinorm's norms with activations, and ResNet's residual, in their pass, in models whose code asks for it."""
-    blocks = [module for module in model.modules() if isinstance(module, (Residual, Bottleneck))]
-    if not blocks:
-        raise LackingError
-    replaced(model)
-    for block in blocks:
-        block.fused = True
-        for norm in block.norms:
-            norm.activation = "silu" if isinstance(block, Residual) else "relu"  # type: ignore[assignment]
     return model
 
 
@@ -127,6 +112,4 @@ COLUMNS: dict[str, Column] = {
     "trinorm+layers": Column(partial(_layers_compiled, change=replaced), compiled=True),
     "fused+layers": Column(partial(_layers_compiled, change=fused), compiled=True),
     "liger-full": Column(partial(liger, full=True)),
-    "by-hand": Column(by_hand, usual=False),
-    "by-hand+compile": Column(partial(_compiled, change=by_hand), compiled=True, whole=True, usual=False),
 }

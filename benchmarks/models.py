@@ -110,9 +110,8 @@ def tables(found: Sequence[dict[str, Any]]) -> Iterator[Table]:
 
 def main(given: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    usual = [name for name, column in COLUMNS.items() if column.usual]
     parser.add_argument("--cases", default=",".join(CASES), help=f"comma-separated; further ones: {','.join(FURTHER)}")
-    parser.add_argument("--columns", default=",".join(usual), help=f"comma-separated, of {','.join(COLUMNS)}")
+    parser.add_argument("--columns", default=",".join(COLUMNS), help=f"comma-separated, of {','.join(COLUMNS)}")
     parser.add_argument("--quick", action="store_true", help="compile no model of many layers whole")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row later than this")
     parser.add_argument("--json", type=Path, help="append a record a line, to this file or in this folder")

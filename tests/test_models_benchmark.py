@@ -77,7 +77,7 @@ def test_what_raises_says_so_and_the_rest_goes_on(run: Run, models: ModuleType, 
 
 def test_a_wrong_norm_shows(run: Run, models: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(model: torch.nn.Module) -> torch.nn.Module:
-        model.norms[0].eps = 1.0  # type: ignore[union-attr]
+        model.norm1.eps = 1.0  # type: ignore[union-attr]
         return model
 
     monkeypatch.setitem(models.COLUMNS, "wrong", type(models.COLUMNS["torch"])(wrong))
