@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import checks
 from ..ops import CALLS, channel, channel_norm, jagged, row_norm
+from ..ops.layout import is_in_order
 from ..spec import CHANNEL_LAYER_NORM, LAYER_NORM, RMS_NORM, Cast
 from .added import add_layer_norm, add_rms_norm
 from .channels import batch_norm, check_channels, group_norm, instance_norm
@@ -248,7 +249,7 @@ def channel_layer_norm(
     eps = check_channels("channel_layer_norm", input, eps, None, weight=weight, bias=bias)
     invariant = checks.invariance("channel_layer_norm", batch_invariant)
     rows = input.movedim(1, -1)
-    if rows.is_contiguous():
+    if is_in_order(rows):
         return layer_norm(rows, rows.shape[-1:], weight, bias, eps, batch_invariant=batch_invariant).movedim(-1, 1)
     given = dict(asked=asked, batch_invariant=invariant)
     return channel_norm(CHANNEL_LAYER_NORM, input, 1, weight, bias, eps, **given)

@@ -36,7 +36,7 @@ def broadcasts(t: Tensor, x: Tensor, dims: int) -> bool:
     """Whether a parameter has a row for each of x's, or one for several."""
     sizes, lead = t.shape[:-dims], x.shape[:-dims]
     alike = t.dim() >= dims and t.shape[-dims:] == x.shape[-dims:] and len(sizes) <= len(lead)
-    return alike and all(a in (1, b) for a, b in zip(reversed(sizes), reversed(lead), strict=False))
+    return alike and all(a in (b, 1) for a, b in zip(reversed(sizes), reversed(lead), strict=False))
 
 
 def aligned(problem: Conditioned, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:

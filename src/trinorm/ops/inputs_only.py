@@ -118,7 +118,7 @@ def inputs_only_norm(problem: InputsOnly, asked: Hashable, *inputs: Tensor | Non
     lacking = problem.lacking(*inputs)
     if lacking is None and road.takes_op(problem.name, *inputs, whole=False):
         return _op(problem.name)(*inputs, *options_of(problem))
-    if not x.numel() or not road.kernels_serve(problem.name, x, *inputs[1:], lacking=lacking):
+    if road.is_empty(x) or not road.kernels_serve(problem.name, x, *inputs[1:], lacking=lacking):
         return problem.composite(*inputs)
     read = problem.read(*inputs)
     call = None

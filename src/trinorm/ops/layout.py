@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .road import is_known
+
 
 class Rows(NamedTuple):
     """The leading dims of a tensor after collapsing, as the kernels take them (index.row_offsets).
@@ -32,6 +34,18 @@ def readable(x: Tensor, dims: int) -> Tensor:
             return x.contiguous()
         expected *= size
     return x
+
+
+def is_in_order(x: Tensor) -> bool:
+    """Whether x is contiguous. torch would ask a tracer whether there are elements at all, who may not know."""
+    if not torch.compiler.is_compiling():
+        return x.is_contiguous()
+    expected = 1
+    for size, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+        if not (is_known(stride == expected) or is_known(size == 1)):
+            return False
+        expected *= size
+    return True
 
 
 def rows_of(x: Tensor, dims: int, n: int) -> Rows:

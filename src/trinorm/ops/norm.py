@@ -146,7 +146,7 @@ def qk_norm(
     lacking = qk.lacking(query, tensors[4:])
     if lacking is None and road.takes_op(QK_NORM, *tensors, whole=spec.rounded or batch_invariant):
         return qk_library.norm(problem, *tensors, batch_invariant=batch_invariant)
-    if qk.are_empty(query, key) or not road.kernels_serve(QK_NORM, query, *tensors[1:], lacking=lacking):
+    if road.is_empty(query, key) or not road.kernels_serve(QK_NORM, query, *tensors[1:], lacking=lacking):
         return qk.composite(problem, *tensors)
     inputs = qk.read(*tensors)
     call = None
@@ -180,7 +180,7 @@ def conditioned_norm(
     dtype = torch.float32 if to_fp32 else x.dtype
     problem = Conditioned(spec, dims, size, eps, dtype, batch_invariant)
     given = x, gate, weight, bias
-    if not x.numel():
+    if not size or road.is_empty(x):
         return conditioned.composite(problem, *given)
     weight, bias = conditioned.aligned(problem, x, weight, bias)
     tensors = x, gate, weight, bias
@@ -219,7 +219,7 @@ def gated_sum_norm(
     dtype = torch.float32 if to_fp32 else x.dtype
     norm = Conditioned(spec, dims, x.shape[-dims:].numel(), eps, dtype, batch_invariant)
     problem, given = problem_of_sum(norm, x, residual), (x, residual, *parameters)
-    if not x.numel():
+    if not norm.size or road.is_empty(x):
         return gated_sum.composite(problem, *given)
     if not gated_sum.are_held(norm, *given):
         gate, *own = parameters

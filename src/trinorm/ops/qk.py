@@ -44,15 +44,10 @@ def lacking(query: Tensor, angles: Sequence[Tensor | None] = ()) -> str | None:
     return None
 
 
-def are_empty(query: Tensor, key: Tensor) -> bool:
-    """Whether a kernel would have nothing to do for one of the two."""
-    return not (query.numel() and key.numel())
-
-
 def broadcasts(cos: Tensor, tokens: Sequence[int]) -> bool:
     """Whether cos has angles for tokens of these dims."""
     sizes = cos.shape[:-1]
-    return len(sizes) <= len(tokens) and all(a in (1, b) for a, b in zip(reversed(sizes), reversed(tokens), strict=False))
+    return len(sizes) <= len(tokens) and all(a in (b, 1) for a, b in zip(reversed(sizes), reversed(tokens), strict=False))
 
 
 def read(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -31,6 +31,22 @@ _DISTRIBUTED = (
 )
 
 
+def is_empty(*tensors: Tensor) -> bool:
+    """Whether a kernel would have nothing to do for one of these. A compiled graph is not asked: how many rows it has may
+    be known when it runs (``x[mask]``), and its operators take none too.
+    """
+    return not torch.compiler.is_compiling() and any(not t.numel() for t in tensors)
+
+
+def is_known(holds: bool | torch.SymBool) -> bool:
+    """Whether this holds, as far as a tracer knows: of a number of rows that is known when its graph runs it does not."""
+    if not isinstance(holds, torch.SymBool) and not torch.compiler.is_compiling():
+        return holds
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # its import takes a second, before there is a tracer
+
+    return guard_or_false(holds)
+
+
 def has_kernels(x: Tensor) -> bool:
     """Whether there are kernels for where x is."""
     return HAS_TRITON and _is_launched_on(x)

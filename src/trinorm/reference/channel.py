@@ -135,7 +135,7 @@ def composite(
         narrow, running = x.dtype, given or (None if averages is None else averages[:2])
         dtypes = {t.dtype for t in (x, weight, bias, *(running or ())) if t is not None}
         defined = spec is not GROUP_NORM and is_transformed()
-        if not x.numel() and given is None:
+        if running is not None and given is None and not x.numel():
             running = None  # torch would make NaN of them
         mean, var = running or (None, None)
         if len(dtypes) > 1 or defined:

@@ -172,8 +172,10 @@ def _check(
 ) -> None:
     """That the kernels read nothing but these tensors, in a way that there is."""
     dims, size = problem.dims, problem.size
-    fits = 1 <= dims <= x.dim() and size >= (1 if x.numel() else 0)
-    fits = fits and (not x.numel() or (x.shape[-1] % size == 0 if dims == 1 else x.shape[-dims:].numel() == size))
+    fits = 1 <= dims <= x.dim() and size >= 0
+    # Whether there are elements last: how many rows there are may be known when a compiled graph runs.
+    held = fits and size > 0 and (x.shape[-1] % size == 0 if dims == 1 else x.shape[-dims:].numel() == size)
+    fits = fits and (held or not x.numel())
     torch._check(fits, lambda: f"trinorm::{op}: the input's last {dims} dims do not hold rows of {size} elements")
     count, divisor = problem.spec.counted, problem.spec.divisor
     fits = (count is None or 1 <= count <= size) and (divisor is None or divisor >= 1)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ... import reference
 from ...ops import road
 from ...spec import CASTS, RMS_NORM
-from ..qk import CALLS, QKCall, QKProblem, are_empty, broadcasts, composite, composite_gradients, lacking, read
+from ..qk import CALLS, QKCall, QKProblem, broadcasts, composite, composite_gradients, lacking, read
 from .names import QK_NORM
 from .registering import Op, know_distributed, register
 
@@ -79,7 +79,7 @@ class _Forward(Op):
     def anew(self, *args: Any) -> Results:
         *tensors, eps, interleaved, _, cast = args
         _check(QK_NORM, cast, *tensors)
-        if lacking(tensors[0]) or are_empty(*tensors[:2]) or not road.has_kernels(tensors[0]):
+        if lacking(tensors[0]) or road.is_empty(*tensors[:2]) or not road.has_kernels(tensors[0]):
             return self.composite(*args)
         problem = QKProblem(RMS_NORM.with_cast(cast), eps, interleaved)
         return self.do_and_keep(args, QKCall(problem, _statistics(*tensors), differentiated=True).results, read)
@@ -126,7 +126,7 @@ class _Backward(Op):
         known = all(not want or t is not None for want, t in zip(wanted, (query_dy, key_dy) * 2, strict=True))
         known = known and all(not want or t is not None for want, t in zip(wanted[2:], weights, strict=True))
         torch._check(known, lambda: f"trinorm::{self.name}: a gradient is asked for of what is not there")
-        if lacking(query) or are_empty(query, key) or not road.has_kernels(query):
+        if lacking(query) or road.is_empty(query, key) or not road.has_kernels(query):
             return self.composite(*args)
         call = QKCall(QKProblem(RMS_NORM.with_cast(cast), eps, interleaved), query_rstd.dtype, differentiated=True)
         return self.do_and_keep_gradients(args, call, tuple(wanted))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...spec import ConditionedNorm
+from ..road import is_known
 
 
 class Conditioned(NamedTuple):
@@ -47,9 +48,10 @@ def sets_of(rows: tuple[int, ...], own: tuple[int, ...]) -> Sets | None:
     """
     parts, part = [1, 1, 1], 0
     for size, mine in zip(rows, (1,) * (len(rows) - len(own)) + own, strict=True):
-        if size == 1:
+        # Of a number of rows that no tracer knows neither is known: what is each row's own stays that, were it one for all.
+        if is_known(size == 1):
             continue
-        if mine == size:
+        if is_known(mine == size):
             if part == 2:
                 return None
             part = 1
