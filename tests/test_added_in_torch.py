@@ -261,6 +261,11 @@ def test_out_with_a_part_of_another(spec: RowNorm) -> None:
     with pytest.raises(RuntimeError, match="out has a part of input's memory"):
         public(spec, memory[:3], _x(), out=memory[2:])
     public(spec, memory[:2], _x(2, 8), out=memory[2:4])
+    residual = _x()
+    public(spec, _x(), residual, out=residual)  # in place a call is known again, wherever its tensors lie
+    residual = memory[1:4]
+    with pytest.raises(RuntimeError, match="out has a part of input's memory"):
+        public(spec, memory[:3], residual, out=residual)
     halves = memory.view(torch.bfloat16)[:, :8]
     with pytest.raises(RuntimeError, match="out has a part of input's memory"):
         public(spec, memory.view(-1).view(torch.bfloat16)[:40].view(5, 8), _x(5, 8), out=memory)

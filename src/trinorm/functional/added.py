@@ -151,7 +151,8 @@ def norm_of_sum(spec: RowNorm, given: _Given, by: _By, manner: Hashable = None) 
     seed = _seed(input, generator) if plain and 0 < dropout_p <= 1 and isinstance(input, Tensor) else None
     if asked is not None:
         call = added.recall(asked, input, residual, weight, bias, seed, row_scale, out)
-        if call is not None:
+        # Where tensors lie no call remembers.
+        if call is not None and (out is None or not any(t is not out and _overlap(t, out) for t in given if t is not None)):
             return call(input, residual, weight, bias, seed, row_scale, out)
     op = f"add_{spec.name}"
     checks.tensor(op, "input", input)
