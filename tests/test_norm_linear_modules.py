@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 import trinorm
 from test_norm_linear import bytes_of, kept_by
@@ -123,14 +124,20 @@ def test_tied_parameters(module: Kind, theirs: Kind, ours: Kind, device: torch.d
 
 
 @EACH
-@pytest.mark.parametrize("what", ["norm's hook", "linear's hook", "another linear", "parametrized", "another forward"])
-def test_whoever_waits_for_a_call_gets_it(what: str, module: Kind, theirs: Kind, ours: Kind, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "what", ["norm's hook", "linear's hook", "everyone's hook", "another linear", "parametrized", "another forward"]
+)
+def test_whoever_waits_for_a_call_gets_it(
+    what: str, module: Kind, theirs: Kind, ours: Kind, device: torch.device, request: pytest.FixtureRequest
+) -> None:
     made, x, called = module(8, 8, device=device), torch.randn(3, 8, device=device), []
     expected = made(x)
     if what == "norm's hook":
         made.norm.register_forward_hook(lambda *_: called.append(1))
     elif what == "linear's hook":
         made.linear.register_forward_pre_hook(lambda *_: called.append(1))
+    elif what == "everyone's hook":
+        request.addfinalizer(register_module_forward_hook(lambda module, *_: called.append(module)).remove)
     elif what == "parametrized":
         torch.nn.utils.parametrizations.orthogonal(made.linear)
         called.append(1)
@@ -144,6 +151,8 @@ def test_whoever_waits_for_a_call_gets_it(what: str, module: Kind, theirs: Kind,
         made.linear.forward = lambda t: (called.append(1), actual(t))[1]
     assert torch.equal(made(x), expected)
     assert called
+    if what == "everyone's hook":
+        assert called == [made.norm, made.linear, made]
 
 
 @EACH

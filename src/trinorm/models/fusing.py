@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..channel_calls import activation_of
+from ..held import is_hooked
 from ..models import activations_fused
 from ..nn.row import LayerNorm, RMSNorm
 from .activations_fused import CHANNEL_NORMS, CONVOLUTIONS, in_sequence, pairs_in, why_no_activation
@@ -22,7 +23,6 @@ from .forms import Form
 from .heads_fused import rotary_of
 from .made import MARK, NEXT, ROTARY, Made, each, swap
 from .norm_acts import NormAct
-from .norm_calls import is_hooked
 from .recognize import Recognized, form_in_force
 from .residuals import HELPERS
 from .rewritten import Forward, Found, Names

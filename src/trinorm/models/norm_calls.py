@@ -6,10 +6,9 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-import torch.nn.modules.module as hooks
 from torch import Tensor
 
-from ..held import parameter
+from ..held import is_replaced, parameter
 from ..nn.row import LayerNorm, RMSNorm
 from ..spec import LAYER_NORM, RMS_NORM, RowNorm
 from .forms import Form
@@ -54,22 +53,3 @@ def asked_of(norm: Any) -> tuple[Hashable, Tensor | None, Tensor | None] | None:
 def is_traced() -> bool:
     """torch.jit.trace traces again without gradients, and wants the same graph."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-
-
-def is_replaced(module: torch.nn.Module) -> bool:
-    """Whether a call of a module is not just its class's forward."""
-    return "forward" in vars(module) or is_hooked(module)
-
-
-def is_hooked(module: torch.nn.Module) -> bool:
-    """As torch.nn.Module asks at each call."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..held import is_replaced
 from .row import LayerNorm, RMSNorm
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class _NormLinear(torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         norm, linear = self.norm, self.linear
-        if type(norm) not in self._norms or type(linear) is not torch.nn.Linear or _is_met(norm) or _is_met(linear):
+        if type(norm) not in self._norms or type(linear) is not torch.nn.Linear or is_replaced(norm) or is_replaced(linear):
             result: Tensor = linear(norm(input))
             return result
         how = dict(cast=getattr(norm, "cast", "output"), batch_invariant=getattr(norm, "batch_invariant", None))
@@ -147,12 +148,6 @@ class RMSNormLinear(_NormLinear):
     def _together(x: Tensor, norm: Any, linear: torch.nn.Linear, how: dict[str, Any]) -> Tensor:
         parameters = norm.weight, linear.weight, linear.bias
         return functional.rms_norm_linear(x, norm.normalized_shape, *parameters, norm.eps, **how)
-
-
-def _is_met(module: torch.nn.Module) -> bool:
-    """Whether someone waits for this module's own call."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
 
 
 def _check_sizes(op: str, norm: Any, linear: Any) -> None:
