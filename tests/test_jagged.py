@@ -139,6 +139,14 @@ def test_strided_nested_tensors_are_refused(spec: RowNorm, device: torch.device)
     x = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], device=device)
     with pytest.raises(RuntimeError, match="input is a nested tensor"):
         norm(spec, x, (8,))
+    for refused in (lambda: norm(spec, torch.randn(3, 8, device=device), (8,), x), lambda: of_sum(spec, x)):
+        with pytest.raises(RuntimeError, match="weight is a nested tensor"):
+            refused()
+
+
+def of_sum(spec: RowNorm, weight: Tensor) -> None:
+    x = torch.randn(3, 8, device=weight.device)
+    getattr(functional, f"add_{spec.name}")(x, x, weight, normalized_shape=(8,))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")

@@ -133,6 +133,8 @@ def rows(
     parameters = [(name, t) for name, t in (("weight", weight), ("bias", bias)) if t is not None]
     for name, parameter in parameters:
         tensor(op, name, parameter)
+        if parameter.is_nested and parameter.layout == torch.strided:  # which has no shape to be told
+            raise RuntimeError(f"{op}(): {name} is a nested tensor; it must have the shape {normalized_shape}")
     shape = sizes(op, normalized_shape)
     eps = epsilon(op, eps)
     if not shape:
