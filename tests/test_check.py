@@ -134,6 +134,19 @@ def test_a_wrong_gradient_is_found_numerically(device: torch.device, monkeypatch
     assert "Jacobian mismatch" in result.comparison.worst
 
 
+def test_a_call_that_raises_without_a_word_has_no_right_gradient(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(rows, "forward", refuse)
+    CALLS.clear()
+    (result,) = check.check_numerically("layer_norm", device)
+    assert not result.comparison.ok
+    assert "AssertionError" in result.comparison.worst
+
+
 def test_exits_with_1_and_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(monkeypatch, "backward", 1, lambda dw: dw * 2)
     assert main(["check", "--op", "rms_norm", "--dtype", "fp16", "--quick", "--workers", "1"]) == 1
@@ -184,6 +197,28 @@ def test_a_name_that_is_not_known_is_refused(capsys: pytest.CaptureFixture[str])
         main(["check", "--dtype", "bf16,int8"])
     assert left.value.code == 2
     assert "'int8' is not one of fp16, bf16, fp32, fp64" in capsys.readouterr().err
+
+
+def test_a_call_that_raises_is_wrong_and_the_others_are_still_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a launch asks for more than a device has: the table is there all the same."""
+    forward = rows.forward
+
+    def refuse(spec: Any, x: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if x.shape[-1] == 129:
+            raise RuntimeError("out of resources")
+        return forward(spec, x, *args, **options)
+
+    monkeypatch.setattr(rows, "forward", refuse)
+    CALLS.clear()
+    assert main(["check", "--op", "rms_norm", "--dtype", "fp16", "--quick", "--workers", "1"]) == 1
+    output = capsys.readouterr().out
+    verdicts = {tuple(line.split()[:4]): line.split()[-1] for line in output.splitlines() if line.startswith(" rms_norm")}
+    assert verdicts["rms_norm", "fp16", "fp16", "raised"] == "WRONG"
+    assert verdicts["rms_norm", "fp16", "fp16", "dx"] == "ok"
+    assert "\nrms_norm fp16, weight fp16, 8x129 normal: raised:" in output
+    assert "RuntimeError: out of resources" in output
 
 
 def test_workers_find_what_one_process_finds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

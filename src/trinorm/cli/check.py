@@ -86,6 +86,7 @@ def check_op(op: str, dtype: torch.dtype, device: torch.device, cases: Iterable[
     """Results, mean, rstd, every gradient and running statistics of each case, as far as the case and the op have them.
 
     mean and rstd are what a kernel saves for the backward; without Triton nothing is, and they are not checked.
+    A case whose call raises is wrong, with the error for a reason.
     """
     norm, results = OPS[op], list[Result]()
     for case in cases:
@@ -101,9 +102,15 @@ def check_op(op: str, dtype: torch.dtype, device: torch.device, cases: Iterable[
             again = _distance_of_torch(norm, other, _oracle(norm, other))
             distance = {what: torch.maximum(so_far, again[what]) for what, so_far in distance.items()}
         weight_dtype = None if inputs.of.weight is None else inputs.of.weight.dtype
+        try:
+            ours = _ours(norm, inputs, exact["mean"])
+        except Exception as error:  # a kernel that cannot be compiled or started here, say; the other cases are still asked
+            raised = Comparison("raised", float("nan"), float("nan"), False, f"{type(error).__name__}: {error}")
+            results.append(Result(op, dtype, weight_dtype, str(case), raised))
+            continue
         results += [
             Result(op, dtype, weight_dtype, str(case), compare(name, *of_part))
-            for what, value in _ours(norm, inputs, exact["mean"]).items()
+            for what, value in ours.items()
             for terms in [_terms(norm, inputs, what)]
             for name, of_part in _apart(norm, inputs, what, value, exact[what], exact[what] + distance[what], terms)
         ]
@@ -125,8 +132,8 @@ def check_numerically(op: str, device: torch.device) -> list[Result]:
     worst = ""
     try:
         torch.autograd.gradcheck(call, leaves, fast_mode=True)
-    except RuntimeError as error:
-        worst = str(error)
+    except Exception as error:  # the Jacobians differ, or, as above, the call raised
+        worst = f"{type(error).__name__}: {error}"
     comparison = Comparison("gradcheck", float("nan"), float("nan"), not worst, worst)
     return [Result(op, torch.float64, torch.float64, str(case), comparison)]
 
