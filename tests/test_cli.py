@@ -1,5 +1,8 @@
 """What the commands share: a --json that cannot be written is refused before any work, and one that can keeps its lines."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +80,17 @@ def test_plots_that_have_no_folder_are_refused_before_any_work(tmp_path: Path, c
         assert capsys.readouterr().err.startswith(f"trinorm bench: --plot: cannot make {path} (")
     with pytest.raises(WorkError):
         main(["bench", "--plot", str(tmp_path / "new")])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "latin-1"])
+def test_a_table_is_printed_in_any_encoding(encoding: str, tmp_path: Path) -> None:
+    """Of a terminal or a pipe; what it has no character for becomes a question mark."""
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / "nvidia-h200"
+    files = [str(results / f"2026-11-{day}-matrix-bf16.jsonl") for day in (26, 27)]
+    command = [sys.executable, "-m", "trinorm", "bench", "--compare", *files]
+    ran = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=False)
+    assert b"UnicodeEncodeError" not in ran.stderr
+    assert b" compared: " in ran.stdout
 
 
 def test_results_go_to_the_file_or_under_the_gpus_name() -> None:

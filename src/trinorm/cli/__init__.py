@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .. import __version__
     from ..cli import bench, check, inspect, profile, tune
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whose encoding may have no × or µ: a ? there, and not the loss of a run
+            stream.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(prog="trinorm", description="Normalization for PyTorch, written in Triton.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="check | bench | inspect | profile | tune")
