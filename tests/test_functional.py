@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import warnings
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from trinorm import functional, reference
+from trinorm import functional, nn, reference
 from trinorm.compare import assert_no_worse
 from trinorm.ops.hosts import rows
 from trinorm.spec import LAYER_NORM, RMS_NORM, RowNorm
@@ -276,6 +277,14 @@ def test_tracers_see_one_call(op: str) -> None:
     assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [getattr(functional, op)]
     x = torch.randn(2, 8)
     torch.testing.assert_close(graph(x), getattr(F, op)(x, (8,)))
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm(8), nn.RMSNorm(8), nn.GatedRMSNorm(8)], ids=str)
+def test_a_module_traced_by_fx_is_pickled(module: torch.nn.Module) -> None:
+    """Whose graph writes down what its arguments are annotated as, which are types."""
+    traced = pickle.loads(pickle.dumps(torch.fx.symbolic_trace(module)))
+    tensors = [torch.randn(3, 8) for _ in inspect.signature(module.forward).parameters]
+    assert torch.equal(traced(*tensors), module(*tensors))
 
 
 def test_a_function_mode_sees_one_call(op: str, device: torch.device) -> None:

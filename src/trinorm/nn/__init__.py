@@ -15,8 +15,6 @@ one is 1: it is to be loaded, or zeroed, as that model's is.
 weight_norm, with the parametrization WeightNorm, is torch.nn.utils.parametrizations' function of this name.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Conditioned norms as modules (nn re-exports them)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

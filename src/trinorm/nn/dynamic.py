@@ -1,7 +1,5 @@
 """Norms without statistics as modules (nn re-exports them)."""
 
-from __future__ import annotations
-
 import numbers
 from collections.abc import Sequence
 

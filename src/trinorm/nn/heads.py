@@ -1,7 +1,5 @@
 """Norms of heads as modules (nn re-exports them)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A norm and the linear layer behind it as one module (nn re-exports these)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,7 +24,7 @@ class _NormLinear(torch.nn.Module):
     _norms: ClassVar[tuple[type[torch.nn.Module], ...]]
 
     @classmethod
-    def of(cls, norm: torch.nn.Module, linear: torch.nn.Module) -> Self:
+    def of(cls, norm: torch.nn.Module, linear: torch.nn.Module) -> "Self":
         """The module of these two, which it holds: their parameters are its own.
 
         Args:

@@ -1,7 +1,5 @@
 """PolyNorm as a module (nn re-exports it)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Norms with a quantized result as modules (nn re-exports them)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +37,7 @@ class _Quantized(torch.nn.Module):
         if getattr(self, "scale", None) is not None:
             torch.nn.init.ones_(self.scale)  # type: ignore[arg-type]
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Self":
         """A scale is of fp32 whatever the parameters become."""
         before = getattr(self, "scale", None)
         super()._apply(fn, recurse)

@@ -1,7 +1,5 @@
 """RMSNorm's relatives as modules (nn re-exports them)."""
 
-from __future__ import annotations
-
 import numbers
 from collections.abc import Sequence
 from typing import Any

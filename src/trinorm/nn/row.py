@@ -1,7 +1,5 @@
 """torch.nn's row norms, computed by trinorm (nn re-exports them)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Weight normalization as a parametrization (nn re-exports it)."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 import torch
