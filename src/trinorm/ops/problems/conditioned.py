@@ -67,5 +67,10 @@ def shared_sets(problem: Conditioned, x: Tensor, *parameters: Tensor | None) -> 
     rows = problem.rows(x)
     found = [sets_of(rows, problem.rows(t)) for t in given] or [sets_of(rows, ())]
     # Shapes first: of two equal sets torch 2.11's Dynamo would hold the sizes fast.
-    alike = all(t.shape == given[0].shape or of_t == found[0] for t, of_t in zip(given[1:], found[1:], strict=False))
-    return found[0] if alike else None
+    first = found[0]
+    alike = (_are_same(t.shape, given[0].shape) or _are_same(sets, first) for t, sets in zip(given, found, strict=False))
+    return first if all(alike) else None
+
+
+def _are_same(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> bool:
+    return a is not None and b is not None and len(a) == len(b) and all(is_known(i == j) for i, j in zip(a, b, strict=True))
