@@ -139,7 +139,7 @@ def quantized_layer_norm(
     Raises:
         RuntimeError: a shape does not fit, tensors are on different devices, an input of fp8 requires a gradient, or, of
             nvfp4, the last dim is odd.
-        ValueError: eps is negative or NaN, ``format`` ``scale_layout`` or ``cast`` is none of its values, a format
+        ValueError: eps is negative or NaN, ``format``, ``scale_layout`` or ``cast`` is none of its values, a format
             has no swizzled scales, or a scale is missing or too many.
         NotImplementedError: a dtype other than those named.
         TypeError: an argument of the wrong kind.

@@ -119,10 +119,10 @@ def _choose_forward(
     if n > _FORWARD[-1][0] or n * itemsize > _HELD_BYTES:
         return _first_split(_FORWARD_SPLIT, spec, n, itemsize, device) or _FORWARD_WIDE[_column(spec)]
     tile, tiles = next(row[1:][_column(spec)] for row in _FORWARD if n <= row[0])
-    if not scarce and itemsize < 8:  # fp64 has two registers
-        tile, tiles = _between(_FORWARD_BETWEEN, spec, n) or (tile, tiles)
     if scarce:
         tile, tiles = (None if spec.center or itemsize > 2 else _FEW_RMS.get(n)) or _of_few_rows(tile), 1
+    elif itemsize < 8:  # fp64 has two registers
+        tile, tiles = _between(_FORWARD_BETWEEN, spec, n) or (tile, tiles)
     stream = large and n >= _STREAM_COLUMNS
     # Asking early for w and b hides their latency (128x768: LayerNorm 1.78 µs against 2.04), but of long rows LayerNorm's
     # registers then cost occupancy where that counts (8192x8192: 0.98 against 0.73), and RMSNorm's of the longest that a

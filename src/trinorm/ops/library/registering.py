@@ -189,9 +189,12 @@ class Site:
         if again is not None and self._forgotten == op._known.forgotten and not _is_watched():
             return again(*op._tensors(args))
         results = op.called(*args)
+        if self._forgotten != op._known.forgotten:
+            self._again, self._met, self._forgotten = None, 0, op._known.forgotten
         self._met += 1
-        if self._met > OWN_FROM and not _is_watched():  # by then it is done as it will be
-            self._again, self._forgotten = op.again(*args), op._known.forgotten
+        # By then it is done as it will be; and what is not recalled then, as of a tensor that comes twice, is not asked on.
+        if OWN_FROM < self._met <= 2 * OWN_FROM and not _is_watched():
+            self._again = op.again(*args)
         return results
 
 
